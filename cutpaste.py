@@ -1,0 +1,328 @@
+"""CutPaste augmentations, batched on tensors of any device.
+
+Owns the base augmentation (translation, colour jitter), CutPaste and CutPaste-Scar, and the table ``VARIANTS``.
+``make_params`` draws every random number, on the CPU; ``apply`` acts on the images' device and changes no input.
+Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, A.1 and A.2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AREA = (0.02, 0.15)  # patch area as a fraction of the image's (A.2)
+ASPECT = (0.3, 3.3)  # patch width over height, relative to the image's (A.2)
+SCAR_WIDTH = (2.0, 16.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
+SCAR_LENGTH = (10.0, 25.0)  # likewise
+SCAR_ANGLE = 45.0  # degrees, either way (A.2)
+SCAR_IMAGE_SIZE = 256
+GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision's rgb_to_grayscale
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of JitterParams.factors, values of .order
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pretext task: the views made of each image. A view's place in ``views`` is its class label."""
+
+    views: tuple[str, ...]
+    description: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.views)
+
+
+VARIANTS = {
+    "normal": Variant(("image", "patch"), "normal against CutPaste"),
+    "scar": Variant(("image", "scar"), "normal against CutPaste-Scar"),
+    "union": Variant(("image", "patch or scar"), "normal against either, drawn per image"),
+    "3way": Variant(("image", "patch", "scar"), "normal, CutPaste and CutPaste-Scar as three classes"),
+}
+
+
+@dataclass(frozen=True)
+class JitterParams:
+    """Colour jitter of B images. ``order[b, k]`` names the operation that image b gets in place k."""
+
+    factors: Tensor  # (B, 4): brightness, contrast, saturation as factors around 1; hue in turns around 0
+    order: Tensor  # (B, 4) int64, each row a permutation of 0..3
+
+
+@dataclass(frozen=True)
+class PasteParams:
+    """One pasted rectangle per image, all (B,). Pixels; x to the right, y down; a pixel's centre is at +0.5."""
+
+    width: Tensor  # of the rectangle before rotation, whole numbers
+    height: Tensor
+    source_x: Tensor  # left edge of the upright source box, whole numbers
+    source_y: Tensor  # top edge
+    center_x: Tensor  # of the (rotated) target box
+    center_y: Tensor
+    angle: Tensor  # degrees, clockwise as seen
+    jitter: JitterParams | None  # None leaves the patch's colours alone
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """Everything random about one batch: the base augmentation and one paste per further view."""
+
+    variant: str
+    shift: Tensor | None  # (B, 2) int64, pixels down and right
+    jitter: JitterParams | None
+    pastes: tuple[PasteParams, ...]  # one for each view after the first
+
+
+# Drawing ----------------------------------------------------------------------------------------------------------
+
+
+def make_params(
+    variant: str,
+    batch_size: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    *,
+    translate: float = 0.04,
+    jitter: float = 0.1,
+    patch_jitter: float = 0.1,
+) -> ViewParams:
+    """Draw the parameters of one batch of views.
+
+    translate: largest shift of the base augmentation, a fraction of height and width. jitter, patch_jitter: largest
+    change of brightness, contrast, saturation (around 1) and hue (in turns; at most 0.5) of the whole image and of
+    the patch. The paper gives 0.1 for the patch and no amount for the base augmentation.
+    generator: on the CPU, so that a seed gives the same parameters whatever the device.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    if not 0 <= translate < 1:
+        raise ValueError(f"translate is a fraction of the image, 0 <= translate < 1, not {translate}")
+    for name, value in (("jitter", jitter), ("patch_jitter", patch_jitter)):
+        if not 0 <= value <= 0.5:
+            raise ValueError(f"{name} lies in [0, 0.5], not {value}")
+    shift = _draw_shift(batch_size, height, width, translate, generator) if translate else None
+    base = _draw_jitter(batch_size, jitter, generator) if jitter else None
+    pastes = []
+    for view in VARIANTS[variant].views[1:]:
+        if view == "patch":
+            box = _draw_patch(batch_size, height, width, generator)
+        elif view == "scar":
+            box = _draw_scar(batch_size, height, width, generator)
+        else:  # "patch or scar": one class of both in equal parts, so that the two classes stay balanced
+            patch, scar = (draw(batch_size, height, width, generator) for draw in (_draw_patch, _draw_scar))
+            is_scar = torch.rand(batch_size, generator=generator) < 0.5
+            box = {name: torch.where(is_scar, scar[name], patch[name]) for name in patch}
+        colors = _draw_jitter(batch_size, patch_jitter, generator) if patch_jitter else None
+        pastes.append(PasteParams(**box, jitter=colors))
+    return ViewParams(variant, shift, base, tuple(pastes))
+
+
+def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _whole(high: Tensor, generator: torch.Generator) -> Tensor:
+    """Whole numbers from 0 to ``high`` (B,), both included, as float32."""
+    draw = (torch.rand(len(high), generator=generator) * (high + 1)).floor()
+    return torch.minimum(draw, high)  # float32 rounding could reach high + 1
+
+
+def _draw_shift(count: int, height: int, width: int, translate: float, generator: torch.Generator) -> Tensor:
+    most = torch.tensor([int(translate * height), int(translate * width)])
+    unit = torch.rand(count, 2, generator=generator)
+    return ((unit * (2 * most + 1)).floor().long()).clamp(max=2 * most) - most
+
+
+def _draw_jitter(count: int, amount: float, generator: torch.Generator) -> JitterParams:
+    factors = (2 * torch.rand(count, 4, generator=generator) - 1) * amount
+    factors[:, :HUE] += 1
+    order = torch.rand(count, 4, generator=generator).argsort(dim=1, stable=True)
+    return JitterParams(factors, order)
+
+
+def _draw_patch(count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A large upright patch. The paper does not say how the aspect ratio is distributed: log-uniform here, so that
+    width and height are exchangeable. Relative to the image's own aspect ratio, which is the paper's on the square
+    images it has and lets the patch always fit on others."""
+    area = _uniform(*AREA, count, generator)
+    aspect = torch.tensor(ASPECT).log()
+    aspect = _uniform(aspect[0], aspect[1], count, generator).exp()
+    patch_w = (width * (area * aspect).sqrt()).round().clamp(1, width)
+    patch_h = (height * (area / aspect).sqrt()).round().clamp(1, height)
+    source_x, source_y = _whole(width - patch_w, generator), _whole(height - patch_h, generator)
+    target_x, target_y = _whole(width - patch_w, generator), _whole(height - patch_h, generator)
+    return {
+        "width": patch_w,
+        "height": patch_h,
+        "source_x": source_x,
+        "source_y": source_y,
+        "center_x": target_x + patch_w / 2,
+        "center_y": target_y + patch_h / 2,
+        "angle": torch.zeros(count),
+    }
+
+
+def _draw_scar(count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A thin rotated rectangle whose bounding box lies inside the image. Sizes scale with the shorter side."""
+    scale = min(height, width) / SCAR_IMAGE_SIZE
+    scar_w = (_uniform(*SCAR_WIDTH, count, generator) * scale).round().clamp(1, width)
+    scar_h = (_uniform(*SCAR_LENGTH, count, generator) * scale).round().clamp(1, height)
+    angle = _uniform(-SCAR_ANGLE, SCAR_ANGLE, count, generator)
+    source_x, source_y = _whole(width - scar_w, generator), _whole(height - scar_h, generator)
+    half_w, half_h = (e.clamp(max=side / 2) for e, side in zip(_half_extents(scar_w, scar_h, angle), (width, height)))
+    return {
+        "width": scar_w,
+        "height": scar_h,
+        "source_x": source_x,
+        "source_y": source_y,
+        "center_x": _uniform(half_w, width - half_w, count, generator),
+        "center_y": _uniform(half_h, height - half_h, count, generator),
+        "angle": angle,
+    }
+
+
+def _half_extents(width: Tensor, height: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the width and height of the upright box around a rotated rectangle."""
+    cos, sin = angle.deg2rad().cos().abs(), angle.deg2rad().sin().abs()
+    return (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
+
+
+# Acting -----------------------------------------------------------------------------------------------------------
+
+
+def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
+    """Make the views of a batch.
+
+    images: (B, 3, H, W), uint8 in 0..255 or float in [0, 1], never changed.
+    Returns views (V*B, 3, H, W), float32 in [0, 1], view after view in the variant's order, and labels (V*B,) int64.
+    Raises ValueError if images and params do not fit each other.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    for count in {len(p.width) for p in params.pastes}:
+        if count != len(images):
+            raise ValueError(f"parameters for {count} images, but the batch has {len(images)}")
+    base = base_augment(images, params.shift, params.jitter)
+    views = torch.cat([base, *(paste(base, p) for p in params.pastes)])
+    labels = torch.arange(1 + len(params.pastes), device=images.device).repeat_interleave(len(images))
+    return views, labels
+
+
+def base_augment(images: Tensor, shift: Tensor | None, jitter: JitterParams | None) -> Tensor:
+    """Translation and colour jitter of whole images, before CutPaste sees them (A.1). Returns float32 in [0, 1]."""
+    if shift is not None:
+        images = translate(images, shift)
+    images = to_float(images)
+    return images if jitter is None else color_jitter(images, jitter)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in [0, 1]; floating point passes as float32."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def translate(images: Tensor, shift: Tensor) -> Tensor:
+    """Move image b by shift[b] = (down, right) pixels; what comes in at the border is the image's reflection."""
+    height, width = images.shape[-2:]
+    shift = shift.to(images.device, non_blocking=True)
+    rows = _reflect(torch.arange(height, device=images.device) - shift[:, :1], height)  # (B, H)
+    cols = _reflect(torch.arange(width, device=images.device) - shift[:, 1:], width)  # (B, W)
+    return _take(images, rows[:, :, None], cols[:, None, :])
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Fold indices from -size+1 to 2*size-2 into 0..size-1; the border pixel itself is not repeated."""
+    index = index.abs()
+    return torch.where(index >= size, 2 * (size - 1) - index, index).clamp(min=0)
+
+
+def _take(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """images[b, :, rows[b], cols[b]] for all b: (B, 3, h, w), in channels_last memory."""
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[batch, :, rows, cols].permute(0, 3, 1, 2)
+
+
+def paste(images: Tensor, params: PasteParams) -> Tensor:
+    """Copy each image's source box, colours jittered, to its rotated target box.
+
+    Every pasted pixel is one pixel of the source box (nearest neighbour: interpolation would leave a blur that a
+    network learns instead of the cut). Only a tile that holds the batch's largest target is worked on.
+    """
+    height, width = images.shape[-2:]
+    half_w, half_h = _half_extents(params.width, params.height, params.angle)
+    tile_w = min(width, int(half_w.max() * 2) + 2)  # known on the CPU: the device is not waited for
+    tile_h = min(height, int(half_h.max() * 2) + 2)
+    left = (params.center_x - half_w).floor().clamp(0, width - tile_w)
+    top = (params.center_y - half_h).floor().clamp(0, height - tile_h)
+    radians = params.angle.deg2rad()
+    p = params
+    numbers = (p.width, p.height, p.source_x, p.source_y, p.center_x, p.center_y, radians.cos(), radians.sin(), left, top)
+    numbers = torch.stack(numbers).to(images.device, non_blocking=True)[:, :, None, None]  # (10, B, 1, 1): one copy
+    w, h, source_x, source_y, center_x, center_y, cos, sin, left, top = numbers
+    rows = top + torch.arange(tile_h, device=images.device)[:, None]  # (B, h, 1)
+    cols = left + torch.arange(tile_w, device=images.device)  # (B, 1, w)
+
+    dx, dy = cols + 0.5 - center_x, rows + 0.5 - center_y
+    u = cos * dx + sin * dy + w / 2  # position inside the upright rectangle, (B, h, w)
+    v = cos * dy - sin * dx + h / 2
+    inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
+    from_x = source_x + torch.minimum(u.floor().clamp(min=0), w - 1)
+    from_y = source_y + torch.minimum(v.floor().clamp(min=0), h - 1)
+    patch = _take(images, from_y.long(), from_x.long())  # (B, 3, h, w)
+    if params.jitter is not None:
+        patch = color_jitter(patch, params.jitter, inside[:, None])
+
+    rows, cols = rows.long(), cols.long()
+    tile = torch.where(inside[:, None], patch, _take(images, rows, cols))
+    result = images.clone()
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    result[batch, :, rows, cols] = tile.permute(0, 2, 3, 1)
+    return result
+
+
+def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = None) -> Tensor:
+    """Brightness, contrast, saturation and hue in each image's own order, each equal to torchvision's operation.
+
+    images: (B, 3, H, W) float in [0, 1]. mask: (B, 1, H, W) bool, the pixels whose mean grey the contrast refers to
+    (all, if None); the others are changed too and mean nothing.
+    """
+    device = images.device
+    order = params.order
+    factors = params.factors.gather(1, order)  # (B, 4): the factor of each place
+    blend = torch.where(order == HUE, torch.ones_like(factors), factors)  # blending with factor 1 changes nothing
+    kinds = torch.stack([blend, (order == CONTRAST).float(), (order == SATURATION).float()])
+    kinds = kinds.to(device, torch.float32, non_blocking=True)[..., None, None, None]  # (3, B, 4, 1, 1, 1)
+    weights = torch.tensor(GRAY, device=device)[:, None, None]
+    for place in range(4):
+        factor, is_contrast, is_saturation = kinds[:, :, place]  # each (B, 1, 1, 1)
+        gray = (images * weights).sum(1, keepdim=True)  # (B, 1, H, W)
+        if mask is None:
+            mean = gray.mean((2, 3), keepdim=True)
+        else:
+            mean = (gray * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
+        other = is_contrast * mean + is_saturation * gray  # brightness blends with black
+        images = (factor * images + (1 - factor) * other).clamp(0, 1)
+        hue = (order[:, place] == HUE).nonzero()[:, 0]
+        if len(hue):
+            turn = factors[hue, place].to(device, non_blocking=True)
+            hue = hue.to(device, non_blocking=True)
+            images[hue] = rotate_hue(images[hue], turn)
+    return images
+
+
+def rotate_hue(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of image b by turn[b] full turns, value and chroma kept. images: (B, 3, H, W) in [0, 1]."""
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
+    sector = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    sector = sector + 6 * turn[:, None, None]  # the colour circle in six parts
+    position = torch.stack([sector + 5, sector + 3, sector + 1], 1) % 6  # of red, green and blue on it
+    distance = torch.minimum(position, 4 - position).clamp(0, 1)
+    return value[:, None] - chroma[:, None] * distance

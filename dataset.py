@@ -1,0 +1,225 @@
+"""Folders in the MVTec AD layout -> images, labels and masks in memory.
+
+Owns what is an image file, how it is decoded, how masks pair with images, and what a bad file gets: an ``InputError``
+whose one line names the file and says what to do. Reads only.
+
+    <data_dir>/<category>/train/good/*          normal images to train on
+    <data_dir>/<category>/test/good/*           normal test images
+    <data_dir>/<category>/test/<defect type>/*  anomalous test images
+    <data_dir>/<category>/ground_truth/<defect type>/<name>_mask.png  (or <name>.png), optional
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
+GOOD = "good"
+
+
+class InputError(ValueError):
+    """A user's mistake or a bad file: one line that names it, says what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The test images of a category, normal ones first, then defect type by defect type."""
+
+    __test__ = False  # not a test for pytest to collect
+
+    images: Tensor  # (M, 3, H, W) uint8
+    labels: np.ndarray  # (M,) int64, 0 normal, 1 anomalous
+    defect_types: list[str]  # M names of folders
+    paths: list[Path]
+    mask_paths: list[Path | None]  # None: a normal image, or an anomalous one without a mask
+
+
+def find_categories(data_dir: str | Path) -> list[str]:
+    """The names of the folders in ``data_dir`` that hold train/good, sorted. Raises InputError if there is none."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise InputError(f"{data_dir}: no such folder; give the folder that holds the categories with --data_dir")
+    found = sorted(p.name for p in data_dir.iterdir() if (p / "train" / GOOD).is_dir())
+    if not found:
+        raise InputError(f"{data_dir}: no category in it (a folder with train/{GOOD}); see 'Data' in the README")
+    return found
+
+
+def choose_categories(data_dir: str | Path, names: Sequence[str]) -> list[str]:
+    """Check ``names`` against the categories found; ["all"] means every one. Raises InputError for an unknown one."""
+    if list(names) == ["all"]:
+        return find_categories(data_dir)
+    if not Path(data_dir).is_dir():
+        find_categories(data_dir)  # raises, with the reason
+    for name in names:
+        if not (Path(data_dir) / name).is_dir():
+            known = ", ".join(p.name for p in sorted(Path(data_dir).iterdir()) if p.is_dir()) or "nothing"
+            raise InputError(f"{name}: no such category in {data_dir}, which holds: {known}")
+    return list(dict.fromkeys(names))
+
+
+def train_paths(data_dir: str | Path, category: str) -> list[Path]:
+    """The normal training images of a category, sorted. Raises InputError if there are fewer than two."""
+    folder = Path(data_dir) / category / "train" / GOOD
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; a category keeps its normal training images there")
+    paths = find_images(folder)
+    if len(paths) < 2:
+        kinds = ", ".join(s[1:] for s in IMAGE_SUFFIXES)
+        raise InputError(f"{folder}: {len(paths)} image(s) found, at least 2 are needed (files ending in {kinds})")
+    return paths
+
+
+def load_train(data_dir: str | Path, category: str, size: tuple[int, int], workers: int) -> Tensor:
+    """The normal training images of a category: (N, 3, H, W) uint8. size: (H, W)."""
+    return load_images(train_paths(data_dir, category), size, workers)
+
+
+def load_test(data_dir: str | Path, category: str, size: tuple[int, int], workers: int) -> TestSet:
+    """The test images of a category. size: (H, W). Masks are paired and their sizes compared, not decoded.
+
+    Raises InputError if the test folder is missing or empty, an image is bad, or a mask has another size than its
+    image.
+    """
+    folder = Path(data_dir) / category / "test"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; evaluation needs test/{GOOD} and a folder for each defect type")
+    kinds = sorted((p.name for p in folder.iterdir() if p.is_dir()), key=lambda name: (name != GOOD, name))
+    paths = [path for kind in kinds for path in find_images(folder / kind)]
+    if not paths:
+        raise InputError(f"{folder}: no image in its folders; evaluation needs test/{GOOD} and the defect types")
+    masks = [find_mask(path) for path in paths]
+    for path, mask in zip(paths, masks):
+        if mask is not None and (a := read_size(mask)) != (b := read_size(path)):
+            raise InputError(f"{mask}: mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}; make them equal")
+    types = [path.parent.name for path in paths]
+    labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
+    return TestSet(load_images(paths, size, workers), labels, types, paths, masks)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder by name; hidden files (macOS leaves ``._x.png``) and sub-folders are not."""
+    names = sorted(os.listdir(folder))
+    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+
+
+def find_mask(path: Path) -> Path | None:
+    """The ground truth of test/<defect type>/<name>: ground_truth/<defect type>/<name>_mask or <name>, any suffix."""
+    if path.parent.name == GOOD:
+        return None
+    folder = path.parents[2] / "ground_truth" / path.parent.name
+    for stem in (f"{path.stem}_mask", path.stem):
+        for suffix in (path.suffix, *IMAGE_SUFFIXES, *(s.upper() for s in IMAGE_SUFFIXES)):
+            if (candidate := folder / (stem + suffix)).is_file():
+                return candidate
+    return None
+
+
+def load_images(paths: Sequence[Path], size: tuple[int, int], workers: int) -> Tensor:
+    """Decode and resize in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of ``paths``."""
+    images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+
+    def decode_into(index: int) -> None:
+        images[index] = torch.from_numpy(decode(paths[index], size)).permute(2, 0, 1)
+
+    _for_each(decode_into, len(paths), workers)
+    return images
+
+
+def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
+    """Ground truth of the test images: (M, H, W) uint8 in {0, 1}, 1 is defective; all 0 where there is no mask."""
+    masks = torch.zeros(len(test.paths), *size, dtype=torch.uint8)
+
+    def decode_into(index: int) -> None:
+        if (path := test.mask_paths[index]) is not None:
+            with _opened(path) as image:
+                mask = image.convert("L").point(lambda value: 255 if value else 0)
+                masks[index] = torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST)) > 0)
+
+    _for_each(decode_into, len(test.paths), workers)
+    return masks
+
+
+def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
+    """work(0) ... work(count - 1); the error of the lowest index is raised, whatever the number of threads."""
+    if workers == 0:
+        for index in range(count):
+            work(index)
+        return
+    with ThreadPoolExecutor(workers) as pool:  # threads suffice: Pillow decodes and resizes outside the GIL
+        futures = [pool.submit(work, index) for index in range(count)]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """One image file as RGB: (H, W, 3) uint8, resized to ``size`` = (H, W) with an anti-aliased bilinear filter.
+
+    Turned upright by its EXIF tag; 16-bit and float images brought to 8 bits; transparent pixels laid on white.
+    Raises InputError, with the path, if the file is missing, truncated or no image.
+    """
+    with _opened(path) as image:
+        image = _to_rgb(ImageOps.exif_transpose(image), path)
+        if size is not None and image.size != size[::-1]:
+            image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        return np.array(image)
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) of an image file as it will be decoded, from its header alone."""
+    with _opened(path, load=False) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientations that swap the sides
+        return (width, height) if turned else (height, width)
+
+
+class _opened:
+    """``with _opened(path) as image``: every way in which a file is no image becomes an InputError."""
+
+    def __init__(self, path: str | Path, load: bool = True) -> None:
+        self.path, self.load = path, load
+
+    def __enter__(self) -> Image.Image:
+        try:
+            self.image = Image.open(self.path)
+            if self.load:
+                self.image.load()
+        except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+            if isinstance(error, PermissionError | FileNotFoundError):
+                raise InputError(f"{self.path}: {error.strerror}") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = reason.replace(f" '{self.path}'", "").replace(repr(str(self.path)), "")
+            raise InputError(f"{self.path}: not a readable image ({reason}); replace or remove it") from error
+        return self.image
+
+    def __exit__(self, *_) -> None:
+        self.image.close()
+
+
+def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits; Pillow also reads some as 32-bit integers
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise InputError(f"{path}: grey values from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise InputError(f"{path}: float values from {values.min()} to {values.max()}; save it in [0, 1] or 8 bits")
+        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
