@@ -257,7 +257,18 @@ def paste(images: Tensor, params: PasteParams) -> Tensor:
     top = (params.center_y - half_h).floor().clamp(0, height - tile_h)
     radians = params.angle.deg2rad()
     p = params
-    numbers = (p.width, p.height, p.source_x, p.source_y, p.center_x, p.center_y, radians.cos(), radians.sin(), left, top)
+    numbers = (
+        p.width,
+        p.height,
+        p.source_x,
+        p.source_y,
+        p.center_x,
+        p.center_y,
+        radians.cos(),
+        radians.sin(),
+        left,
+        top,
+    )
     numbers = torch.stack(numbers).to(images.device, non_blocking=True)[:, :, None, None]  # (10, B, 1, 1): one copy
     w, h, source_x, source_y, center_x, center_y, cos, sin, left, top = numbers
     rows = top + torch.arange(tile_h, device=images.device)[:, None]  # (B, h, 1)

@@ -98,7 +98,9 @@ def load_test(data_dir: str | Path, category: str, size: tuple[int, int], worker
     masks = [find_mask(path) for path in paths]
     for path, mask in zip(paths, masks):
         if mask is not None and (a := read_size(mask)) != (b := read_size(path)):
-            raise InputError(f"{mask}: mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}; make them equal")
+            raise InputError(
+                f"{mask}: mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}; make them equal"
+            )
     types = [path.parent.name for path in paths]
     labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
     return TestSet(load_images(paths, size, workers), labels, types, paths, masks)

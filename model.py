@@ -125,7 +125,9 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
     if wrong or len(state) != len(own):
         wrong += [name for name in state if name not in own]
         example = wrong[0] if wrong else "nothing in it"
-        raise WeightsError(f"{source}: not the weights of torchvision's {backbone} (for example {example} does not fit)")
+        raise WeightsError(
+            f"{source}: not the weights of torchvision's {backbone} (for example {example} does not fit)"
+        )
     network.backbone.load_state_dict(state)
 
 

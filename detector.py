@@ -1,0 +1,210 @@
+"""A finished detector: network, density and threshold as one module, and the file that holds it.
+
+Owns the file format, saving, loading, and how a network begins from its configuration. Knows nothing of folders of
+images or of training.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cutpaste import VARIANTS
+from dataset import InputError
+from density import DENSITIES, held_out_scores
+from model import BACKBONES, NORMALIZATIONS, CutPasteNet, embed, load_backbone_weights
+
+FORMAT = "cutpaste-detector"
+VERSION = 1  # raise it when an older program could no longer read the file rightly
+SUFFIX = ".pt"
+
+# What the configuration must hold for a network to be built and an image to be scored; training adds its own.
+CONFIG_KEYS = {
+    "category": str,
+    "backbone": tuple(BACKBONES),
+    "variant": tuple(VARIANTS),
+    "head_layer": int,
+    "normalize": NORMALIZATIONS,
+    "height": int,
+    "width": int,
+    "density": tuple(DENSITIES),
+    "l2": bool,
+    "false_alarm_rate": float,
+    "seed": int,
+    "pretrained": bool,
+}
+
+
+class Detector(nn.Module):
+    """Images in, anomaly scores out.
+
+    config: plain values, CONFIG_KEYS at least. made: plain values that say how it was made (command, versions, ...).
+    threshold: score above which an image is called anomalous, the (1 - false_alarm_rate) quantile of the scores that
+    normal images get from densities fitted on the other ones; NaN before ``fit``. normal_scores: those scores (N,).
+    """
+
+    def __init__(self, config: dict, network: CutPasteNet | None = None) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.made: dict = {}
+        self.network = network if network is not None else build_network(config)
+        self.density = DENSITIES[config["density"]]()
+        self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
+        self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images it takes."""
+        return self.config["height"], self.config["width"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Anomaly scores (M,) float64 of images (M, 3, H, W), uint8 or float in [0, 1], on any device.
+
+        Higher is more anomalous: the Mahalanobis distance (not squared, dimensionless), or with the density "kde" the
+        negative log density. An image's score does not depend on the others.
+        """
+        return self.density.score(self.embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (M, D) as the density takes them: pooled features, brought to length 1 where config says l2."""
+        if tuple(images.shape[1:]) != (3, *self.size):
+            raise ValueError(f"images must be (M, 3, {self.size[0]}, {self.size[1]}), got {tuple(images.shape)}")
+        embeddings = embed(self.network, images, next(self.network.parameters()).device).double()
+        return functional.normalize(embeddings, dim=1) if self.config["l2"] else embeddings
+
+    def fit(self, images: Tensor, threshold: bool = True) -> "Detector":
+        """Fit the density to normal images (N, 3, H, W); with ``threshold``, choose that too, from them alone."""
+        embeddings = self.embed(images)
+        self.density = DENSITIES[self.config["density"]]().fit(embeddings)
+        if threshold:
+            self.normal_scores = held_out_scores(self.config["density"], embeddings)
+            self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
+        return self
+
+    def refit(self, images: Tensor, density: str, l2: bool) -> "Detector":
+        """The same network with another density, fitted to ``images``; this detector stays as it is."""
+        other = Detector(self.config | {"density": density, "l2": l2}, self.network)
+        other.made = dict(self.made)
+        return other.fit(images)
+
+    def untrained(self) -> "Detector":
+        """The control: the same configuration on the network as training found it (not fitted yet)."""
+        network = initial_network(self.config).to(next(self.network.parameters()).device)
+        return Detector(self.config, network)
+
+
+def build_network(config: dict) -> CutPasteNet:
+    """The network of a configuration, its weights drawn from torch's global generator."""
+    num_classes = VARIANTS[config["variant"]].num_classes
+    network = CutPasteNet(config["backbone"], config["head_layer"], num_classes, config["normalize"])
+    return network.to(memory_format=torch.channels_last)
+
+
+def initial_network(config: dict) -> CutPasteNet:
+    """The network as training starts from it: seeded by (seed, category), ImageNet weights in place if pretrained.
+
+    Raises model.WeightsError if those cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):  # on the CPU, so that a seed means the same weights on every device
+        torch.manual_seed(category_seed(config["seed"], config["category"]))
+        network = build_network(config)
+    if config["pretrained"]:
+        load_backbone_weights(network, config["backbone"], config.get("weights"))
+    return network
+
+
+def category_seed(seed: int, category: str) -> int:
+    """A seed for one category, so that its results do not depend on the categories trained before it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{category}".encode()).digest()[:7], "big")
+
+
+# The file ---------------------------------------------------------------------------------------------------------
+
+
+def detector_path(model_dir: str | Path, category: str) -> Path:
+    return Path(model_dir) / (category + SUFFIX)
+
+
+def save(detector: Detector, path: str | Path) -> None:
+    """Write a detector file, whole or not at all. Raises OSError if it cannot be written."""
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": detector.config,
+        "made": detector.made,
+        "network": detector.network.state_dict(),
+        "density": detector.density.state_dict(),
+        "threshold": detector.threshold,
+        "normal_scores": detector.normal_scores,
+    }
+    save_file(content, path)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
+    """Read a detector file onto ``device``, wherever it was made.
+
+    Raises InputError if the file is missing, damaged, not a detector, of a newer format, or under a name that is not
+    its category's.
+    """
+    content = load_file(path, "detector")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a detector file of this project; make one with run_training.py")
+    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
+        raise InputError(
+            f"{path}: detector format {content.get('version')}, this program reads up to {VERSION}; update the program"
+        )
+    config = content.get("config")
+    for key, allowed in CONFIG_KEYS.items():
+        value = config.get(key) if isinstance(config, dict) else None
+        if not (value in allowed if isinstance(allowed, tuple) else isinstance(value, allowed)):
+            raise InputError(f"{path}: damaged detector file ({key} is {value!r}); train it again")
+    if config["category"] != Path(path).stem:
+        raise InputError(
+            f"{path}: the detector of category {config['category']!r} under another name; rename it back, "
+            "a detector is only right for its own category"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            detector = Detector(config)
+        detector.network.load_state_dict(content["network"])
+        for name, value in content["density"].items():
+            detector.density.get_buffer(name)  # AttributeError for a name that the density does not have
+            setattr(detector.density, name, value)
+        detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
+        detector.made = dict(content["made"])
+        return detector.to(device).eval()
+    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
+
+
+def save_file(content: dict, path: str | Path) -> None:
+    """Write tensors and plain values to ``path``: to a temporary name first, flushed, then put in place."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # to memory: torch's own writer hides a full disk behind a RuntimeError
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot be written ({error.strerror}); nothing was replaced", str(path)) from error
+
+
+def load_file(path: str | Path, what: str) -> object:
+    """Read what ``save_file`` wrote, onto the CPU. Raises InputError, naming the file, if that is not possible."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error

@@ -1,0 +1,238 @@
+"""Score the test images of each category and say how well the detectors tell normal from anomalous.
+
+Reads detectors from --model_dir and images from --data_dir; writes tables and plots to --eval_dir/<name of
+model_dir>/ and one AUC line per category to stdout. Trains nothing, changes no detector.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import options
+from dataset import InputError, TestSet, choose_categories, load_test, load_train
+from detector import SUFFIX, Detector, detector_path, load
+from metrics import auroc, image_metrics
+from options import say
+
+SAMPLE_VIEWS = 60  # normal test images whose augmented views enter the t-SNE plot, at most
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = options.new_parser(
+        "Evaluate trained detectors: AUROC per category on stdout, tables and plots in Eval/.",
+        "The AUROC needs normal and anomalous images in test/. Nothing here chooses a model or a threshold.",
+    )
+    options.add_data_flags(parser)
+    options.add_density_flags(parser, density=None, l2=None)
+    options.add_network_flags(parser, defaults=None)
+    parser.add_argument("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
+    parser.add_argument("--save_plots", type=options.zero_or_one, default=True, metavar="0|1", help="default: 1")
+    parser.add_argument(
+        "--control",
+        type=options.zero_or_one,
+        default=False,
+        metavar="0|1",
+        help="also score the network as training found it, with the same density (default: 0)",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = options.choose_device(args.cuda)
+    categories = find_work(args.model_dir, args.data_dir, args.type)
+    detectors = [open_detector(args, category, device) for category in categories]  # all, before any hour is spent
+    out_dir = Path(args.eval_dir) / Path(args.model_dir).resolve().name
+    out_dir.mkdir(parents=True, exist_ok=True)
+
+    rows, score_rows = [], []
+    for detector in detectors:
+        row, scores = evaluate_category(args, detector, device, out_dir)
+        rows.append(row)
+        score_rows += scores
+        write_table(rows, out_dir / "results.csv")
+        write_table(score_rows, out_dir / "scores.csv")
+    print_average(rows)
+    if args.save_plots:
+        import plots
+
+        known = [row for row in rows if row["image_auroc"] is not None]
+        if known:
+            controls = [row["control_auroc"] for row in known] if args.control else None
+            names = [row["category"] for row in known]
+            figure = plots.summary(names, [row["image_auroc"] for row in known], controls)
+            plots.save(figure, out_dir / "summary.png")
+    say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
+
+
+# What there is to do ----------------------------------------------------------------------------------------------
+
+
+def find_work(model_dir: str, data_dir: str, names: list[str]) -> list[str]:
+    """The categories to evaluate: those asked for, or each with both a detector and images; others are named."""
+    folder = Path(model_dir)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; train first, or name the folder of detectors with --model_dir")
+    trained = sorted(p.stem for p in folder.glob("*" + SUFFIX) if not p.name.startswith("."))
+    found = choose_categories(data_dir, names)
+    if names != ["all"]:
+        missing = [name for name in found if name not in trained]
+        if missing:
+            raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
+        return found
+    for name in trained:
+        if name not in found:
+            say(f"{name}: has a detector in {folder} but no images in {data_dir}; not evaluated")
+    for name in found:
+        if name not in trained:
+            say(f"{name}: has images in {data_dir} but no detector in {folder}; not evaluated")
+    both = [name for name in found if name in trained]
+    if not both:
+        raise InputError(f"{folder}: no detector for any category of {data_dir}; train one with run_training.py")
+    return both
+
+
+def open_detector(args: argparse.Namespace, category: str, device: torch.device) -> Detector:
+    """Load one detector and hold the given flags against it. Raises InputError on a contradiction."""
+    path = detector_path(args.model_dir, category)
+    detector = load(path, device)
+    given = {"variant": args.variant, "head_layer": args.head_layer, "normalize": args.normalize}
+    if args.size is not None:
+        given["height"], given["width"] = args.size
+    for name, value in given.items():
+        own = detector.config[name]
+        if value is not None and value != own:
+            flag = "size" if name in ("height", "width") else name
+            raise InputError(f"--{flag}: {name} {value} was asked for, but {path} has {own}; leave the flag out")
+    return detector
+
+
+# Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(detector: Detector, test: TestSet) -> tuple[np.ndarray, dict[str, float]]:
+    """Scores (M,) float64 of the test images, higher is more anomalous, and the image metrics (empty if the test
+    images are all normal or all anomalous)."""
+    scores = detector(test.images).cpu().numpy()
+    both = 0 < test.labels.sum() < len(test.labels)
+    return scores, image_metrics(test.labels, scores) if both else {}
+
+
+def evaluate_category(
+    args: argparse.Namespace, detector: Detector, device: torch.device, out_dir: Path
+) -> tuple[dict, list[dict]]:
+    """Score one category, print its line, draw its plots. Returns its row of results.csv and its rows of scores.csv."""
+    category = detector.config["category"]
+    train = None
+    if args.density is not None or args.l2 is not None or args.control:
+        train = load_train(args.data_dir, category, detector.size, args.workers)
+    if args.density is not None or args.l2 is not None:
+        density = args.density or detector.config["density"]
+        l2 = detector.config["l2"] if args.l2 is None else args.l2
+        detector = detector.refit(train, density, l2)
+    test = load_test(args.data_dir, category, detector.size, args.workers)
+    scores, metrics = evaluate(detector, test)
+    control = None
+    if args.control:
+        control, _ = evaluate(detector.untrained().fit(train), test)
+
+    if metrics:
+        print(f"{category} AUC: {metrics['image_auroc']}", flush=True)
+        if control is not None:
+            print(f"{category} untrained AUC: {auroc(test.labels, control)}", flush=True)
+    else:
+        kind = "anomalous" if not test.labels.any() else "normal"
+        say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
+    if args.save_plots:
+        draw(detector, test, scores, control, out_dir / category)
+    return result_row(detector, test, scores, metrics, control), score_table(args.data_dir, detector, test, scores)
+
+
+def print_average(rows: list[dict]) -> None:
+    for column, name in (("image_auroc", "average AUC"), ("control_auroc", "average untrained AUC")):
+        values = [row[column] for row in rows if row.get(column) is not None]
+        if values:
+            print(f"{name}: {float(np.mean(values))}", flush=True)
+
+
+def result_row(
+    detector: Detector, test: TestSet, scores: np.ndarray, metrics: dict, control: np.ndarray | None
+) -> dict:
+    """One row of results.csv: figures as fractions, counts, and how detector and figures were made."""
+    normal, anomalous = test.labels == 0, test.labels == 1
+    above = scores > detector.threshold.item()
+    row = {"category": detector.config["category"]}
+    row |= {name: metrics.get(name) for name in ("image_auroc", "image_auprc", "best_f1")}
+    row["control_auroc"] = None if control is None or not metrics else auroc(test.labels, control)
+    row |= {
+        "test_normal": int(normal.sum()),
+        "test_anomalous": int(anomalous.sum()),
+        "threshold": detector.threshold.item(),
+        "normal_above_threshold": int(above[normal].sum()),
+        "anomalous_above_threshold": int(above[anomalous].sum()),
+    }
+    row |= {name: value for name, value in detector.config.items() if name not in row}
+    made = {("train_command" if name == "command" else name): value for name, value in detector.made.items()}
+    return row | made | {"eval_command": options.command_line(), "eval_torch": str(torch.__version__)}
+
+
+def score_table(data_dir: str, detector: Detector, test: TestSet, scores: np.ndarray) -> list[dict]:
+    """Rows of scores.csv. Paths are relative to the data folder."""
+    return [
+        {
+            "category": detector.config["category"],
+            "path": path.relative_to(data_dir).as_posix(),
+            "label": int(label),
+            "defect_type": kind,
+            "score": float(score),
+        }
+        for path, label, kind, score in zip(test.paths, test.labels, test.defect_types, scores)
+    ]
+
+
+def write_table(rows: list[dict], path: Path) -> None:
+    import pandas
+
+    pandas.DataFrame(rows).to_csv(path, index=False)
+
+
+# Plots ------------------------------------------------------------------------------------------------------------
+
+
+def draw(detector: Detector, test: TestSet, scores: np.ndarray, control: np.ndarray | None, folder: Path) -> None:
+    """ROC curve, score histogram and t-SNE plot of one category."""
+    import plots
+
+    category, kind = detector.config["category"], detector.config["density"]
+    if len(set(test.labels.tolist())) == 2:
+        plots.save(plots.roc(category, test.labels, scores, control), folder / "roc.png")
+    unit = "negative log density" if kind == "kde" else "Mahalanobis distance (higher is more anomalous)"
+    threshold, rate = detector.threshold.item(), detector.config["false_alarm_rate"]
+    figure = plots.score_histogram(category, scores, test.defect_types, threshold, rate, unit)
+    plots.save(figure, folder / "histogram.png")
+    embeddings, groups = sample_views(detector, test)
+    if len(embeddings) > 3:
+        plots.save(plots.tsne(category, embeddings, groups), folder / "tsne.png")
+
+
+def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[str]]:
+    """Embeddings of the test images and of CutPaste views of the normal ones, which the network has never seen, and
+    the group of each."""
+    from cutpaste import VARIANTS, apply, make_params
+
+    parts = [detector.embed(test.images)]
+    groups = ["anomalous" if label else "normal" for label in test.labels]
+    normal = test.images[torch.from_numpy(test.labels == 0)][:SAMPLE_VIEWS]
+    if len(normal):
+        generator = torch.Generator().manual_seed(0)
+        variant = detector.config["variant"]
+        views, labels = apply(normal, make_params(variant, len(normal), *detector.size, generator))
+        names = {"patch": "CutPaste", "scar": "CutPaste-Scar", "patch or scar": "CutPaste or Scar"}
+        parts.append(detector.embed(views[labels > 0]))
+        groups += [names[VARIANTS[variant].views[label]] for label in labels[labels > 0].tolist()]
+    return torch.cat(parts).cpu().numpy(), groups
+
+
+if __name__ == "__main__":
+    options.run_script(main, get_parser())

@@ -1,0 +1,173 @@
+"""The flags that two or more scripts share, their types, and what a script does with an error.
+
+Owns how the command line looks and the exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 / 143
+interrupted. Draws nothing, reads no image.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from cutpaste import VARIANTS
+from dataset import InputError
+from density import DENSITIES
+from model import NORMALIZATIONS, WeightsError
+
+
+def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows defaults and takes no shortened flags (``--epoch`` for ``--epochs`` hides a mistake)."""
+    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_dir", default="Data", metavar="DIR", help="folder of the categories (default: Data)")
+    parser.add_argument(
+        "--type",
+        type=names,
+        default=["all"],
+        metavar="NAMES",
+        help="categories, separated by commas, or 'all' (default)",
+    )
+    parser.add_argument(
+        "--model_dir", default="models", metavar="DIR", help="folder of the detectors (default: models)"
+    )
+    parser.add_argument("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
+    parser.add_argument(
+        "--workers",
+        type=whole(0),
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="threads that decode images; 0: none beside the main one (default: one per core, 8 at most)",
+    )
+
+
+def add_network_flags(parser: argparse.ArgumentParser, defaults: dict | None) -> None:
+    """What makes up the network. defaults None: each flag is None unless given, to be held against the detector."""
+
+    def add(flag: str, help: str, **kwargs) -> None:
+        default = None if defaults is None else defaults[flag]
+        note = "must agree with the detector, if given" if defaults is None else "default: %(default)s"
+        parser.add_argument(f"--{flag}", default=default, help=f"{help} ({note})", **kwargs)
+
+    add("variant", "augmentation that normal images are told from", choices=tuple(VARIANTS))
+    add("head_layer", "layers of 512 in the projection head", type=whole(0), metavar="N")
+    add("size", "image size, a side or WIDTHxHEIGHT, in pixels", type=size, metavar="S|WxH")
+    add("normalize", "input normalisation: ImageNet's statistics, or each image's own", choices=NORMALIZATIONS)
+
+
+def add_density_flags(parser: argparse.ArgumentParser, density: str | None, l2: bool | None) -> None:
+    again = "; given: fit it anew to train/good (default: the detector's own)" if density is None else ""
+    shown = "" if density is None else f" (default: {density})"
+    parser.add_argument("--density", choices=tuple(DENSITIES), default=density, help=f"density{again}{shown}")
+    shown = "" if l2 is None else f" (default: {int(l2)})"
+    parser.add_argument(
+        "--l2", type=zero_or_one, default=l2, metavar="0|1", help=f"bring embeddings to length 1 first{again}{shown}"
+    )
+
+
+# Types ------------------------------------------------------------------------------------------------------------
+
+
+def names(text: str) -> list[str]:
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found or any("/" in name or "\\" in name or name in (".", "..") for name in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: names of categories, separated by commas")
+    return found
+
+
+def zero_or_one(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r}: 0 or 1")
+    return text == "1"
+
+
+def size(text: str) -> tuple[int, int]:
+    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: a side such as 256, or WIDTHxHEIGHT such as 256x192")
+    width, height = int(parts[0]), int(parts[-1])
+    if not (32 <= width <= 4096 and 32 <= height <= 4096):
+        raise argparse.ArgumentTypeError(f"{text!r}: each side lies in 32..4096 pixels")
+    return height, width
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number, at least {least}")
+        return value
+
+    return parse
+
+
+def number(least: float, most: float) -> Callable[[str], float]:
+    """A float from ``least`` to ``most``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number from {least:g} to {most:g}")
+        return value
+
+    return parse
+
+
+# Running ----------------------------------------------------------------------------------------------------------
+
+
+def choose_device(cuda: bool) -> torch.device:
+    """The device of ``--cuda``. Raises InputError if it is not there."""
+    if cuda and not torch.cuda.is_available():
+        raise InputError("--cuda 1: torch sees no CUDA device on this machine; use --cuda 0")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def command_line() -> str:
+    """The command as typed, without the path of the interpreter."""
+    import shlex
+
+    return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def say(text: str) -> None:
+    """A message for the person at the shell: stderr, past any progress bar. stdout is for data."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
+    args = parser.parse_args()
+    try:
+        main(args)
+        sys.stdout.flush()
+    except (InputError, WeightsError) as error:
+        fail(parser.prog, str(error))
+    except torch.cuda.OutOfMemoryError:
+        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
+    except BrokenPipeError:  # the reader of stdout went away (| head): nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        fail(parser.prog, f"{name}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(prog: str, message: str) -> None:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,136 @@
+"""Every figure. Numbers and images in, PNG files (or a matplotlib Figure) out.
+
+The only module that imports matplotlib or seaborn; computes nothing but what drawing needs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import seaborn
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.metrics import roc_auc_score, roc_curve
+
+NORMAL_COLOR = "#2a6fbb"
+ANOMALY_COLOR = "#c8402f"
+VIEW_COLORS = ("#e8a33d", "#6aa84f")
+DPI = 120
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+
+
+def new_axes(width: float, height: float):
+    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    seaborn.despine(ax=axes)
+    return figure, axes
+
+
+def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Figure:
+    """A sheet of samples. images: (R, C, H, W, 3) in [0, 1], a row an image, a column a view of it."""
+    count, views, height, width = images.shape[:4]
+    cell = 1.7
+    figure = Figure(figsize=(cell * views + 0.4, cell * height / width * count + 0.4), layout="constrained")
+    grid = figure.subplots(count, views, squeeze=False)
+    for row, axes_row in enumerate(grid):
+        for column, axes in enumerate(axes_row):
+            axes.imshow(images[row, column].clip(0, 1))
+            axes.set(xticks=[], yticks=[])
+            if row == 0:
+                axes.set_title(columns[column], fontsize=10)
+        axes_row[0].set_ylabel(rows[row], fontsize=9)
+    return figure
+
+
+def roc(category: str, labels: np.ndarray, scores: np.ndarray, control: np.ndarray | None = None) -> Figure:
+    """ROC curve of labels (M,) in {0, 1} and scores (M,); control: scores of the untrained network, drawn dashed."""
+    figure, axes = new_axes(5, 4.6)
+    axes.plot([0, 1], [0, 1], color="0.75", linestyle=":", label="chance")
+    for values, name, style, color in (
+        (control, "untrained network", "--", "0.45"),
+        (scores, "detector", "-", ANOMALY_COLOR),
+    ):
+        if values is not None:
+            false_alarms, found, _ = roc_curve(labels, values)
+            area = roc_auc_score(labels, values)
+            axes.plot(false_alarms, found, style, color=color, linewidth=2, label=f"{name}, AUROC {area:.3f}")
+    axes.set(
+        xlabel="share of normal images called anomalous",
+        ylabel="share of anomalous images found",
+        title=f"{category}: ROC curve",
+        xlim=(-0.01, 1.01),
+        ylim=(-0.01, 1.01),
+        aspect="equal",
+    )
+    axes.legend(loc="lower right", frameon=True)
+    return figure
+
+
+def score_histogram(
+    category: str, scores: np.ndarray, defect_types: Sequence[str], threshold: float, rate: float, unit: str
+) -> Figure:
+    """Test scores (M,), normal against each defect type, one strip a type, and the threshold of the detector."""
+    kinds = list(dict.fromkeys(defect_types))
+    figure = Figure(figsize=(6.6, 0.9 * len(kinds) + 1.2), layout="constrained")
+    with seaborn.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}):
+        grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
+    for axes, kind in zip(grid, kinds):
+        own = scores[np.array(defect_types) == kind]
+        color = NORMAL_COLOR if kind == "good" else ANOMALY_COLOR
+        axes.hist(own, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
+        axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
+        name = "normal" if kind == "good" else kind.replace("_", " ")
+        above = (own > threshold).sum()
+        axes.text(0.995, 0.86, f"{name}: {above} of {len(own)} above", transform=axes.transAxes, ha="right", va="top")
+        axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
+        axes.grid(axis="x", visible=False)
+        seaborn.despine(ax=axes)
+    grid[0].set_title(f"{category}: scores of the test images; dashed: threshold for {rate:.0%} false alarms")
+    grid[-1].set_xlabel(unit)
+    figure.supylabel("images", fontsize=10)
+    return figure
+
+
+def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure:
+    """t-SNE of embeddings (N, D), one colour a group, as in the paper's Figure 3."""
+    perplexity = min(30.0, (len(embeddings) - 1) / 3)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings.astype(np.float32))
+    figure, axes = new_axes(6, 5)
+    palette = {"normal": NORMAL_COLOR, "anomalous": ANOMALY_COLOR}
+    views = [name for name in dict.fromkeys(groups) if name not in palette]
+    palette |= dict(zip(views, VIEW_COLORS))
+    # the order of drawing: what was made up below what is real
+    for name in [*views, "normal", "anomalous"]:
+        own = points[np.array(groups) == name]
+        axes.scatter(own[:, 0], own[:, 1], s=22, color=palette[name], edgecolor="white", linewidth=0.4, label=name)
+    axes.set(title=f"{category}: t-SNE of test images and their augmented views", xticks=[], yticks=[])
+    axes.set(xlabel="t-SNE, no unit", ylabel="t-SNE, no unit")
+    axes.legend(loc="best", frameon=True, fontsize=9)
+    return figure
+
+
+def summary(categories: Sequence[str], values: Sequence[float], controls: Sequence[float] | None = None) -> Figure:
+    """Image AUROC (fractions) of each category and their mean, in percent; the control as a mark."""
+    names = [*categories, "average"]
+    percent = 100 * np.append(values, np.mean(values))
+    figure, axes = new_axes(6.4, 0.38 * len(names) + 1.3)
+    colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]
+    axes.barh(names, percent, color=colors, height=0.65)
+    left = 0
+    if controls is not None:
+        marks = 100 * np.append(controls, np.mean(controls))
+        axes.scatter(marks, names, marker="|", s=160, linewidth=2.5, color=ANOMALY_COLOR, label="untrained network")
+        axes.legend(loc="lower left", frameon=True)
+    for row, value in enumerate(percent):
+        axes.text(value + 0.6, row, f"{value:.1f}", va="center", fontsize=9)
+    axes.axvline(50, color="0.6", linestyle=":", linewidth=1)
+    axes.set(xlim=(left, 108), xticks=range(0, 101, 10), xlabel="image AUROC, percent", title="Image AUROC by category")
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    return figure

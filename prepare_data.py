@@ -1,0 +1,348 @@
+"""Public data sets and a user's own photographs -> folders in the MVTec AD layout.
+
+Writes new categories into --data_dir and never touches one that is there. Draws random numbers only from fixed seeds,
+so that everybody gets the same split.
+"""
+
+import argparse
+import math
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import options
+from dataset import GOOD, InputError, decode, find_images, find_mask
+from options import say
+
+# Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
+MVTEC_COUNTS = {
+    "bottle": (209, 83),
+    "cable": (224, 150),
+    "capsule": (219, 132),
+    "carpet": (280, 117),
+    "grid": (264, 78),
+    "hazelnut": (391, 110),
+    "leather": (245, 124),
+    "metal_nut": (220, 115),
+    "pill": (267, 167),
+    "screw": (320, 160),
+    "tile": (230, 117),
+    "toothbrush": (60, 42),
+    "transistor": (213, 100),
+    "wood": (247, 79),
+    "zipper": (240, 151),
+}
+ELPV_TYPES = {"mono": "monocrystalline", "poly": "polycrystalline"}
+TEXTURES = ("brick", "grass", "gravel")  # 512 x 512 grey photographs in scikit-image's wheel
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = options.new_parser("Bring images into the layout that training and evaluation read.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.add_argument("--data_dir", default="Data", metavar="DIR", help="where categories go (default: Data)")
+        return sub
+
+    mvtec = command("mvtec", "unpack MVTec AD and compare it with the official numbers of images")
+    mvtec.add_argument("source", help="the .tar.xz or .zip archive, or a folder that is unpacked already")
+
+    elpv = command("elpv", "solar cells from the package elpv-dataset (CC BY-NC-SA 4.0)")
+    elpv.add_argument("--cells", choices=tuple(ELPV_TYPES), default="mono", help="kind of cell (default: mono)")
+    elpv.add_argument("--name", metavar="NAME", help="name of the category (default: solar_<kind of cell>)")
+    elpv.add_argument(
+        "--held_out",
+        type=options.number(0.01, 0.9),
+        default=0.25,
+        help="share of normal cells for test (default: 0.25)",
+    )
+    elpv.add_argument("--seed", type=options.whole(0), default=0, help="seed of the split (default: 0)")
+
+    folder = command("folder", "a category from your own photographs")
+    folder.add_argument("--good", required=True, metavar="DIR", help="photographs of good parts")
+    folder.add_argument("--bad", metavar="DIR", help="photographs of bad parts, or a folder for each type of defect")
+    folder.add_argument("--name", metavar="NAME", help="name of the category (default: the name of the --good folder)")
+    folder.add_argument(
+        "--held_out", type=options.number(0, 0.9), default=0.2, help="share of good photographs for test (default: 0.2)"
+    )
+    folder.add_argument("--seed", type=options.whole(0), default=0, help="seed of the split (default: 0)")
+
+    textures = command("textures", "small categories from scikit-image's textures, with drawn defects and masks")
+    textures.add_argument("--size", type=options.whole(32), default=64, help="side of the images (default: 64)")
+    textures.add_argument("--train", type=options.whole(2), default=24, help="training images (default: 24)")
+    textures.add_argument("--test", type=options.whole(1), default=8, help="test images a defect type (default: 8)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    data_dir = Path(args.data_dir)
+    {"mvtec": mvtec, "elpv": elpv, "folder": folder, "textures": textures}[args.command](args, data_dir)
+
+
+@contextmanager
+def new_category(data_dir: Path, name: str) -> Iterator[Path]:
+    """A temporary folder that becomes data_dir/name when the block ends well. Raises InputError if that exists."""
+    target = data_dir / name
+    if target.exists():
+        raise InputError(f"{target}: is there already and is left alone; remove it or choose another --data_dir")
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-") as temporary:
+        building = Path(temporary) / name
+        building.mkdir()
+        yield building
+        building.rename(target)
+    counts = {
+        f"{split.name}/{kind.name}": len(find_images(kind))
+        for split in (target / "train", target / "test")
+        if split.is_dir()
+        for kind in sorted(split.iterdir())
+    }
+    say(f"wrote {target}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+
+
+# MVTec AD ---------------------------------------------------------------------------------------------------------
+
+
+def mvtec(args: argparse.Namespace, data_dir: Path) -> None:
+    """Unpack if it is an archive, then verify. Raises InputError if an image or a mask is missing."""
+    source = Path(args.source)
+    if source.is_dir():
+        root = source
+    elif source.is_file():
+        unpack(source, data_dir)
+        root = data_dir
+    else:
+        raise InputError(f"{source}: no such file or folder")
+    problems, complete = [], 0
+    for name, counts in MVTEC_COUNTS.items():
+        if not (root / name).is_dir():
+            say(f"{name}: not there")
+            continue
+        found = verify(root / name, *counts)
+        say(f"{name}: {'complete' if not found else '; '.join(found)}")
+        problems += [f"{name}: {problem}" for problem in found]
+        complete += not found
+    say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}")
+    if problems:
+        raise InputError(
+            f"{root}: {len(problems)} problem(s), the first: {problems[0]}; unpack the official archive anew"
+        )
+    if not complete:
+        raise InputError(f"{root}: no category of MVTec AD in it; it should hold folders such as bottle/train/{GOOD}")
+
+
+def unpack(archive: Path, data_dir: Path) -> None:
+    """Unpack the categories of an archive beside each other. No file leaves the folder, no category is overwritten."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-") as temporary:
+        say(f"unpacking {archive}")
+        try:
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as file:
+                    for member in file.namelist():
+                        refuse_escape(archive, member)
+                    file.extractall(temporary)
+            else:
+                with tarfile.open(archive) as file:
+                    for member in file:
+                        refuse_escape(archive, member.name)
+                        if not (member.isfile() or member.isdir()):
+                            raise InputError(f"{archive}: {member.name!r} is a link or device; nothing was unpacked")
+                        member.mode = 0o755 if member.isdir() else 0o644
+                        file.extract(member, temporary, set_attrs=False)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{archive}: cannot be unpacked ({error}); download it again") from error
+        found = sorted({p.parent.parent for p in Path(temporary).rglob(f"train/{GOOD}") if p.is_dir()})
+        if not found:
+            raise InputError(f"{archive}: no category in it (a folder with train/{GOOD})")
+        for category in found:
+            if (data_dir / category.name).exists():
+                raise InputError(
+                    f"{data_dir / category.name}: is there already and is left alone; nothing was unpacked"
+                )
+        for category in found:
+            category.rename(data_dir / category.name)
+
+
+def refuse_escape(archive: Path, member: str) -> None:
+    """Raises InputError for a member whose path would lead out of the folder it is unpacked in."""
+    parts = member.replace("\\", "/").split("/")
+    if member.startswith(("/", "\\")) or ".." in parts or (len(member) > 1 and member[1] == ":"):
+        raise InputError(f"{archive}: {member!r} would be written outside the folder; nothing was unpacked")
+
+
+def verify(folder: Path, train: int, test: int) -> list[str]:
+    """What is wrong with a category, against its official numbers; every anomalous image needs a mask."""
+    problems = []
+    for split, expected in (("train", train), ("test", test)):
+        kinds = [p for p in (folder / split).iterdir() if p.is_dir()] if (folder / split).is_dir() else []
+        images = [image for kind in kinds for image in find_images(kind)]
+        if len(images) != expected:
+            problems.append(f"{split} has {len(images)} images instead of {expected}")
+        if split == "test":
+            bare = [image for image in images if image.parent.name != GOOD and find_mask(image) is None]
+            if bare:
+                example = bare[0].relative_to(folder)
+                problems.append(f"{len(bare)} mask(s) missing in ground_truth, the first for {example}")
+    return problems
+
+
+# Solar cells ------------------------------------------------------------------------------------------------------
+
+
+def elpv(args: argparse.Namespace, data_dir: Path) -> None:
+    """Defect probability 0 is normal, 1 is anomalous; the cells that the experts disagreed on are left out.
+
+    Buerhop-Lopez et al., "A benchmark for visual identification of defective solar cells in electroluminescence
+    imagery", EU PVSEC 2018.
+    """
+    try:
+        from elpv_dataset.utils import load_dataset
+    except ImportError as error:
+        raise InputError("the package elpv-dataset is not installed: pip install elpv-dataset") from error
+    images, probability, kinds = load_dataset()  # (N, 300, 300) uint8, (N,), (N,)
+    own = kinds == args.cells
+    normal, bad = np.flatnonzero(own & (probability == 0)), np.flatnonzero(own & (probability == 1))
+    train, held_out = split(normal, args.held_out, args.seed)
+    with new_category(data_dir, args.name or f"solar_{args.cells}") as target:
+        for folder, members in (
+            (f"train/{GOOD}", train),
+            (f"test/{GOOD}", held_out),
+            ("test/defective", bad),
+        ):
+            (target / folder).mkdir(parents=True)
+            for index in members:
+                Image.fromarray(images[index]).save(target / folder / f"cell{index + 1:04d}.png")
+
+
+def split(items: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items to train on and items held out, each in the order given; which is which is drawn from ``seed``."""
+    chosen = np.random.default_rng(seed).permutation(len(items)) < round(held_out * len(items))
+    return items[~chosen], items[chosen]
+
+
+# Own photographs --------------------------------------------------------------------------------------------------
+
+
+def folder(args: argparse.Namespace, data_dir: Path) -> None:
+    """Copy photographs, unchanged. Every one is decoded once first, so that a bad file is found now."""
+    good = list_photographs(Path(args.good), "--good")
+    if len(good) < 2:
+        raise InputError(f"{args.good}: {len(good)} photograph(s) found, at least 2 are needed (--good)")
+    train, held_out = split(np.arange(len(good)), args.held_out, args.seed)
+    if len(train) < 2:
+        raise InputError(f"--held_out {args.held_out}: leaves {len(train)} of {len(good)} photographs to train on")
+    plan = {f"train/{GOOD}": [good[i] for i in train], f"test/{GOOD}": [good[i] for i in held_out]}
+    if args.bad is not None:
+        bad = Path(args.bad)
+        loose = list_photographs(bad, "--bad")
+        kinds = {p.name: find_images(p) for p in sorted(bad.iterdir()) if p.is_dir()}
+        plan |= {f"test/{name}": paths for name, paths in kinds.items() if paths}
+        if loose:
+            plan["test/bad"] = plan.get("test/bad", []) + loose
+        if f"test/{GOOD}" in (f"test/{name}" for name in kinds):
+            raise InputError(f"{bad / GOOD}: a folder named {GOOD!r} among the defects; rename or remove it")
+        if not any(kinds.values()) and not loose:
+            raise InputError(f"{bad}: no photograph found (--bad)")
+    with new_category(data_dir, args.name or Path(args.good).resolve().name) as target:
+        for place, paths in plan.items():
+            if paths:
+                (target / place).mkdir(parents=True)
+            for path in paths:
+                decode(path)
+                shutil.copyfile(path, target / place / path.name)
+
+
+def list_photographs(path: Path, flag: str) -> list[Path]:
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder ({flag})")
+    return find_images(path)
+
+
+# Textures ---------------------------------------------------------------------------------------------------------
+
+
+def textures(args: argparse.Namespace, data_dir: Path) -> None:
+    """Crops of real textures; stains, scratches and holes are drawn on crops of the half that is not trained on."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise InputError("the package scikit-image is not installed: pip install scikit-image") from error
+    for number, name in enumerate(TEXTURES):
+        picture = getattr(data, name)()
+        if args.size > min(picture.shape) // 2:
+            raise InputError(f"--size {args.size}: the textures give at most {min(picture.shape) // 2}")
+        rng = np.random.default_rng(number)
+        seen, unseen = np.split(picture, 2, axis=1)
+        with new_category(data_dir, name) as target:
+            for index in range(args.train):
+                write_image(target / f"train/{GOOD}/{index:03d}.png", crop(seen, args.size, rng))
+            for index in range(args.test):
+                write_image(target / f"test/{GOOD}/{index:03d}.png", crop(unseen, args.size, rng))
+                for defect, draw in DEFECTS.items():
+                    image, mask = draw(crop(unseen, args.size, rng), rng)
+                    write_image(target / f"test/{defect}/{index:03d}.png", image)
+                    write_image(target / f"ground_truth/{defect}/{index:03d}_mask.png", mask * np.uint8(255))
+
+
+def crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square of a grey picture (H, W): (size, size) uint8."""
+    top, left = (rng.integers(0, side - size + 1) for side in picture.shape)
+    return picture[top : top + size, left : left + size]
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+
+
+def draw_stain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A bright or dark ellipse that lets the texture through. Returns image and mask {0, 1}, (H, W) uint8."""
+    mask = ellipse(image.shape, rng, 0.12, 0.22)
+    return blend(image, mask, rng.choice([30.0, 230.0]), 0.6), mask
+
+
+def draw_scratch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A thin straight line, bright or dark."""
+    size = len(image)
+    angle, length = rng.uniform(0, math.pi), rng.uniform(0.3, 0.6) * size
+    rows, cols = np.mgrid[:size, :size] - rng.uniform(0.35, 0.65, (2, 1, 1)) * size
+    along, across = cols * math.cos(angle) + rows * math.sin(angle), rows * math.cos(angle) - cols * math.sin(angle)
+    mask = ((np.abs(along) < length / 2) & (np.abs(across) < max(1.0, size / 50))).astype(np.uint8)
+    return blend(image, mask, rng.choice([10.0, 245.0]), 0.85), mask
+
+
+def draw_hole(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A smooth ellipse without texture, in the picture's own mean grey."""
+    mask = ellipse(image.shape, rng, 0.12, 0.2)
+    return blend(image, mask, float(image.mean()), 1.0), mask
+
+
+DEFECTS = {"stain": draw_stain, "scratch": draw_scratch, "hole": draw_hole}
+
+
+def ellipse(shape: tuple[int, ...], rng: np.random.Generator, least: float, most: float) -> np.ndarray:
+    """A random ellipse inside the image, radii from ``least`` to ``most`` of its side: mask (H, W) uint8."""
+    size = shape[0]
+    radii = rng.uniform(least, most, 2) * size
+    center = [rng.uniform(r, size - r) for r in radii]
+    rows, cols = np.mgrid[:size, :size]
+    return (((rows - center[0]) / radii[0]) ** 2 + ((cols - center[1]) / radii[1]) ** 2 <= 1).astype(np.uint8)
+
+
+def blend(image: np.ndarray, mask: np.ndarray, gray: float, strength: float) -> np.ndarray:
+    return np.where(mask == 1, (1 - strength) * image + strength * gray, image).round().astype(np.uint8)
+
+
+if __name__ == "__main__":
+    options.run_script(main, get_parser())
