@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cutpaste import to_float
+
 HIDDEN = 512  # width of each of the --head_layer layers
 PROJECTION = 128  # width of the layer before the output
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -141,8 +143,6 @@ def embed(network: CutPasteNet, images: Tensor, device: torch.device, batch_size
 
     The network runs in evaluation mode, so that no embedding depends on its batch, and is left in the mode it was in.
     """
-    from cutpaste import to_float
-
     training = network.training
     network.eval()
     try:

@@ -1,0 +1,30 @@
+# `make` prints the targets. PYTHON chooses the interpreter that .venv is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+
+.PHONY: help demo test lint clean
+
+help: ## print this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: .venv/installed ## install, train on photographs of solar cells, evaluate, plot (minutes)
+	test -d $(DEMO)/Data/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DEMO)/Data
+	$(BIN)/python run_training.py --data_dir $(DEMO)/Data --model_dir $(DEMO)/models --logdir $(DEMO)/logdirs \
+	  --no-pretrained --size 64 --epochs 300 --test_epochs 100
+	$(BIN)/python eval.py --data_dir $(DEMO)/Data --model_dir $(DEMO)/models --eval_dir $(DEMO)/Eval --control 1
+
+test: .venv/installed ## install, run the tests (minutes)
+	$(BIN)/python -m pytest
+
+lint: .venv/installed ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## remove what the demo made and the installed packages
+	rm -rf $(DEMO) .venv .pytest_cache .ruff_cache

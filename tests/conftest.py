@@ -1,0 +1,100 @@
+"""What the tests share: small categories of real textures, detectors trained on them, and ways to run a script."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the work is tiny: threads would cost more than they bring
+
+TINY = ["--no-pretrained", "--size", "32", "--epochs", "12", "--batch_size", "4", "--test_epochs", "-1"]
+
+
+def run(*command: object, cwd: Path | None = None, preexec=None, **env: str) -> SimpleNamespace:
+    """A script in a process of its own: returns code, out, err."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / str(command[0])), *map(str, command[1:])],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        preexec_fn=preexec,
+    )
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """A script in this process, through its own parser and error handling: returns code, out, err."""
+    from options import run_script
+
+    def call(name: str, *args: object) -> SimpleNamespace:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        capsys.readouterr()
+        parser = module.get_parser()
+        parser.prog = f"{name}.py"
+        code = 0
+        try:
+            run_script(module.main, parser)
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data folder with the categories brick, grass and gravel at 32 pixels; read only."""
+    folder = tmp_path_factory.mktemp("data") / "Data"
+    done = run("prepare_data.py", "textures", "--data_dir", folder, "--size", 32, "--train", 8, "--test", 3)
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(data, tmp_path_factory) -> Path:
+    """Detectors of brick and grass, trained for a few steps by run_training.py; read only."""
+    folder = tmp_path_factory.mktemp("trained") / "models"
+    done = train(data, folder, "--type", "brick,grass")
+    assert done.code == 0, done.err
+    assert done.out == ""
+    return folder
+
+
+def train(data: Path, folder: Path, *flags: object, **kwargs) -> SimpleNamespace:
+    """run_training.py, tiny, in a process of its own; TensorBoard's files lie beside the detectors."""
+    where = ("--data_dir", data, "--model_dir", folder, "--logdir", folder.parent / "logdirs")
+    return run("run_training.py", *where, *TINY, *flags, **kwargs)
+
+
+def one_line(done: SimpleNamespace, *words: str) -> None:
+    """Assert that a script failed with exit code 1 and one last line on stderr that has the words, no traceback."""
+    assert done.code == 1, (done.code, done.err)
+    assert "Traceback" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert "error:" in last
+    for word in words:
+        assert word in last, (word, last)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two detector files hold the same network and density, bit for bit."""
+    contents = [torch.load(path, weights_only=True) for path in (one, other)]
+    flat = [
+        {f"{part}.{name}": value for part in ("network", "density") for name, value in content[part].items()}
+        for content in contents
+    ]
+    assert flat[0].keys() == flat[1].keys()
+    assert len(flat[0]) > 100
+    return all(torch.equal(flat[0][name], flat[1][name]) for name in flat[0])

@@ -1,0 +1,286 @@
+"""run_training.py: what it writes, that it continues exactly, that nothing beside the seed matters."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import pytest
+import torch
+from conftest import ROOT, TINY, one_line, same_weights, train
+
+from dataset import InputError
+from detector import load, load_file
+from run_training import check_finite, fingerprint, get_parser, make_config
+
+WHERE = ("--data_dir", "--model_dir", "--logdir")
+
+
+def flags(data, tmp_path, *more):
+    """Flags for a run in this process."""
+    where = ["--data_dir", data, "--model_dir", tmp_path / "models", "--logdir", tmp_path / "logdirs"]
+    return [*where, *TINY, "--type", "brick", *more]
+
+
+# Continuing -------------------------------------------------------------------------------------------------------
+
+
+def start(data, folder, *more):
+    """run_training.py left running, state saved after every step."""
+    where = [data, folder, folder.parent / "logdirs"]
+    command = [sys.executable, ROOT / "run_training.py", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([str(c) for c in command], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, checkpoint, step):
+    """Wait until the saved state has reached a step."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        assert process.poll() is None, process.stderr.read()
+        if checkpoint.exists() and load_file(checkpoint, "checkpoint")["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no state was saved")
+
+
+def test_killed_three_times_equals_uninterrupted(data, models, tmp_path):
+    folder = tmp_path / "models"
+    more = ("--type", "brick", "--save_minutes", 0)
+    for step in (1, 4, 8):
+        process = start(data, folder, *more)
+        wait_for_step(process, folder / "brick.checkpoint", step)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (folder / "brick.pt").exists()
+    done = train(data, folder, *more)
+    assert done.code == 0, done.err
+    assert "brick: continuing at step" in done.err
+    assert same_weights(folder / "brick.pt", models / "brick.pt")
+    assert not (folder / "brick.checkpoint").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, tmp_path, number, code):
+    folder = tmp_path / "models"
+    more = ("--type", "brick", "--test_epochs", 2, "--save_minutes", 0)
+    process = start(data, folder, *more)
+    wait_for_step(process, folder / "brick.checkpoint", 2)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    err = process.stderr.read()
+    assert "state saved; the same command continues" in err
+    assert "Traceback" not in err
+    done = train(data, folder, *more)
+    assert done.code == 0, done.err
+    assert same_weights(folder / "brick.pt", models / "brick.pt")  # looking at the test images changes nothing
+
+
+# What the result depends on ---------------------------------------------------------------------------------------
+
+
+def test_workers_and_other_categories_change_nothing(data, models, tmp_path):
+    done = train(data, tmp_path / "models", "--type", "grass", "--workers", 0)  # in ``models`` it came after brick
+    assert done.code == 0, done.err
+    assert same_weights(tmp_path / "models/grass.pt", models / "grass.pt")
+    done = train(data, tmp_path / "four", "--type", "grass", "--workers", 4)
+    assert same_weights(tmp_path / "four/grass.pt", models / "grass.pt")
+
+
+def test_another_seed_gives_another_network(data, models, tmp_path, script):
+    assert script("run_training", *flags(data, tmp_path, "--seed", 1)).code == 0
+    assert not same_weights(tmp_path / "models/brick.pt", models / "brick.pt")
+
+
+@pytest.mark.parametrize(
+    "more", [["--variant", "normal"], ["--variant", "scar", "--optim", "adam"], ["--variant", "union"]]
+)
+def test_variants_and_optimisers_train(data, tmp_path, script, more):
+    done = script("run_training", *flags(data, tmp_path, "--epochs", 3, "--batch_size", 64, "--size", "48x32", *more))
+    assert done.code == 0, done.err
+    made = load(tmp_path / "models/brick.pt")
+    assert made.size == (32, 48)
+    assert made.config["variant"] == more[1]
+    assert made.network.head[-1].out_features == 2
+    assert made.config["lr"] == (0.001 if "adam" in more else 0.03)
+
+
+def test_frozen_steps_leave_the_backbone_as_it_was(data, tmp_path, script):
+    assert script("run_training", *flags(data, tmp_path, "--epochs", 3, "--freeze_resnet", 3)).code == 0
+    made = load(tmp_path / "models/brick.pt")
+    start = made.untrained().network.state_dict()
+    for name, value in made.network.state_dict().items():
+        assert torch.equal(value, start[name]) == name.startswith("backbone."), name
+
+
+def test_thawed_after_the_frozen_steps(data, tmp_path, script):
+    assert script("run_training", *flags(data, tmp_path, "--epochs", 3, "--freeze_resnet", 2)).code == 0
+    made = load(tmp_path / "models/brick.pt")
+    start = made.untrained().network.state_dict()
+    assert not torch.equal(made.network.state_dict()["backbone.conv1.weight"], start["backbone.conv1.weight"])
+    assert made.network.state_dict()["backbone.bn1.num_batches_tracked"] == 1
+
+
+def test_pretrained_weights_from_a_file(data, tmp_path, script):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    state = resnet18().state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    more = ["--pretrained", "--weights", tmp_path / "weights.pth", "--epochs", 2]
+    assert script("run_training", *flags(data, tmp_path, *more)).code == 0
+    made = load(tmp_path / "models/brick.pt")
+    assert made.config["freeze_resnet"] == 20
+    assert torch.equal(made.network.backbone.conv1.weight, state["conv1.weight"])  # frozen for longer than it trained
+
+
+# What it writes ---------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_what_the_readme_says(data, tmp_path, script):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert script("run_training", *flags(data, tmp_path, "--test_epochs", 6)).code == 0
+    events = EventAccumulator(str(tmp_path / "logdirs/models/brick"), {"tensors": 0, "images": 0, "scalars": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {"loss", "acc", "lr", "eval_auc", "images_per_second"}
+    assert tags["images"] == ["views"]
+    assert tags["tensors"] == ["settings/text_summary"]
+    assert [e.step for e in events.Scalars("loss")] == [10, 12]
+    assert [e.step for e in events.Scalars("eval_auc")] == [6, 12]
+    assert events.Scalars("lr")[-1].value == pytest.approx(0, abs=1e-9)
+    assert 0 < events.Scalars("loss")[0].value < 10
+
+
+def test_preview_writes_a_sheet_and_trains_nothing(data, tmp_path, script):
+    done = script("run_training", *flags(data, tmp_path, "--preview", tmp_path / "sheet.png"))
+    assert done.code == 0, done.err
+    sheet = matplotlib.image.imread(tmp_path / "sheet.png")
+    assert min(sheet.shape[:2]) > 300
+    assert sheet[..., :3].std() > 0.1
+    assert not (tmp_path / "models").exists()
+    one_line(script("run_training", *flags(data, tmp_path, "--preview", "sheet.doc")), "sheet.doc", ".png")
+
+
+def test_a_finished_category_is_skipped_and_other_settings_are_named(data, models, tmp_path, script):
+    shutil.copytree(models, tmp_path / "models")
+    path = tmp_path / "models/brick.pt"
+    before = path.stat().st_mtime_ns
+    done = script("run_training", *flags(data, tmp_path))
+    assert done.code == 0
+    assert "is finished; skipped" in done.err
+    one_line(script("run_training", *flags(data, tmp_path, "--lr", 0.1)), str(path), "lr 0.03", "0.1", "--overwrite")
+    one_line(script("run_training", *flags(data, tmp_path, "--variant", "scar")), "3way", "scar")
+    assert path.stat().st_mtime_ns == before
+    assert script("run_training", *flags(data, tmp_path, "--epochs", 2, "--overwrite")).code == 0
+    assert load(path).config["epochs"] == 2
+
+
+def test_defaults_are_the_papers():
+    config = make_config(get_parser().parse_args([]), "bottle")
+    assert (config["lr"], config["optim"], config["epochs"], config["batch_size"]) == (0.03, "sgd", 10000, 32)
+    assert (config["height"], config["width"], config["variant"], config["pretrained"]) == (256, 256, "3way", True)
+    assert config["freeze_resnet"] == 20
+    assert make_config(get_parser().parse_args(["--no-pretrained"]), "bottle")["freeze_resnet"] == 0
+
+
+# Bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops(data, tmp_path, script):
+    done = script("run_training", *flags(data, tmp_path, "--lr", 1e9))
+    one_line(done, "brick", "the loss is nan", "--lr")
+    assert not (tmp_path / "models/brick.pt").exists()
+    check_finite("brick", 1, 0.5)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="at step 7"):
+            check_finite("brick", 7, bad)
+
+
+def test_a_state_of_other_images_is_refused(data, tmp_path, script):
+    own = tmp_path / "Data"
+    shutil.copytree(data / "brick", own / "brick")
+    process = start(own, tmp_path / "models", "--type", "brick", "--save_minutes", 0)
+    wait_for_step(process, tmp_path / "models/brick.checkpoint", 1)
+    process.terminate()
+    assert process.wait(60) == 143
+    (own / "brick/train/good/000.png").unlink()
+    more = ["--save_minutes", 0]
+    one_line(script("run_training", *flags(own, tmp_path, *more)), "brick.checkpoint", "other images", "--overwrite")
+    (tmp_path / "models/brick.checkpoint").write_text("hello")
+    one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "truncated, damaged")
+
+
+def test_fingerprint_tells_images_apart():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    other = images.clone()
+    other[1, 2, 3, 3] = 1
+    assert fingerprint(images) == fingerprint(images.clone()) != fingerprint(other)
+
+
+def test_bad_input_gets_one_line(data, tmp_path, script):
+    def fails(*words, more=(), where=data):
+        one_line(script("run_training", *flags(where, tmp_path, *more)), *words)
+        assert not (tmp_path / "models/brick.pt").exists()
+
+    fails("nowhere", "no such folder", where=tmp_path / "nowhere")
+    fails("glass", "no such category", "brick, grass, gravel", more=("--type", "glass"))
+    own = tmp_path / "Data"
+    (own / "brick").mkdir(parents=True)
+    fails("brick/train/good", "no such folder", where=own)
+    good = own / "brick/train/good"
+    good.mkdir(parents=True)
+    fails(str(good), "0 image(s) found, at least 2", "png", where=own)
+    shutil.copy(data / "brick/train/good/000.png", good)
+    fails(str(good), "1 image(s) found, at least 2", where=own)
+    whole = (good / "000.png").read_bytes()
+    (good / "001.png").write_bytes(whole[: len(whole) // 2])
+    fails("001.png", "not a readable image", where=own)
+    fails("--cuda 1", more=("--cuda", 1)) if not torch.cuda.is_available() else None
+    (tmp_path / "file").write_text("")
+    fails("file/models", more=("--model_dir", tmp_path / "file/models"))
+    fails("weights.pth", "no such file", more=("--pretrained", "--weights", "weights.pth"))
+
+
+def test_weights_that_cannot_be_downloaded_name_the_way_out(data, tmp_path):
+    offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    done = train(data, tmp_path / "models", "--type", "brick", "--pretrained", **offline)
+    one_line(done, "could not be downloaded", "--weights FILE", "--no-pretrained")
+
+
+def test_a_full_disk_gets_one_line_and_keeps_what_was_there(data, models, tmp_path):
+    shutil.copytree(models, tmp_path / "models")
+    before = (tmp_path / "models/brick.pt").read_bytes()
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # no file over 1 MiB
+
+    done = train(data, tmp_path / "models", "--type", "brick", "--overwrite", "--epochs", 2, preexec=small_disk)
+    one_line(done, "brick.pt", "cannot be written")
+    assert (tmp_path / "models/brick.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--epoch", "3"],
+        ["--epochs", "0"],
+        ["--variant", "4way"],
+        ["--size", "8"],
+        ["--size", "axb"],
+        ["--cuda", "yes"],
+        ["--lr", "-1"],
+        ["--jitter", "0.7"],
+        ["--type", "../brick"],
+        ["surplus"],
+    ],
+)
+def test_wrong_usage_exits_with_2(script, wrong):
+    done = script("run_training", *wrong)
+    assert done.code == 2
+    assert "usage:" in done.err
