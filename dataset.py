@@ -10,8 +10,9 @@ whose one line names the file and says what to do. Reads only.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,33 +181,26 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 def read_size(path: str | Path) -> tuple[int, int]:
     """(H, W) of an image file as it will be decoded, from its header alone."""
-    with _opened(path, load=False) as image:
+    with _opened(path) as image:
         width, height = image.size
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientations that swap the sides
         return (width, height) if turned else (height, width)
 
 
-class _opened:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     """``with _opened(path) as image``: every way in which a file is no image becomes an InputError."""
-
-    def __init__(self, path: str | Path, load: bool = True) -> None:
-        self.path, self.load = path, load
-
-    def __enter__(self) -> Image.Image:
-        try:
-            self.image = Image.open(self.path)
-            if self.load:
-                self.image.load()
-        except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-            if isinstance(error, PermissionError | FileNotFoundError):
-                raise InputError(f"{self.path}: {error.strerror}") from error
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = reason.replace(f" '{self.path}'", "").replace(repr(str(self.path)), "")
-            raise InputError(f"{self.path}: not a readable image ({reason}); replace or remove it") from error
-        return self.image
-
-    def __exit__(self, *_) -> None:
-        self.image.close()
+    try:
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason.replace(f" {str(path)!r}", "")
+        raise InputError(f"{path}: not a readable image ({reason}); replace or remove it") from error
 
 
 def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:

@@ -140,7 +140,7 @@ def evaluate_category(
     if metrics:
         print(f"{category} AUC: {metrics['image_auroc']}", flush=True)
         if control is not None:
-            print(f"{category} untrained AUC: {auroc(test.labels, control)}", flush=True)
+            print(f"{category} control AUC: {auroc(test.labels, control)}", flush=True)
     else:
         kind = "anomalous" if not test.labels.any() else "normal"
         say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
@@ -150,7 +150,7 @@ def evaluate_category(
 
 
 def print_average(rows: list[dict]) -> None:
-    for column, name in (("image_auroc", "average AUC"), ("control_auroc", "average untrained AUC")):
+    for column, name in (("image_auroc", "average AUC"), ("control_auroc", "average control AUC")):
         values = [row[column] for row in rows if row.get(column) is not None]
         if values:
             print(f"{name}: {float(np.mean(values))}", flush=True)

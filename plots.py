@@ -48,11 +48,11 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
 
 
 def roc(category: str, labels: np.ndarray, scores: np.ndarray, control: np.ndarray | None = None) -> Figure:
-    """ROC curve of labels (M,) in {0, 1} and scores (M,); control: scores of the untrained network, drawn dashed."""
+    """ROC curve of labels (M,) in {0, 1} and scores (M,); control: scores before training, drawn dashed."""
     figure, axes = new_axes(5, 4.6)
     axes.plot([0, 1], [0, 1], color="0.75", linestyle=":", label="chance")
     for values, name, style, color in (
-        (control, "untrained network", "--", "0.45"),
+        (control, "control (before training)", "--", "0.45"),
         (scores, "detector", "-", ANOMALY_COLOR),
     ):
         if values is not None:
@@ -76,7 +76,7 @@ def score_histogram(
 ) -> Figure:
     """Test scores (M,), normal against each defect type, one strip a type, and the threshold of the detector."""
     kinds = list(dict.fromkeys(defect_types))
-    figure = Figure(figsize=(6.6, 0.9 * len(kinds) + 1.2), layout="constrained")
+    figure = Figure(figsize=(6.6, 1.05 * len(kinds) + 1.4), layout="constrained")
     with seaborn.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}):
         grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
@@ -87,11 +87,12 @@ def score_histogram(
         axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
         name = "normal" if kind == "good" else kind.replace("_", " ")
         above = (own > threshold).sum()
-        axes.text(0.995, 0.86, f"{name}: {above} of {len(own)} above", transform=axes.transAxes, ha="right", va="top")
+        axes.set_title(f"{name}: {above} of {len(own)} above", loc="left", fontsize=9, pad=3)
         axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
         axes.grid(axis="x", visible=False)
         seaborn.despine(ax=axes)
-    grid[0].set_title(f"{category}: scores of the test images; dashed: threshold for {rate:.0%} false alarms")
+    threshold_line = f"dashed: threshold meant for {100 * rate:g} % false alarms"
+    figure.suptitle(f"{category}: scores of the test images\n{threshold_line}", fontsize=11)
     grid[-1].set_xlabel(unit)
     figure.supylabel("images", fontsize=10)
     return figure
@@ -122,15 +123,14 @@ def summary(categories: Sequence[str], values: Sequence[float], controls: Sequen
     figure, axes = new_axes(6.4, 0.38 * len(names) + 1.3)
     colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]
     axes.barh(names, percent, color=colors, height=0.65)
-    left = 0
     if controls is not None:
         marks = 100 * np.append(controls, np.mean(controls))
-        axes.scatter(marks, names, marker="|", s=160, linewidth=2.5, color=ANOMALY_COLOR, label="untrained network")
-        axes.legend(loc="lower left", frameon=True)
+        axes.scatter(marks, names, marker="|", s=170, linewidth=3, color="#e8a33d", label="control (before training)")
+        figure.legend(loc="outside lower center", frameon=False)
     for row, value in enumerate(percent):
-        axes.text(value + 0.6, row, f"{value:.1f}", va="center", fontsize=9)
+        axes.text(101, row, f"{value:.1f}", va="center", fontsize=10)
     axes.axvline(50, color="0.6", linestyle=":", linewidth=1)
-    axes.set(xlim=(left, 108), xticks=range(0, 101, 10), xlabel="image AUROC, percent", title="Image AUROC by category")
+    axes.set(xlim=(0, 109), xticks=range(0, 101, 10), xlabel="image AUROC, percent", title="Image AUROC by category")
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     return figure

@@ -222,7 +222,7 @@ def elpv(args: argparse.Namespace, data_dir: Path) -> None:
         ):
             (target / folder).mkdir(parents=True)
             for index in members:
-                Image.fromarray(images[index]).save(target / folder / f"cell{index + 1:04d}.png")
+                Image.fromarray(images[index]).save(target / folder / f"cell{index + 1:04d}.png", compress_level=1)
 
 
 def split(items: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

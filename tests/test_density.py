@@ -157,7 +157,7 @@ def test_kde_score_equals_log_sum_exp():
     assert density.score(new).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_kde_of_one_point_by_hand():
+def test_kde_score_by_hand():
     """Two equal kernels of width 2 and one dimension: the density between them is theirs at distance 1."""
     density = KernelDensity()
     density.points = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
@@ -245,10 +245,8 @@ def test_float32_is_computed_in_float64(kind):
     assert torch.equal(scores, DENSITIES[kind]().fit(x.double()).score(new.double()))
 
 
-@pytest.mark.parametrize("kind", DENSITIES)
+@pytest.mark.parametrize("kind", ["torch", "sklearn"])
 def test_order_of_gaussian_rows_does_not_matter(kind):
-    if kind == "kde":
-        pytest.skip("the folds of the cross-validation follow the order")
     x, new = embeddings(20, 6), embeddings(9, 6, seed=1)
     assert torch.allclose(DENSITIES[kind]().fit(x).score(new), DENSITIES[kind]().fit(x.flip(0)).score(new), rtol=1e-9)
 

@@ -1,0 +1,89 @@
+"""Results -> README: keeps results/*.csv and the tables that the README shows of them.
+
+    python benchmarks/tables.py add Eval/models/results.csv results/image.csv   append what eval.py wrote
+    python benchmarks/tables.py write                                           bring the README up to date
+    python benchmarks/tables.py check                                           fail if it is not
+
+Reads and writes results/ and README.md, nothing else.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+START, END = "<!-- table: {} -->", "<!-- end of table -->"
+
+
+def image_table() -> str:
+    """Image AUROC, one row a detector."""
+    rows = pandas.read_csv(ROOT / "results/image.csv")
+    lines = [
+        "| category | variant | size | updates | seed | head | normalize | image AUROC | control | AUPRC | minutes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.itertuples():
+        size = row.width if row.width == row.height else f"{row.width}x{row.height}"
+        control = "" if pandas.isna(row.control_auroc) else f"{100 * row.control_auroc:.1f}"
+        lines.append(
+            f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.seed} | {row.head_layer} | "
+            f"{row.normalize} | {100 * row.image_auroc:.1f} | {control} | {100 * row.image_auprc:.1f} | "
+            f"{row.train_seconds / 60:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def density_table() -> str:
+    """Image AUROC of one network under each density, embeddings brought to length 1 or not."""
+    rows = pandas.read_csv(ROOT / "results/density.csv")
+    rows["kind"] = rows.density + rows.l2.map({True: ", length 1", False: ", as they are"})
+    table = rows.pivot_table(index="category", columns="kind", values="image_auroc", sort=False)
+    lines = [f"| category | {' | '.join(table.columns)} |", "|---" * (1 + len(table.columns)) + "|"]
+    for name, values in table.iterrows():
+        lines.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in values)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"image": image_table, "density": density_table}
+
+
+def filled(text: str) -> str:
+    """The README with every table as results/ has it."""
+    for name, make in TABLES.items():
+        head, rest = text.split(START.format(name) + "\n", 1)
+        _, tail = rest.split(END, 1)
+        text = f"{head}{START.format(name)}\n{make()}\n{END}{tail}"
+    return text
+
+
+def add(source: Path, target: Path) -> None:
+    """Append the rows of one table to another, whose columns it may extend; identical rows once."""
+    rows = pandas.read_csv(source)
+    if target.exists():
+        rows = pandas.concat([pandas.read_csv(target), rows])
+    target.parent.mkdir(exist_ok=True)
+    rows.drop_duplicates().to_csv(target, index=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("add", "write", "check"))
+    parser.add_argument("files", nargs="*", type=Path, help="add: source and target")
+    args = parser.parse_args()
+    if args.command == "add":
+        if len(args.files) != 2:
+            parser.error("add needs a source and a target")
+        add(*args.files)
+        return
+    text = README.read_text()
+    if args.command == "write":
+        README.write_text(filled(text))
+    elif filled(text) != text:
+        sys.exit("README.md is not what results/ says: python benchmarks/tables.py write")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""eval.py: the lines on stdout, the tables, the plots, and what it refuses."""
+
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import one_line, run
+
+from dataset import load_test
+from detector import load
+from eval import evaluate
+
+
+def lines(done):
+    """stdout as {name: value}."""
+    assert done.code == 0, done.err
+    return {name: float(value) for name, value in (line.split(" AUC: ") for line in done.out.splitlines())}
+
+
+@pytest.fixture
+def where(data, models, tmp_path):
+    return ["--data_dir", data, "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(data, models, tmp_path_factory):
+    """One run with everything on, in a process of its own."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    done = run("eval.py", "--data_dir", data, "--model_dir", models, "--eval_dir", folder, "--control", 1)
+    return done, folder / "models"
+
+
+def test_stdout_is_one_line_per_category_and_the_average(evaluated):
+    done, _ = evaluated
+    values = lines(done)
+    assert list(values) == [
+        "brick",
+        "brick control",
+        "grass",
+        "grass control",
+        "average",
+        "average control",
+    ]
+    assert all(0 <= value <= 1 for value in values.values())
+    assert values["average"] == pytest.approx((values["brick"] + values["grass"]) / 2)
+
+
+def test_a_category_without_a_detector_is_named(evaluated):
+    done, _ = evaluated
+    assert "gravel: has images" in done.err
+    assert "gravel" not in done.out
+
+
+def test_tables_say_what_stdout_says(evaluated, data, models):
+    done, folder = evaluated
+    results = pandas.read_csv(folder / "results.csv").set_index("category")
+    scores = pandas.read_csv(folder / "scores.csv")
+    values = lines(done)
+    for name in ("brick", "grass"):
+        row = results.loc[name]
+        assert row.image_auroc == values[name]
+        assert row.control_auroc == values[f"{name} control"]
+        assert (row.test_normal, row.test_anomalous, row.train_images) == (3, 9, 8)
+        assert row.train_command.startswith("python run_training.py")
+        assert row.eval_command.startswith("python eval.py")
+        assert (row.variant, row.seed, row.epochs, row.torch) == ("3way", 0, 12, torch.__version__)
+        own = scores[scores.category == name]
+        normal, bad = own[own.label == 0].score.to_numpy(), own[own.label == 1].score.to_numpy()
+        wins = (bad[:, None] > normal).mean() + 0.5 * (bad[:, None] == normal).mean()
+        assert row.image_auroc == pytest.approx(wins)
+        assert row.anomalous_above_threshold == (bad > row.threshold).sum()
+        assert row.normal_above_threshold == (normal > row.threshold).sum()
+        assert 0 <= row.best_f1 <= 1
+        assert 0 <= row.image_auprc <= 1
+    assert list(scores.columns) == ["category", "path", "label", "defect_type", "score"]
+    assert scores.path[0] == "brick/test/good/000.png"
+    assert (data / scores.path.iloc[-1]).is_file()
+    test = load_test(data, "brick", (32, 32), 0)
+    expected, _ = evaluate(load(models / "brick.pt"), test)
+    assert np.allclose(scores[scores.category == "brick"].score, expected, rtol=1e-4)
+
+
+def test_plots_are_pictures(evaluated):
+    _, folder = evaluated
+    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    kinds = ("histogram", "roc", "tsne")
+    assert found == [f"{c}/{k}.png" for c in ("brick", "grass") for k in kinds] + ["summary.png"]
+    for name in found:
+        picture = matplotlib.image.imread(folder / name)[..., :3]
+        assert min(picture.shape[:2]) > 200
+        assert picture.std() > 0.02
+
+
+def test_save_plots_0_writes_tables_only(where, tmp_path, script):
+    assert list(lines(script("eval", *where, "--save_plots", 0, "--type", "brick"))) == ["brick", "average"]
+    assert not list(tmp_path.rglob("*.png"))
+    assert len(list(tmp_path.rglob("*.csv"))) == 2
+
+
+def test_torch_and_sklearn_print_the_same(where, script):
+    stored = lines(script("eval", *where, "--save_plots", 0))
+    ours = lines(script("eval", *where, "--save_plots", 0, "--density", "torch"))
+    theirs = lines(script("eval", *where, "--save_plots", 0, "--density", "sklearn"))
+    for name, value in stored.items():
+        assert f"{ours[name]:.6f}" == f"{theirs[name]:.6f}" == f"{value:.6f}"
+
+
+def test_kde_and_l2_are_fitted_anew(where, tmp_path, models, script):
+    before = (models / "brick.pt").read_bytes()
+    done = script("eval", *where, "--type", "brick", "--density", "kde", "--l2", 0)
+    assert list(lines(done)) == ["brick", "average"]
+    row = pandas.read_csv(tmp_path / "Eval/models/results.csv").iloc[0]
+    assert (row.density, row.l2) == ("kde", False)
+    assert (models / "brick.pt").read_bytes() == before
+
+
+def test_workers_change_nothing(where, script):
+    done = [script("eval", *where, "--save_plots", 0, "--workers", n) for n in (0, 4)]
+    assert lines(done[0]) == lines(done[1])
+
+
+def test_flags_that_agree_are_taken_and_others_named(where, models, script):
+    good = ["--head_layer", 1, "--variant", "3way", "--size", 32, "--normalize", "image", "--save_plots", 0]
+    assert script("eval", *where, *good).code == 0
+    for flag, given, own in (
+        ("head_layer", 2, 1),
+        ("variant", "scar", "3way"),
+        ("size", 64, 32),
+        ("size", "32x48", 32),
+        ("normalize", "imagenet", "image"),
+    ):
+        done = script("eval", *where, f"--{flag}", given)
+        one_line(done, f"--{flag}", str(given).split("x")[-1], str(own), str(models / "brick.pt"))
+        assert done.out == ""
+
+
+def test_without_anomalous_images_there_are_scores_but_no_auc(data, models, tmp_path, script):
+    shutil.copytree(data / "brick/train", tmp_path / "Data/brick/train")
+    shutil.copytree(data / "brick/test/good", tmp_path / "Data/brick/test/good")
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
+    done = script("eval", *where)
+    assert done.code == 0
+    assert done.out == ""
+    assert "brick: no anomalous test image" in done.err
+    assert "grass: has a detector" in done.err
+    assert len(pandas.read_csv(tmp_path / "Eval/models/scores.csv")) == 3
+    assert {p.name for p in (tmp_path / "Eval").rglob("*.png")} == {"histogram.png", "tsne.png"}
+
+
+def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
+    def fails(*words, more=()):
+        done = script("eval", *where, "--save_plots", 0, *more)
+        one_line(done, *words)
+        return done
+
+    fails("nowhere", "no such folder", more=("--model_dir", "nowhere"))
+    fails("nowhere", "no such folder", more=("--data_dir", "nowhere"))
+    fails("glass", "no such category", more=("--type", "glass"))
+    fails("no detector for gravel", more=("--type", "brick,gravel"))
+    if not torch.cuda.is_available():
+        fails("--cuda 1", "--cuda 0", more=("--cuda", 1))
+    (tmp_path / "file").write_text("")
+    fails("file", more=("--eval_dir", tmp_path / "file/Eval"))
+    (tmp_path / "empty").mkdir()
+    fails("empty", "no detector for any category", more=("--model_dir", tmp_path / "empty"))
+
+    own = tmp_path / "models"
+    own.mkdir()
+    shutil.copy(models / "brick.pt", own / "grass.pt")
+    fails("grass.pt", "category 'brick' under another name", more=("--model_dir", own))
+    (own / "grass.pt").write_bytes((models / "grass.pt").read_bytes()[:1000])
+    fails("grass.pt", "truncated, damaged", more=("--model_dir", own))
+
+    images = tmp_path / "Data"
+    shutil.copytree(data / "brick", images / "brick")
+    mask = images / "brick/ground_truth/hole/001_mask.png"
+    shutil.copy(mask, tmp_path / "whole.png")
+    from PIL import Image
+
+    Image.open(mask).resize((16, 32)).save(mask)
+    more = ("--data_dir", images, "--type", "brick")
+    fails("001_mask.png", "16x32", "32x32", more=more)
+    shutil.copy(tmp_path / "whole.png", mask)
+    photo = images / "brick/test/hole/002.png"
+    photo.write_bytes(photo.read_bytes()[:100])
+    fails("hole/002.png", "not a readable image", more=more)
+    shutil.rmtree(images / "brick/test")
+    fails("brick/test", "no such folder", more=more)
+
+
+def test_wrong_usage_exits_with_2(script):
+    for wrong in (["--density", "tree"], ["--save_plot", "0"], ["--l2", "2"]):
+        assert script("eval", *wrong).code == 2

@@ -1,0 +1,159 @@
+"""What the README promises: commands are accepted, steps run, tables are the files'. And the order of imports."""
+
+import ast
+import importlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, one_line, run
+
+README = (ROOT / "README.md").read_text()
+ORDER = [
+    *["cutpaste", "density", "metrics", "dataset", "model", "localization", "gradcam", "detector", "plots", "options"],
+    *["eval", "run_training", "predict", "export", "prepare_data"],
+]
+MISSION = (
+    "python run_training.py --model_dir models --head_layer 2",
+    "python run_training.py --model_dir models --head_layer 2 --cuda 1",
+    "python eval.py --model_dir models --head_layer 2",
+    "python eval.py --density torch --cuda 1 --head_layer 2 --save_plots 0 | grep AUC",
+    "python eval.py --density sklearn --cuda 1 --head_layer 2 --save_plots 0 | grep AUC",
+    "python run_training.py --epochs 10000 --test_epochs 32 --no-pretrained --cuda 1 --head_layer 1 --batch_size 32 "
+    "--variant normal",
+    "python run_training.py --epochs 10000 --test_epochs 32 --no-pretrained --cuda 1 --head_layer 1 --batch_size 32 "
+    "--variant scar",
+    "python run_training.py --epochs 10000 --test_epochs -1 --no-pretrained --cuda 1 --head_layer 1 --batch_size 32 "
+    "--variant 3way",
+)
+
+
+def commands(text):
+    """The shell commands of a text's sh blocks, continued lines joined."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def parsed(command):
+    """A command's flags, by the parser of its own script."""
+    words = shlex.split(command.split("|")[0])
+    assert words[0] == "python"
+    return importlib.import_module(words[1].removesuffix(".py")).get_parser().parse_args(words[2:])
+
+
+def test_every_command_of_the_readme_is_accepted():
+    found = commands(README)
+    scripts = [c for c in found if re.match(r"python \w+\.py", c)]
+    assert len(scripts) >= 12
+    for command in scripts:
+        parsed(command)
+    for command in set(found) - set(scripts):
+        program = command.split()[0]
+        assert program in ("make", "tensorboard") or command.startswith("python benchmarks/"), command
+
+
+def test_the_commands_people_know_are_in_the_readme_and_mean_what_they_meant():
+    for command in (*MISSION[:1], *MISSION[2:]):
+        assert command in commands(README), command
+    assert "tensorboard --logdir logdirs" in commands(README)
+    for command in MISSION:
+        args = parsed(command)
+        assert args.cuda == ("--cuda 1" in command)
+        if "run_training" in command:
+            assert args.pretrained == ("--no-pretrained" not in command)
+            assert args.epochs == 10000
+            assert args.batch_size == 32
+
+
+@pytest.fixture(scope="module")
+def workplace(data, tmp_path_factory):
+    """A folder with a small Data/ in it, and the file that torchvision's download of its weights would leave."""
+    from torchvision.models import ResNet18_Weights, resnet18
+
+    folder = tmp_path_factory.mktemp("workplace")
+    for name in ("brick", "grass"):
+        shutil.copytree(data / name, folder / "Data" / name)
+    cache = folder / "torch/hub/checkpoints"
+    cache.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), cache / ResNet18_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1])
+    return folder
+
+
+SMALL = {"run_training.py": ["--epochs", "3", "--size", "32"], "eval.py": []}
+# the networks that the first four commands are about stay apart from those of the others
+ELSEWHERE = {"normal": "normal", "scar": "scar", "3way": "3way"}
+
+
+def test_the_commands_people_know_do_their_work(workplace):
+    """As written, on a small Data/, with added flags for steps and size, and without the GPU where there is none."""
+    home = {"TORCH_HOME": str(workplace / "torch")}
+    for command in MISSION:
+        if command == MISSION[1]:
+            continue  # the first on another device: its result is there already
+        words = shlex.split(command.split("|")[0])[1:]
+        more = list(SMALL[words[0]])
+        variant = parsed(command).variant
+        if variant in ELSEWHERE and "--variant" in command:
+            more += ["--model_dir", f"models_{variant}"]
+        if "--cuda" in words and not torch.cuda.is_available():
+            one_line(run(*words, *more, cwd=workplace, **home), "--cuda 1")
+            more += ["--cuda", "0"]
+        done = run(*words, *more, cwd=workplace, **home)
+        assert done.code == 0, done.err
+        if words[0] == "eval.py":
+            assert [line.split(" AUC: ")[0] for line in done.out.splitlines()] == ["brick", "grass", "average"]
+            assert (workplace / "Eval/models/results.csv").is_file()
+            if "--save_plots" not in words:
+                assert (workplace / "Eval/models/brick/roc.png").is_file()
+        else:
+            folder = workplace / (f"models_{variant}" if "--variant" in command else "models")
+            assert sorted(p.name for p in folder.iterdir()) == ["brick.pt", "grass.pt"]
+    assert list((workplace / "logdirs/models/brick").glob("events.out.tfevents*"))
+
+
+def test_the_way_of_the_data_runs(data, tmp_path, monkeypatch):
+    """The README's walk through the modules, executed."""
+    (tmp_path / "Data").symlink_to(data)
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    values: dict = {}
+    exec(block.replace("bottle", "brick").replace("(256, 256)", "(32, 32)"), values)
+    assert values["scores"].shape == (12,)
+    assert (tmp_path / "models/brick.pt").is_file()
+
+
+def test_tables_are_what_the_files_say():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_modules_import_only_from_rows_above():
+    present = sorted(path.stem for path in ROOT.glob("*.py"))
+    assert set(present) <= set(ORDER)
+    assert len(present) >= 10
+    for name in present:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found = [node.module]
+            else:
+                continue
+            for other in set(found) & set(ORDER):
+                assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
+                if other in ("eval", "run_training", "prepare_data", "predict", "export"):
+                    assert (name, other) == ("run_training", "eval")
+                    assert [alias.name for alias in node.names] == ["evaluate"]
+
+
+def test_only_plots_imports_a_plotting_library():
+    for path in ROOT.glob("*.py"):
+        if path.stem != "plots":
+            assert not re.search(r"^\s*(import|from) (matplotlib|seaborn)", path.read_text(), re.M), path.name
