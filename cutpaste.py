@@ -68,6 +68,8 @@ class ViewParams:
     """Everything random about one batch: the base augmentation and one paste per further view."""
 
     variant: str
+    height: int  # of the images it was drawn for
+    width: int
     shift: Tensor | None  # (B, 2) int64, pixels down and right
     jitter: JitterParams | None
     pastes: tuple[PasteParams, ...]  # one for each view after the first
@@ -115,7 +117,7 @@ def make_params(
             box = {name: torch.where(is_scar, scar[name], patch[name]) for name in patch}
         colors = _draw_jitter(batch_size, patch_jitter, generator) if patch_jitter else None
         pastes.append(PasteParams(**box, jitter=colors))
-    return ViewParams(variant, shift, base, tuple(pastes))
+    return ViewParams(variant, height, width, shift, base, tuple(pastes))
 
 
 def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -200,9 +202,11 @@ def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-    for count in {len(p.width) for p in params.pastes}:
-        if count != len(images):
-            raise ValueError(f"parameters for {count} images, but the batch has {len(images)}")
+    drawn_for = (len(params.pastes[0].width), 3, params.height, params.width)
+    if tuple(images.shape) != drawn_for:
+        raise ValueError(f"parameters drawn for images {drawn_for}, got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     base = base_augment(images, params.shift, params.jitter)
     views = torch.cat([base, *(paste(base, p) for p in params.pastes)])
     labels = torch.arange(1 + len(params.pastes), device=images.device).repeat_interleave(len(images))

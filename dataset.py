@@ -92,7 +92,8 @@ def load_test(data_dir: str | Path, category: str, size: tuple[int, int], worker
     folder = Path(data_dir) / category / "test"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; evaluation needs test/{GOOD} and a folder for each defect type")
-    kinds = sorted((p.name for p in folder.iterdir() if p.is_dir()), key=lambda name: (name != GOOD, name))
+    kinds = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    kinds.sort(key=lambda name: (name != GOOD, name))
     paths = [path for kind in kinds for path in find_images(folder / kind)]
     if not paths:
         raise InputError(f"{folder}: no image in its folders; evaluation needs test/{GOOD} and the defect types")
@@ -109,8 +110,9 @@ def load_test(data_dir: str | Path, category: str, size: tuple[int, int], worker
 
 def find_images(folder: Path) -> list[Path]:
     """The image files of a folder by name; hidden files (macOS leaves ``._x.png``) and sub-folders are not."""
-    names = sorted(os.listdir(folder))
-    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
+    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
 def find_mask(path: Path) -> Path | None:
@@ -143,8 +145,10 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
             with _opened(path) as image:
-                mask = image.convert("L").point(lambda value: 255 if value else 0)
-                masks[index] = torch.from_numpy(np.array(mask.resize(size[::-1], Image.Resampling.NEAREST)) > 0)
+                mask = ImageOps.exif_transpose(image)
+                values = np.asarray(mask if mask.mode in ("1", "L", "I", "I;16", "F") else mask.convert("RGB"))
+                marked = Image.fromarray((values > 0).reshape(*values.shape[:2], -1).any(2))
+                masks[index] = torch.from_numpy(np.array(marked.resize(size[::-1], Image.Resampling.NEAREST)))
 
     _for_each(decode_into, len(test.paths), workers)
     return masks
@@ -183,7 +187,9 @@ def read_size(path: str | Path) -> tuple[int, int]:
     """(H, W) of an image file as it will be decoded, from its header alone."""
     with _opened(path) as image:
         width, height = image.size
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the EXIF orientations that swap the sides
+        # Pillow has turned a TIFF already, and would decode a whole PNG to look for a tag behind its pixels
+        tagged = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        turned = tagged and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
         return (width, height) if turned else (height, width)
 
 

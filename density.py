@@ -28,7 +28,9 @@ class GaussianTorch(nn.Module):
         x = _check(embeddings)
         self.mean = x.mean(0)
         covariance, self.shrinkage = ledoit_wolf(x - self.mean)
-        self.precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        # Two images are not shrunk at all: the pseudo-inverse then, as scikit-learn takes it
+        self.precision = torch.linalg.pinv(covariance, hermitian=True) if failed else torch.cholesky_inverse(factor)
         return self
 
     def score(self, embeddings: Tensor) -> Tensor:
@@ -72,7 +74,8 @@ class KernelDensity(nn.Module):
         from sklearn.neighbors import KernelDensity as SklearnKernelDensity
 
         x = _check(embeddings)
-        distance = torch.cdist(x, x)
+        # not by matrix products, whose rounding leaves a point at some distance from itself
+        distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
         distance[distance == 0] = math.inf  # the point itself and copies of it are no neighbours
         # The best bandwidth per dimension is near the neighbours' distance over sqrt(D).
         unit = distance.amin(1).median() / math.sqrt(x.shape[1])

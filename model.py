@@ -134,7 +134,7 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
 
 
 def _is_state(state: object) -> bool:
-    return isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
 
 
 @torch.inference_mode()

@@ -356,7 +356,7 @@ class Run:
                     check_finite(category, self.step, loss)
                     save_file(self.state(), state_path)
                     saved = time.monotonic()
-                if interrupts.signal and not last:
+                if interrupts.signal:
                     bar.close()
                     say(f"{category}: stopped at step {self.step}, state saved; the same command continues")
                     sys.exit(128 + interrupts.signal)
@@ -432,8 +432,8 @@ class Interrupts:
 def check_finite(category: str, step: int, loss: float | Tensor) -> None:
     if not math.isfinite(float(loss)):
         raise InputError(
-            f"{category}: the loss is {float(loss)} at step {step}; lower --lr (and remove nothing: the last saved "
-            "state, if any, is from before)"
+            f"{category}: the loss is {float(loss)} at step {step}; start anew with a lower --lr "
+            "(and --overwrite, if a state was saved)"
         )
 
 

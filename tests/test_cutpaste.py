@@ -64,7 +64,7 @@ def of_image(params, b):
         return params[b : b + 1]
     if isinstance(params, tuple):
         return tuple(of_image(p, b) for p in params)
-    if params is None or isinstance(params, str):
+    if params is None or isinstance(params, str | int):
         return params
     return replace(params, **{f.name: of_image(getattr(params, f.name), b) for f in fields(params)})
 
@@ -75,7 +75,7 @@ def tensors(params):
         return [params]
     if isinstance(params, tuple):
         return [t for p in params for t in tensors(p)]
-    if params is None or isinstance(params, str):
+    if params is None or isinstance(params, str | int):
         return []
     return [t for f in fields(params) for t in tensors(getattr(params, f.name))]
 
@@ -358,6 +358,12 @@ def test_jitter_factors_are_uniform_in_their_range(amount):
             assert middle - amount - 1e-6 <= factor.min() < middle - 0.99 * amount
             assert middle + 0.99 * amount < factor.max() <= middle + amount + 1e-6
             assert abs(factor.mean() - middle) < 0.02 * amount
+
+
+def test_jitter_factors_are_independent():
+    jitter = jitter_drawn(0.1)
+    correlation = np.corrcoef(jitter.factors.T)
+    assert np.abs(correlation - np.eye(4)).max() < 0.03
 
 
 def test_base_and_patch_have_their_own_amounts():
@@ -653,7 +659,7 @@ def test_bad_shape(shape):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_batch_of_another_size_than_its_parameters(variant, count):
-    with pytest.raises(ValueError, match=rf"2 images, but the batch has {count}"):
+    with pytest.raises(ValueError, match=rf"drawn for images \(2, 3, 32, 32\), got \({count}, 3, 32, 32\)"):
         apply(torch.zeros(count, 3, 32, 32), make_params(variant, 2, 32, 32, seeded()))
 
 
@@ -675,3 +681,12 @@ def test_params_are_frozen():
     assert isinstance(params, ViewParams)
     with pytest.raises(AttributeError):
         params.shift = None
+
+
+def test_parameters_of_another_size_or_count_are_refused():
+    params = make_params("3way", 4, 64, 48, torch.Generator().manual_seed(0))
+    for shape in ((4, 3, 32, 32), (4, 3, 48, 64), (4, 3, 128, 128), (3, 3, 64, 48)):
+        with pytest.raises(ValueError, match=r"drawn for images \(4, 3, 64, 48\)"):
+            apply(torch.zeros(shape), params)
+    with pytest.raises(ValueError, match="int64"):
+        apply(torch.zeros(4, 3, 64, 48, dtype=torch.int64), params)

@@ -47,6 +47,11 @@ def save_flat(path, value, size=(20, 32)):
     return save(path, np.full((*size, 3), value, np.uint8))
 
 
+def mode_of(path):
+    with Image.open(path) as image:
+        return image.mode
+
+
 def as_rgb(gray):
     return np.repeat(np.asarray(gray)[..., None], 3, axis=2)
 
@@ -128,7 +133,7 @@ def test_decode_palette(tmp_path, suffix):
     image = Image.fromarray(index, "L")
     image.putpalette(colors.tobytes())
     image.save(tmp_path / f"a.{suffix}")
-    assert Image.open(tmp_path / f"a.{suffix}").mode == "P"
+    assert mode_of(tmp_path / f"a.{suffix}") == "P"
     assert np.array_equal(decode(tmp_path / f"a.{suffix}"), colors[index])
 
 
@@ -158,7 +163,7 @@ def test_decode_gray_with_alpha(tmp_path):
     path = tmp_path / "a.png"
     bands = [Image.fromarray(np.ascontiguousarray(array[..., k])) for k in (0, 1)]
     Image.merge("LA", bands).save(path)
-    assert Image.open(path).mode == "LA"
+    assert mode_of(path) == "LA"
     result = decode(path)
     alpha = array[..., 1] / 255
     assert (result[:4] == 255).all()
@@ -171,7 +176,7 @@ def test_decode_16_bit(tmp_path, suffix):
     values = noise(12, 20, dtype=np.uint16)
     values[0, :6] = 0, 128, 129, 257, 65534, 65535
     path = save(tmp_path / f"a.{suffix}", values)
-    assert Image.open(path).mode == "I;16"
+    assert mode_of(path) == "I;16"
     expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
     assert np.array_equal(decode(path), as_rgb(expected))
 
@@ -180,7 +185,7 @@ def test_decode_big_endian_16_bit(tmp_path):
     values = noise(12, 20, dtype=np.uint16)
     image = Image.frombytes("I;16B", (20, 12), values.astype(">u2").tobytes())
     image.save(tmp_path / "a.tif")
-    assert Image.open(tmp_path / "a.tif").mode == "I;16B"
+    assert mode_of(tmp_path / "a.tif") == "I;16B"
     expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
     assert np.array_equal(decode(tmp_path / "a.tif"), as_rgb(expected))
 
@@ -188,7 +193,7 @@ def test_decode_big_endian_16_bit(tmp_path):
 def test_decode_16_bit_values_in_32_bits(tmp_path):
     values = noise(12, 20, dtype=np.uint16).astype(np.int32)
     path = save(tmp_path / "a.tif", values)
-    assert Image.open(path).mode == "I"
+    assert mode_of(path) == "I"
     expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
     assert np.array_equal(decode(path), as_rgb(expected))
 
@@ -197,7 +202,7 @@ def test_decode_float(tmp_path):
     values = np.random.default_rng(0).random((12, 20), dtype=np.float32)
     values[0, :2] = 0, 1
     path = save(tmp_path / "a.tif", values)
-    assert Image.open(path).mode == "F"
+    assert mode_of(path) == "F"
     expected = [[round(value * 255) for value in row] for row in values.tolist()]
     assert np.array_equal(decode(path), as_rgb(expected))
 
@@ -205,7 +210,7 @@ def test_decode_float(tmp_path):
 @pytest.mark.parametrize("cmyk", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 128, 0, 51), (30, 60, 90, 0), (0, 0, 0, 255)])
 def test_decode_cmyk_jpg(tmp_path, cmyk):
     Image.new("CMYK", (20, 12), cmyk).save(tmp_path / "a.jpg", quality=95)
-    assert Image.open(tmp_path / "a.jpg").mode == "CMYK"
+    assert mode_of(tmp_path / "a.jpg") == "CMYK"
     expected = [255 * (1 - ink / 255) * (1 - cmyk[3] / 255) for ink in cmyk[:3]]
     assert np.abs(decode(tmp_path / "a.jpg") - np.array(expected)).max() <= 3
 
@@ -445,7 +450,8 @@ def test_empty_test_folder(tmp_path):
 
 
 def truncate(path):
-    save(path, noise(32, 32, 3))
+    """Half of a picture with the size of the others: the header is whole."""
+    save(path, noise(20, 32, 3))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
@@ -498,11 +504,22 @@ def test_bad_test_image_is_named(category, spoil):
     assert error_of(load, category).startswith(f"{path}: not a readable image")
 
 
-@pytest.mark.parametrize("spoil", [make_text, make_empty])
+@pytest.mark.parametrize("spoil", [truncate, make_text, make_empty])
+def test_bad_test_image_with_a_mask_is_named(category, spoil):
+    path = category / "test" / "bent" / "000.png"
+    spoil(path)
+    assert error_of(load, category).startswith(f"{path}: not a readable image")
+
+
+@pytest.mark.parametrize("spoil", [truncate, make_text, make_empty])
 def test_bad_mask_is_named(category, spoil):
     path = category / "ground_truth" / "bent" / "000_mask.png"
     spoil(path)
-    assert error_of(load, category).startswith(f"{path}: not a readable image")
+
+    def load_all():
+        load_masks(load(category), (10, 16), 0)
+
+    assert error_of(load_all).startswith(f"{path}: not a readable image")
 
 
 def test_mask_of_another_size_is_named(category):
@@ -525,3 +542,40 @@ def test_mask_of_another_size_is_named(category):
 def test_values_without_a_meaning(tmp_path, values, message):
     path = save(tmp_path / "a.tif", values)
     assert error_of(decode, path).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_of_a_rotated_tiff_is_the_decoded_one(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.zeros((12, 20, 3), np.uint8)).save(tmp_path / "a.tif", exif=exif)
+    assert read_size(tmp_path / "a.tif") == decode(tmp_path / "a.tif").shape[:2]
+    assert read_size(tmp_path / "a.tif") == ((12, 20) if orientation < 5 else (20, 12))
+
+
+def test_folders_are_no_images_and_hidden_folders_no_defect_types(tmp_path):
+    for name in ("good", "crack", ".ipynb_checkpoints"):
+        (tmp_path / "part/test" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "part/test" / name / "000.png")
+    (tmp_path / "part/test/crack/001.png").mkdir()
+    test = load_test(tmp_path, "part", (4, 4), 0)
+    assert test.defect_types == ["good", "crack"]
+    assert len(test.paths) == 2
+
+
+def test_masks_of_any_colour_are_read_as_they_are_seen(tmp_path):
+    """A palette mask in near-black blue, and one turned by its EXIF tag."""
+    for name in ("test", "ground_truth"):
+        (tmp_path / "part" / name / "crack").mkdir(parents=True)
+    marked = np.zeros((4, 6), np.uint8)
+    marked[0, :2] = 1
+    palette = Image.fromarray(marked, "P")
+    palette.putpalette([0, 0, 0, 0, 0, 1])
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = Image.fromarray(np.ascontiguousarray(marked[::-1, ::-1] * 255))
+    for index, mask in enumerate((palette, turned)):
+        Image.new("RGB", (6, 4)).save(tmp_path / f"part/test/crack/{index}.png")
+        mask.save(tmp_path / f"part/ground_truth/crack/{index}_mask.png", **({"exif": exif} if index else {}))
+    masks = load_masks(load_test(tmp_path, "part", (4, 6), 0), (4, 6), 0)
+    assert (masks.numpy() == marked).all()

@@ -66,6 +66,13 @@ def test_ledoit_wolf_by_hand():
     assert covariance.tolist() == [pytest.approx([23.25 / 18, 0]), pytest.approx([0, 21.75 / 18])]
 
 
+def test_shrinkage_is_at_most_1():
+    """S = diag(0.605, 1/2), nearly a sphere: d = 0.0055 is less than b = 0.11."""
+    covariance, shrinkage = ledoit_wolf(torch.tensor([[1.1, 0], [-1.1, 0], [0, 1], [0, -1]], dtype=torch.float64))
+    assert shrinkage.item() == 1
+    assert torch.allclose(covariance, 0.5525 * torch.eye(2, dtype=torch.float64))
+
+
 def test_ledoit_wolf_of_a_sphere_is_the_target():
     covariance, shrinkage = ledoit_wolf(torch.tensor([[1, 0], [-1, 0], [0, 1], [0, -1]], dtype=torch.float64))
     assert shrinkage.item() == 1
@@ -301,3 +308,21 @@ def test_what_no_density_can_be_fitted_to(kind, x, message):
         DENSITIES[kind]().fit(x)
     with pytest.raises(ValueError, match=message):
         held_out_scores(kind, x)
+
+
+def test_bandwidth_is_near_the_neighbours_of_many_embeddings_and_copies_do_not_count():
+    """Embeddings as a network makes them: long, not negative. Each is there twice."""
+    x = (torch.randn(60, 512, generator=torch.Generator().manual_seed(0)) * 0.3 + 1).relu()
+    nearest = sorted(min(math.dist(a, b) for b in x.tolist() if b != a) for a in x.tolist())
+    unit = nearest[29] / math.sqrt(512)
+    assert unit / 10 * 0.999 <= KernelDensity().fit(x).bandwidth.item() <= unit * 10 * 1.001
+    grid_of_copies = KernelDensity().fit(x.repeat_interleave(2, 0)).bandwidth.item()
+    assert unit / 10 * 0.999 <= grid_of_copies <= unit * 10 * 1.001
+
+
+def test_two_images_suffice_and_both_gaussians_agree():
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    new = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    one, other = (kind().fit(x).score(new) for kind in (GaussianTorch, GaussianSklearn))
+    assert torch.allclose(one, other, rtol=1e-6)
+    assert torch.isfinite(one).all()
