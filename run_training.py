@@ -86,6 +86,12 @@ def get_parser() -> argparse.ArgumentParser:
         type=whole(-1),
         default=256,
     )
+    add(
+        "threads",
+        "threads of the network on the CPU; another number rounds differently (default: one per core, or as saved)",
+        type=whole(1),
+        metavar="N",
+    )
     add("logdir", "folder of TensorBoard's files (default: logdirs)", default="logdirs", metavar="DIR")
     add("save_minutes", "minutes between two saved states (default: 3)", type=number(0, 1e6), default=3.0)
     add("overwrite", "start anew, replacing detectors and saved states", action="store_true")
@@ -111,8 +117,9 @@ def main(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     with tqdm(configs, desc="categories", unit="category", file=sys.stderr, disable=len(configs) == 1) as bar:
+        cores = torch.get_num_threads()  # before a resumed category sets its own number
         for config in bar:
-            train_category(args, config, device)
+            train_category(args, config, device, cores)
     follow = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
     say(f"detectors are in {args.model_dir}; next: {follow}")
 
@@ -227,7 +234,7 @@ def write_preview(args: argparse.Namespace, configs: list[dict]) -> None:
 # Training ---------------------------------------------------------------------------------------------------------
 
 
-def train_category(args: argparse.Namespace, config: dict, device: torch.device) -> None:
+def train_category(args: argparse.Namespace, config: dict, device: torch.device, cores: int) -> None:
     """Train, fit the density and write the detector of one category, unless it is there already."""
     category = config["category"]
     path, state_path = detector_path(args.model_dir, category), checkpoint_path(args.model_dir, category)
@@ -244,6 +251,7 @@ def train_category(args: argparse.Namespace, config: dict, device: torch.device)
             f"{state_path}: was saved while training on other images than {args.data_dir}/{category} holds now; "
             "put them back, or start anew with --overwrite"
         )
+    torch.set_num_threads(choose_threads(args.threads, cores, state, state_path))
     with torch.random.fork_rng(devices=[]):
         run = Run(config, images, digest, device, state)
         run.train(args, state_path, test)
@@ -253,11 +261,21 @@ def train_category(args: argparse.Namespace, config: dict, device: torch.device)
         "train_images": len(images),
         "train_seconds": round(run.seconds, 1),
         "device": device_name(device),
+        "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
     save(detector, path)
     state_path.unlink(missing_ok=True)
     say(f"{category}: wrote {path}")
+
+
+def choose_threads(given: int | None, cores: int, state: dict | None, path: Path) -> int:
+    """Threads of the network on the CPU. A run continues with the number it began with, on any machine, for the sums
+    of floating point numbers depend on it."""
+    saved = state["threads"] if state is not None else None
+    if given is not None and saved is not None and given != saved:
+        raise InputError(f"{path}: made with --threads {saved}, now {given}; leave the flag out or give --overwrite")
+    return given or saved or cores
 
 
 def load_watched_test(args: argparse.Namespace, config: dict) -> TestSet | None:
@@ -307,6 +325,7 @@ class Run:
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
+            "threads": torch.get_num_threads(),
         }
 
     def train(self, args: argparse.Namespace, state_path: Path, test: TestSet | None) -> None:
@@ -448,7 +467,7 @@ def device_name(device: torch.device) -> str:
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, one_line, same_weights, train
 
 from dataset import InputError
 from detector import load, load_file
-from run_training import check_finite, fingerprint, get_parser, make_config
+from run_training import check_finite, choose_threads, fingerprint, get_parser, make_config
 
 WHERE = ("--data_dir", "--model_dir", "--logdir")
 
@@ -214,6 +214,15 @@ def test_a_state_of_other_images_is_refused(data, tmp_path, script):
     one_line(script("run_training", *flags(own, tmp_path, *more)), "brick.checkpoint", "other images", "--overwrite")
     (tmp_path / "models/brick.checkpoint").write_text("hello")
     one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "truncated, damaged")
+
+
+def test_a_run_keeps_the_threads_it_began_with(tmp_path):
+    state = {"threads": 3}
+    assert choose_threads(None, 8, None, tmp_path) == 8
+    assert choose_threads(2, 8, None, tmp_path) == 2
+    assert choose_threads(None, 8, state, tmp_path) == choose_threads(3, 8, state, tmp_path) == 3
+    with pytest.raises(InputError, match="made with --threads 3, now 2"):
+        choose_threads(2, 8, state, tmp_path)
 
 
 def test_fingerprint_tells_images_apart():
