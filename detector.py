@@ -7,7 +7,6 @@ images or of training.
 import hashlib
 import io
 import os
-import pickle
 from pathlib import Path
 
 import torch
@@ -78,9 +77,15 @@ class Detector(nn.Module):
         return functional.normalize(embeddings, dim=1) if self.config["l2"] else embeddings
 
     def fit(self, images: Tensor, threshold: bool = True) -> "Detector":
-        """Fit the density to normal images (N, 3, H, W); with ``threshold``, choose that too, from them alone."""
+        """Fit the density to normal images (N, 3, H, W); with ``threshold``, choose that too, from them alone.
+
+        Raises InputError if no density fits, for embeddings that are not finite or all equal.
+        """
         embeddings = self.embed(images)
-        self.density = DENSITIES[self.config["density"]]().fit(embeddings)
+        try:
+            self.density = DENSITIES[self.config["density"]]().fit(embeddings)
+        except ValueError as error:
+            raise InputError(f"{self.config['category']}: no density can be fitted: {error}") from error
         if threshold:
             self.normal_scores = held_out_scores(self.config["density"], embeddings)
             self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
@@ -185,13 +190,18 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
 
 def save_file(content: dict, path: str | Path) -> None:
     """Write tensors and plain values to ``path``: to a temporary name first, flushed, then put in place."""
-    path = Path(path)
     buffer = io.BytesIO()
     torch.save(content, buffer)  # to memory: torch's own writer hides a full disk behind a RuntimeError
-    temporary = path.with_name(f".{path.name}.part")
+    write_file(buffer.getbuffer(), path)
+
+
+def write_file(content: bytes | memoryview, path: str | Path) -> None:
+    """Put a file in place, whole or not at all. Raises OSError, naming it, if it cannot be written."""
+    path = Path(path)
+    temporary = part_path(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -200,11 +210,24 @@ def save_file(content: dict, path: str | Path) -> None:
         raise OSError(error.errno, f"cannot be written ({error.strerror}); nothing was replaced", str(path)) from error
 
 
+def part_path(path: Path) -> Path:
+    """The temporary name that a file is written under."""
+    return path.with_name(f".{path.name}.part")
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, if it is there, and what a killed process left of it."""
+    path.unlink(missing_ok=True)
+    part_path(path).unlink(missing_ok=True)
+
+
 def load_file(path: str | Path, what: str) -> object:
     """Read what ``save_file`` wrote, onto the CPU. Raises InputError, naming the file, if that is not possible."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has no error of its own: a text file may end in an IndexError
         raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error

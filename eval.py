@@ -6,15 +6,19 @@ model_dir>/ and one AUC line per category to stdout. Trains nothing, changes no 
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 import options
 from dataset import InputError, TestSet, choose_categories, load_test, load_train
-from detector import SUFFIX, Detector, detector_path, load
+from detector import SUFFIX, Detector, detector_path, load, write_file
 from metrics import auroc, image_metrics
 from options import say
+
+if TYPE_CHECKING:
+    from plots import Figure
 
 SAMPLE_VIEWS = 60  # normal test images whose augmented views enter the t-SNE plot, at most
 
@@ -43,26 +47,24 @@ def main(args: argparse.Namespace) -> None:
     device = options.choose_device(args.cuda)
     categories = find_work(args.model_dir, args.data_dir, args.type)
     detectors = [open_detector(args, category, device) for category in categories]  # all, before any hour is spent
-    out_dir = Path(args.eval_dir) / Path(args.model_dir).resolve().name
+    out_dir = Path(args.eval_dir) / options.folder_name(args.model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    rows, score_rows = [], []
+    rows, score_rows, figures = [], [], {}
     for detector in detectors:
-        row, scores = evaluate_category(args, detector, device, out_dir)
+        row, scores, drawn = evaluate_category(args, detector)
         rows.append(row)
         score_rows += scores
-        write_table(rows, out_dir / "results.csv")
-        write_table(score_rows, out_dir / "scores.csv")
+        figures |= drawn
     print_average(rows)
+    # Only now, all at once: a bad image in the last category leaves earlier results as they were
+    write_table(rows, out_dir / "results.csv")
+    write_table(score_rows, out_dir / "scores.csv")
     if args.save_plots:
         import plots
 
-        known = [row for row in rows if row["image_auroc"] is not None]
-        if known:
-            controls = [row["control_auroc"] for row in known] if args.control else None
-            names = [row["category"] for row in known]
-            figure = plots.summary(names, [row["image_auroc"] for row in known], controls)
-            plots.save(figure, out_dir / "summary.png")
+        for name, figure in (figures | draw_summary(rows)).items():
+            plots.save(figure, out_dir / name)
     say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
 
 
@@ -119,10 +121,8 @@ def evaluate(detector: Detector, test: TestSet) -> tuple[np.ndarray, dict[str, f
     return scores, image_metrics(test.labels, scores) if both else {}
 
 
-def evaluate_category(
-    args: argparse.Namespace, detector: Detector, device: torch.device, out_dir: Path
-) -> tuple[dict, list[dict]]:
-    """Score one category, print its line, draw its plots. Returns its row of results.csv and its rows of scores.csv."""
+def evaluate_category(args: argparse.Namespace, detector: Detector) -> tuple[dict, list[dict], dict[str, "Figure"]]:
+    """Score one category, print its line. Returns its row of results.csv, its rows of scores.csv and its figures."""
     category = detector.config["category"]
     train = None
     if args.density is not None or args.l2 is not None or args.control:
@@ -133,20 +133,19 @@ def evaluate_category(
         detector = detector.refit(train, density, l2)
     test = load_test(args.data_dir, category, detector.size, args.workers)
     scores, metrics = evaluate(detector, test)
-    control = None
-    if args.control:
-        control, _ = evaluate(detector.untrained().fit(train), test)
-
     if metrics:
         print(f"{category} AUC: {metrics['image_auroc']}", flush=True)
-        if control is not None:
-            print(f"{category} control AUC: {auroc(test.labels, control)}", flush=True)
     else:
         kind = "anomalous" if not test.labels.any() else "normal"
         say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
-    if args.save_plots:
-        draw(detector, test, scores, control, out_dir / category)
-    return result_row(detector, test, scores, metrics, control), score_table(args.data_dir, detector, test, scores)
+    control = None
+    if args.control:
+        control, control_metrics = evaluate(detector.untrained().fit(train), test)
+        if metrics:
+            print(f"{category} control AUC: {control_metrics['image_auroc']}", flush=True)
+    row = result_row(detector, test, scores, metrics, control)
+    figures = draw(detector, test, scores, control) if args.save_plots else {}
+    return row, score_table(args.data_dir, detector, test, scores), figures
 
 
 def print_average(rows: list[dict]) -> None:
@@ -194,26 +193,40 @@ def score_table(data_dir: str, detector: Detector, test: TestSet, scores: np.nda
 def write_table(rows: list[dict], path: Path) -> None:
     import pandas
 
-    pandas.DataFrame(rows).to_csv(path, index=False)
+    write_file(pandas.DataFrame(rows).to_csv(index=False).encode(), path)
 
 
 # Plots ------------------------------------------------------------------------------------------------------------
 
 
-def draw(detector: Detector, test: TestSet, scores: np.ndarray, control: np.ndarray | None, folder: Path) -> None:
-    """ROC curve, score histogram and t-SNE plot of one category."""
+def draw(detector: Detector, test: TestSet, scores: np.ndarray, control: np.ndarray | None) -> dict[str, "Figure"]:
+    """ROC curve, score histogram and t-SNE plot of one category, by the names of their files."""
     import plots
 
+    figures = {}
     category, kind = detector.config["category"], detector.config["density"]
     if len(set(test.labels.tolist())) == 2:
-        plots.save(plots.roc(category, test.labels, scores, control), folder / "roc.png")
+        figures[f"{category}/roc.png"] = plots.roc(category, test.labels, scores, control)
     unit = "negative log density" if kind == "kde" else "Mahalanobis distance (higher is more anomalous)"
     threshold, rate = detector.threshold.item(), detector.config["false_alarm_rate"]
-    figure = plots.score_histogram(category, scores, test.defect_types, threshold, rate, unit)
-    plots.save(figure, folder / "histogram.png")
+    histogram = plots.score_histogram(category, scores, test.defect_types, threshold, rate, unit)
+    figures[f"{category}/histogram.png"] = histogram
     embeddings, groups = sample_views(detector, test)
     if len(embeddings) > 3:
-        plots.save(plots.tsne(category, embeddings, groups), folder / "tsne.png")
+        figures[f"{category}/tsne.png"] = plots.tsne(category, embeddings, groups)
+    return figures
+
+
+def draw_summary(rows: list[dict]) -> dict[str, "Figure"]:
+    """The chart over all categories that have an AUC."""
+    import plots
+
+    known = [row for row in rows if row["image_auroc"] is not None]
+    if not known:
+        return {}
+    controls = [row["control_auroc"] for row in known]
+    controls = None if None in controls else controls
+    return {"summary.png": plots.summary([r["category"] for r in known], [r["image_auroc"] for r in known], controls)}
 
 
 def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[str]]:

@@ -117,7 +117,7 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise WeightsError(f"{weights}: no such file (--weights)") from error
+            raise WeightsError(f"{weights}: no such file (--weights, now or when it was trained)") from error
         except Exception as error:  # torch.load has no error of its own for a bad file
             raise WeightsError(f"{weights}: not a file of weights that torch can read (--weights)") from error
         source = str(weights)

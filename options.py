@@ -78,6 +78,13 @@ def names(text: str) -> list[str]:
     return found
 
 
+def category(text: str) -> str:
+    """One name that --type can later ask for."""
+    if names(text) != [text] or text == "all":
+        raise argparse.ArgumentTypeError(f"{text!r}: the name of one category, without commas or slashes, not 'all'")
+    return text
+
+
 def zero_or_one(text: str) -> bool:
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"{text!r}: 0 or 1")
@@ -140,6 +147,11 @@ def command_line() -> str:
     return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
+def folder_name(path: str) -> str:
+    """The name of a folder as typed: results and logs of models in ``runs/a/`` go to ``Eval/a``, ``logdirs/a``."""
+    return os.path.basename(os.path.abspath(path))
+
+
 def say(text: str) -> None:
     """A message for the person at the shell: stderr, past any progress bar. stdout is for data."""
     from tqdm import tqdm
@@ -153,6 +165,8 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     try:
         main(args)
         sys.stdout.flush()
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))  # flags that contradict each other: exit code 2
     except (InputError, WeightsError) as error:
         fail(parser.prog, str(error))
     except torch.cuda.OutOfMemoryError:

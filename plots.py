@@ -3,6 +3,7 @@
 The only module that imports matplotlib or seaborn; computes nothing but what drawing needs.
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score, roc_curve
 
+from detector import write_file
+
 NORMAL_COLOR = "#2a6fbb"
 ANOMALY_COLOR = "#c8402f"
 VIEW_COLORS = ("#e8a33d", "#6aa84f")
@@ -20,7 +23,9 @@ DPI = 120
 
 def save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+    write_file(buffer.getbuffer(), path)
 
 
 def new_axes(width: float, height: float):

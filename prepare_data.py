@@ -5,11 +5,13 @@ so that everybody gets the same split.
 """
 
 import argparse
+import lzma
 import math
 import shutil
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +41,7 @@ MVTEC_COUNTS = {
     "wood": (247, 79),
     "zipper": (240, 151),
 }
-ELPV_TYPES = {"mono": "monocrystalline", "poly": "polycrystalline"}
+ELPV_CELLS = ("mono", "poly")  # monocrystalline, polycrystalline
 TEXTURES = ("brick", "grass", "gravel")  # 512 x 512 grey photographs in scikit-image's wheel
 
 
@@ -56,8 +58,10 @@ def get_parser() -> argparse.ArgumentParser:
     mvtec.add_argument("source", help="the .tar.xz or .zip archive, or a folder that is unpacked already")
 
     elpv = command("elpv", "solar cells from the package elpv-dataset (CC BY-NC-SA 4.0)")
-    elpv.add_argument("--cells", choices=tuple(ELPV_TYPES), default="mono", help="kind of cell (default: mono)")
-    elpv.add_argument("--name", metavar="NAME", help="name of the category (default: solar_<kind of cell>)")
+    elpv.add_argument("--cells", choices=ELPV_CELLS, default="mono", help="kind of cell (default: mono)")
+    elpv.add_argument(
+        "--name", type=options.category, metavar="NAME", help="name of the category (default: solar_<kind of cell>)"
+    )
     elpv.add_argument(
         "--held_out",
         type=options.number(0.01, 0.9),
@@ -69,7 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
     folder = command("folder", "a category from your own photographs")
     folder.add_argument("--good", required=True, metavar="DIR", help="photographs of good parts")
     folder.add_argument("--bad", metavar="DIR", help="photographs of bad parts, or a folder for each type of defect")
-    folder.add_argument("--name", metavar="NAME", help="name of the category (default: the name of the --good folder)")
+    name_help = "name of the category (default: the name of the --good folder)"
+    folder.add_argument("--name", type=options.category, metavar="NAME", help=name_help)
     folder.add_argument(
         "--held_out", type=options.number(0, 0.9), default=0.2, help="share of good photographs for test (default: 0.2)"
     )
@@ -115,7 +120,7 @@ def mvtec(args: argparse.Namespace, data_dir: Path) -> None:
     """Unpack if it is an archive, then verify. Raises InputError if an image or a mask is missing."""
     source = Path(args.source)
     if source.is_dir():
-        root = source
+        root = source  # nothing is copied: it is used where it lies
     elif source.is_file():
         unpack(source, data_dir)
         root = data_dir
@@ -130,10 +135,11 @@ def mvtec(args: argparse.Namespace, data_dir: Path) -> None:
         say(f"{name}: {'complete' if not found else '; '.join(found)}")
         problems += [f"{name}: {problem}" for problem in found]
         complete += not found
-    say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}")
+    say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}; train with --data_dir {root}")
     if problems:
         raise InputError(
-            f"{root}: {len(problems)} problem(s), the first: {problems[0]}; unpack the official archive anew"
+            f"{root}: {len(problems)} problem(s), the first: {problems[0]}; "
+            "remove that folder and unpack the archive anew"
         )
     if not complete:
         raise InputError(f"{root}: no category of MVTec AD in it; it should hold folders such as bottle/train/{GOOD}")
@@ -156,15 +162,23 @@ def unpack(archive: Path, data_dir: Path) -> None:
                         refuse_escape(archive, member.name)
                         if not (member.isfile() or member.isdir()):
                             raise InputError(f"{archive}: {member.name!r} is a link or device; nothing was unpacked")
-                        member.mode = 0o755 if member.isdir() else 0o644
-                        file.extract(member, temporary, set_attrs=False)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-            if isinstance(error, InputError):
-                raise
+                        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                        file.extract(member, temporary, set_attrs=False, **safe)
+                    while file.fileobj.read(2**20):  # tarfile takes a damaged header for the end; checksums do not
+                        pass
+        except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
+        except OSError as error:
+            if error.errno is not None:
+                raise  # a full disk is not the archive's fault
             raise InputError(f"{archive}: cannot be unpacked ({error}); download it again") from error
         found = sorted({p.parent.parent for p in Path(temporary).rglob(f"train/{GOOD}") if p.is_dir()})
+        found = [p for p in found if "__MACOSX" not in p.parts]  # what a Mac adds to a zip
         if not found:
             raise InputError(f"{archive}: no category in it (a folder with train/{GOOD})")
+        if len({category.name for category in found}) < len(found):
+            raise InputError(f"{archive}: two folders of one category in it; nothing was unpacked")
         for category in found:
             if (data_dir / category.name).exists():
                 raise InputError(
@@ -254,6 +268,9 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
             raise InputError(f"{bad / GOOD}: a folder named {GOOD!r} among the defects; rename or remove it")
         if not any(kinds.values()) and not loose:
             raise InputError(f"{bad}: no photograph found (--bad)")
+    for place, paths in plan.items():
+        if len({path.name for path in paths}) < len(paths):
+            raise InputError(f"{args.bad}: two photographs of one name would both go to {place}; rename one")
     with new_category(data_dir, args.name or Path(args.good).resolve().name) as target:
         for place, paths in plan.items():
             if paths:

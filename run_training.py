@@ -6,11 +6,14 @@ Owns the training loop, its saved state (``<model_dir>/<category>.checkpoint``) 
 
 import argparse
 import hashlib
-import math
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from torch.nn import functional
 
 import options
 from cutpaste import VARIANTS, apply, make_params, to_float
-from dataset import InputError, TestSet, choose_categories, load_images, load_test, load_train, train_paths
+from dataset import InputError, TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from detector import (
     Detector,
     category_seed,
@@ -26,14 +29,19 @@ from detector import (
     initial_network,
     load,
     load_file,
+    remove_file,
     save,
     save_file,
 )
 from model import BACKBONES
 from options import say
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
+CHECKPOINT_VERSION = 1
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
 PREVIEW_IMAGES = 6
 DEFAULTS = {"variant": "3way", "head_layer": 1, "size": (256, 256), "normalize": "image"}
@@ -100,11 +108,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.weights is not None and not args.pretrained:
+        raise argparse.ArgumentTypeError("--weights and --no-pretrained contradict each other")
     device = options.choose_device(args.cuda)
     categories = choose_categories(args.data_dir, args.type)
     configs = [make_config(args, category) for category in categories]
     for category in categories:
-        train_paths(args.data_dir, category)  # its errors now, not after hours of another category
+        train_paths(args.data_dir, category)  # a missing folder now, not after hours of another category
     if args.preview:
         write_preview(args, configs)
         return
@@ -160,10 +170,10 @@ def check_writable(folder: Path) -> None:
 def check_settings(model_dir: str, config: dict) -> None:
     """Hold the settings against what is saved. Raises InputError that names the first difference."""
     category = config["category"]
-    if (path := detector_path(model_dir, category)).exists():
-        saved = load(path).config
-    elif (path := checkpoint_path(model_dir, category)).exists():
+    if (path := checkpoint_path(model_dir, category)).exists():  # newer than a detector that it is to replace
         saved = load_checkpoint(path)["config"]
+    elif (path := detector_path(model_dir, category)).exists():
+        saved = load(path).config
     else:
         return
     for name, value in config.items():
@@ -178,12 +188,14 @@ def load_checkpoint(path: Path) -> dict:
     state = load_file(path, "checkpoint")
     if not isinstance(state, dict) or state.get("format") != "cutpaste-checkpoint":
         raise InputError(f"{path}: not a saved state of this program; remove it or give --overwrite")
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise InputError(f"{path}: saved by another version of this program; finish it there or give --overwrite")
     return state
 
 
 def fingerprint(images: Tensor) -> str:
     """A digest of the decoded training images: a saved state continues on the very same ones only."""
-    return hashlib.blake2b(images.numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(images.numpy(), digest_size=16).hexdigest()
 
 
 # The preview sheet ------------------------------------------------------------------------------------------------
@@ -238,13 +250,18 @@ def train_category(args: argparse.Namespace, config: dict, device: torch.device,
     """Train, fit the density and write the detector of one category, unless it is there already."""
     category = config["category"]
     path, state_path = detector_path(args.model_dir, category), checkpoint_path(args.model_dir, category)
-    if path.exists() and not args.overwrite:
+    if path.exists() and not state_path.exists() and not args.overwrite:
         say(f"{category}: {path} is finished; skipped")
-        state_path.unlink(missing_ok=True)
         return
     images = load_train(args.data_dir, category, (config["height"], config["width"]), args.workers)
+    if (images == images[0]).all():
+        raise InputError(f"{Path(args.data_dir) / category}: all training images are equal; nothing can be learned")
+    if len(images) < config["batch_size"]:
+        say(f"{category}: {len(images)} training images, so {len(images)} per update (--batch_size)")
     test = load_watched_test(args, config) if args.test_epochs > 0 else None
-    state = load_checkpoint(state_path) if state_path.exists() and not args.overwrite else None
+    if args.overwrite:
+        remove_file(state_path)
+    state = load_checkpoint(state_path) if state_path.exists() else None
     digest = fingerprint(images)
     if state is not None and state["images"] != digest:
         raise InputError(
@@ -265,7 +282,7 @@ def train_category(args: argparse.Namespace, config: dict, device: torch.device,
         "torch": str(torch.__version__),
     }
     save(detector, path)
-    state_path.unlink(missing_ok=True)
+    remove_file(state_path)
     say(f"{category}: wrote {path}")
 
 
@@ -281,8 +298,9 @@ def choose_threads(given: int | None, cores: int, state: dict | None, path: Path
 def load_watched_test(args: argparse.Namespace, config: dict) -> TestSet | None:
     """The test images to look at while training, if there are both normal and anomalous ones."""
     category = config["category"]
-    if not (Path(args.data_dir) / category / "test").is_dir():
-        say(f"{category}: no test folder, so no AUROC while training")
+    folder = Path(args.data_dir) / category / "test"
+    if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
+        say(f"{category}: no test images, so no AUROC while training")
         return None
     test = load_test(args.data_dir, category, (config["height"], config["width"]), args.workers)
     if 0 < test.labels.sum() < len(test.labels):
@@ -317,6 +335,7 @@ class Run:
     def state(self) -> dict:
         return {
             "format": "cutpaste-checkpoint",
+            "version": CHECKPOINT_VERSION,
             "config": self.config,
             "images": self.digest,
             "network": self.network.state_dict(),
@@ -330,11 +349,10 @@ class Run:
 
     def train(self, args: argparse.Namespace, state_path: Path, test: TestSet | None) -> None:
         """Run the steps that are left. Leaves by SystemExit (130, 143) on SIGINT or SIGTERM, the state saved."""
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         config, category = self.config, self.config["category"]
-        folder = Path(args.logdir) / Path(args.model_dir).resolve().name / category
+        folder = Path(args.logdir) / options.folder_name(args.model_dir) / category
         if self.step:
             say(f"{category}: continuing at step {self.step} of {config['epochs']}")
         self.network.freeze_backbone(self.step < config["freeze_resnet"])
@@ -343,7 +361,7 @@ class Run:
         seconds_before, loss_sum, hits, since = self.seconds, 0, 0, self.step
         interval = 0.1 if sys.stderr.isatty() else 30
         with (
-            SummaryWriter(str(folder), purge_step=self.step) as writer,
+            open_tensorboard(folder, self.step + 1 if self.step else 0) as writer,
             Interrupts() as interrupts,
             tqdm(
                 total=config["epochs"],
@@ -369,15 +387,20 @@ class Run:
                     self.log(writer, bar, loss_sum / count, hits / count, speed)
                     loss_sum, hits, since, lap = 0, 0, self.step, now
                 if test is not None and (self.step % args.test_epochs == 0 or last):
-                    self.look(writer, test)
-                self.seconds = seconds_before + time.monotonic() - began
-                if interrupts.signal or time.monotonic() - saved >= 60 * args.save_minutes:
                     check_finite(category, self.step, loss)
+                    lap -= time.monotonic()  # a look does not count as training
+                    self.look(writer, test)
+                    lap += time.monotonic()
+                self.seconds = seconds_before + time.monotonic() - began
+                # The last step too: fitting the density can be stopped, or its file not be written
+                if interrupts.signal or last or time.monotonic() - saved >= 60 * args.save_minutes:
+                    check_finite(category, self.step, loss, *self.network.parameters())
                     save_file(self.state(), state_path)
                     saved = time.monotonic()
                 if interrupts.signal:
                     bar.close()
-                    say(f"{category}: stopped at step {self.step}, state saved; the same command continues")
+                    how = "the same command without --overwrite" if args.overwrite else "the same command"
+                    say(f"{category}: stopped at step {self.step}, state saved; {how} continues")
                     sys.exit(128 + interrupts.signal)
 
     @property
@@ -448,12 +471,35 @@ class Interrupts:
             signal.signal(number, handler)
 
 
-def check_finite(category: str, step: int, loss: float | Tensor) -> None:
-    if not math.isfinite(float(loss)):
-        raise InputError(
-            f"{category}: the loss is {float(loss)} at step {step}; start anew with a lower --lr "
-            "(and --overwrite, if a state was saved)"
-        )
+def check_finite(category: str, step: int, loss: float | Tensor, *weights: Tensor) -> None:
+    """Raises InputError if the loss or a weight is not finite."""
+    for name, value in (("loss", torch.as_tensor(loss)), *(("network", weight) for weight in weights)):
+        if not torch.isfinite(value).all():
+            what = f"the loss is {float(value)}" if name == "loss" else "a weight of the network is not finite"
+            raise InputError(
+                f"{category}: {what} at step {step}; start anew with a lower --lr "
+                "(and --overwrite, if a state was saved)"
+            )
+
+
+@contextmanager
+def open_tensorboard(folder: Path, purge_step: int) -> Iterator["SummaryWriter"]:
+    """TensorBoard's files; entries from ``purge_step`` on, left by a killed run, are hidden.
+
+    It writes in a thread: an error there (a full disk) would print a traceback of its own, and reaches this thread
+    without the name of the folder.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    report = threading.excepthook
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
+    try:
+        with SummaryWriter(str(folder), purge_step=purge_step) as writer:
+            yield writer
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error
+    finally:
+        threading.excepthook = report
 
 
 def device_name(device: torch.device) -> str:

@@ -84,6 +84,7 @@ def one_line(done: SimpleNamespace, *words: str) -> None:
     assert "Traceback" not in done.err
     last = done.err.strip().splitlines()[-1]
     assert "error:" in last
+    assert done.err.count("error:") == 1
     for word in words:
         assert word in last, (word, last)
 

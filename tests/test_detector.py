@@ -119,8 +119,9 @@ def test_bad_files_are_named(tmp_path, fitted):
     for length in (0, 10, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         fails("truncated, damaged or not a detector file")
-    path.write_text("hello")
-    fails("truncated, damaged or not a detector file")
+    for text in ("hello", "test of a file", "X", "\x89PNG\r\n"):
+        path.write_text(text)
+        fails("truncated, damaged or not a detector file")
     torch.save({"weight": torch.zeros(3)}, path)
     fails("not a detector file of this project")
     save(fitted, path)

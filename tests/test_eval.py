@@ -1,5 +1,6 @@
 """eval.py: the lines on stdout, the tables, the plots, and what it refuses."""
 
+import resource
 import shutil
 
 import matplotlib.image
@@ -174,6 +175,12 @@ def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
     (own / "grass.pt").write_bytes((models / "grass.pt").read_bytes()[:1000])
     fails("grass.pt", "truncated, damaged", more=("--model_dir", own))
 
+    content = torch.load(models / "grass.pt", weights_only=True)
+    torch.save(content | {"version": 99}, own / "grass.pt")
+    fails("grass.pt", "format 99", "update the program", more=("--model_dir", own))
+    torch.save(content["network"], own / "grass.pt")
+    fails("grass.pt", "not a detector file of this project", more=("--model_dir", own))
+
     images = tmp_path / "Data"
     shutil.copytree(data / "brick", images / "brick")
     mask = images / "brick/ground_truth/hole/001_mask.png"
@@ -189,6 +196,23 @@ def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
     fails("hole/002.png", "not a readable image", more=more)
     shutil.rmtree(images / "brick/test")
     fails("brick/test", "no such folder", more=more)
+
+
+def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tmp_path):
+    shutil.copytree(data, tmp_path / "Data")
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
+    assert run("eval.py", *where).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()}
+    assert len(before) == 9
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    one_line(run("eval.py", *where, "--density", "kde", preexec=small_disk), "results.csv", "cannot be written")
+    photo = tmp_path / "Data/grass/test/hole/000.png"
+    photo.write_bytes(photo.read_bytes()[:100])
+    one_line(run("eval.py", *where), "hole/000.png", "not a readable image")
+    assert {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()} == before
 
 
 def test_wrong_usage_exits_with_2(script):

@@ -99,6 +99,13 @@ def test_folder_refuses(tmp_path, script):
     (tmp_path / "good/003.png").unlink()
     photographs(tmp_path / "bad/good", 1)
     fails("bad/good", "rename", more=("--bad", tmp_path / "bad"))
+    shutil.rmtree(tmp_path / "bad")
+    photographs(tmp_path / "bad", 1)
+    photographs(tmp_path / "bad/bad", 1)
+    fails("two photographs of one name", "test/bad", more=("--bad", tmp_path / "bad"))
+    for name in ("../part", "a,b", "all"):
+        done = script("prepare_data", "folder", "--good", tmp_path / "good", "--name", name)
+        assert done.code == 2
 
 
 # MVTec AD ---------------------------------------------------------------------------------------------------------
@@ -167,10 +174,24 @@ def test_links_and_broken_archives_are_refused(toothbrush, tmp_path, script):
     one_line(script("prepare_data", "mvtec", tmp_path / "link.tar", "--data_dir", tmp_path / "Data"), "is a link")
     whole = shutil.make_archive(tmp_path / "whole", "xztar", toothbrush.parent)
     with open(whole, "rb") as file:
-        (tmp_path / "half.tar.xz").write_bytes(file.read()[:2000])
-    done = script("prepare_data", "mvtec", tmp_path / "half.tar.xz", "--data_dir", tmp_path / "Data")
-    one_line(done, "half.tar.xz", "cannot be unpacked")
-    assert not list((tmp_path / "Data").iterdir())
+        content = file.read()
+    spoiled = bytearray(content)
+    spoiled[1000:1100] = bytes(100)
+    for name, bad in (("half", content[:2000]), ("spoiled", spoiled), ("page", b"<html>\n" * 200), ("empty", b"")):
+        (tmp_path / f"{name}.tar.xz").write_bytes(bad)
+        done = script("prepare_data", "mvtec", tmp_path / f"{name}.tar.xz", "--data_dir", tmp_path / "Data")
+        one_line(done, f"{name}.tar.xz", "cannot be unpacked")
+        assert len(done.err.splitlines()) == 2  # "unpacking ..." and the error
+        assert not list((tmp_path / "Data").iterdir())
+
+
+def test_what_a_mac_adds_to_a_zip_is_left_out(toothbrush, tmp_path, script):
+    archive = shutil.make_archive(tmp_path / "mac", "zip", toothbrush.parent)
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("__MACOSX/mvtec_anomaly_detection/toothbrush/train/good/._000.png", b"x")
+    done = script("prepare_data", "mvtec", archive, "--data_dir", tmp_path / "Data")
+    assert done.code == 0, done.err
+    assert "toothbrush: complete" in done.err
 
 
 def test_official_numbers():

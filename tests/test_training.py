@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT, TINY, one_line, same_weights, train
 
 from dataset import InputError
-from detector import load, load_file
-from run_training import check_finite, choose_threads, fingerprint, get_parser, make_config
+from detector import load, load_file, save_file
+from run_training import Run, check_finite, choose_threads, fingerprint, get_parser, make_config
 
 WHERE = ("--data_dir", "--model_dir", "--logdir")
 
@@ -78,6 +78,54 @@ def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, t
     done = train(data, folder, *more)
     assert done.code == 0, done.err
     assert same_weights(folder / "brick.pt", models / "brick.pt")  # looking at the test images changes nothing
+
+
+def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    more = ("--type", "brick", "--save_minutes", 0, "--seed", 1)
+    process = start(data, folder, *more, "--overwrite")
+    wait_for_step(process, folder / "brick.checkpoint", 2)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert "the same command without --overwrite continues" in process.stderr.read()
+    assert same_weights(folder / "brick.pt", models / "brick.pt")  # the old one stays until the new one is there
+    done = train(data, folder, *more)
+    assert done.code == 0, done.err
+    assert "continuing at step" in done.err
+    assert load(folder / "brick.pt").config["seed"] == 1
+    assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"optim": "adam", "lr": 0.001}, {"freeze_resnet": 4}, {"freeze_resnet": 2}, {"variant": "union"}]
+)
+def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
+    """Six steps against three, saved and loaded, and three more."""
+    args = get_parser().parse_args([*TINY, "--epochs", "6"])
+    config = make_config(args, "brick") | change
+    images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def started(state):
+        run = Run(config, images, "digest", torch.device("cpu"), state)
+        run.network.freeze_backbone(run.step < config["freeze_resnet"])
+        run.network.train()
+        return run
+
+    whole, first = started(None), started(None)
+    for _ in range(6):
+        whole.update()
+    for _ in range(3):
+        first.update()
+    save_file(first.state(), tmp_path / "state")
+    second = started(load_file(tmp_path / "state", "checkpoint"))
+    assert second.step == 3
+    for _ in range(3):
+        second.update()
+    expected, found = whole.network.state_dict(), second.network.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    before = started(None).network.state_dict()
+    assert not torch.equal(before["backbone.conv1.weight"], found["backbone.conv1.weight"])
 
 
 # What the result depends on ---------------------------------------------------------------------------------------
@@ -193,10 +241,13 @@ def test_defaults_are_the_papers():
 
 
 def test_a_loss_that_is_not_finite_stops(data, tmp_path, script):
-    done = script("run_training", *flags(data, tmp_path, "--lr", 1e9))
-    one_line(done, "brick", "the loss is nan", "--lr")
-    assert not (tmp_path / "models/brick.pt").exists()
-    check_finite("brick", 1, 0.5)
+    for more in ([], ["--test_epochs", 3], ["--epochs", 1]):
+        done = script("run_training", *flags(data, tmp_path, "--lr", 1e9, *more))
+        one_line(done, "brick", "nan" if not more else "at step", "--lr")
+        assert not list((tmp_path / "models").iterdir())
+    check_finite("brick", 1, 0.5, torch.zeros(3))
+    with pytest.raises(InputError, match="a weight of the network is not finite at step 3"):
+        check_finite("brick", 3, 0.5, torch.zeros(3), torch.tensor([1.0, float("nan")]))
     for bad in (float("nan"), float("inf")):
         with pytest.raises(InputError, match="at step 7"):
             check_finite("brick", 7, bad)
@@ -274,6 +325,35 @@ def test_a_full_disk_gets_one_line_and_keeps_what_was_there(data, models, tmp_pa
     assert (tmp_path / "models/brick.pt").read_bytes() == before
 
 
+def test_a_full_disk_for_tensorboard_gets_one_line(data, tmp_path):
+    def tiny_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
+
+    done = train(data, tmp_path / "models", "--type", "brick", preexec=tiny_disk)
+    one_line(done, "logdirs/models/brick")
+
+
+def test_equal_images_are_refused_and_copies_of_one_are_not(data, tmp_path, script):
+    good = tmp_path / "Data/brick/train/good"
+    good.mkdir(parents=True)
+    for index in range(4):
+        shutil.copy(data / "brick/train/good/000.png", good / f"{index}.png")
+    one_line(script("run_training", *flags(tmp_path / "Data", tmp_path)), "brick", "all training images are equal")
+    shutil.copy(data / "brick/train/good/001.png", good / "5.png")
+    done = script("run_training", *flags(tmp_path / "Data", tmp_path, "--epochs", 2, "--batch_size", 16))
+    assert done.code == 0, done.err
+    assert "5 training images, so 5 per update" in done.err
+    assert load(tmp_path / "models/brick.pt").threshold > 0
+
+
+def test_without_test_images_it_trains_all_the_same(data, tmp_path, script):
+    shutil.copytree(data / "brick/train", tmp_path / "Data/brick/train")
+    (tmp_path / "Data/brick/test").mkdir()
+    done = script("run_training", *flags(tmp_path / "Data", tmp_path, "--epochs", 2, "--test_epochs", 1))
+    assert done.code == 0, done.err
+    assert "no test images, so no AUROC while training" in done.err
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -287,6 +367,7 @@ def test_a_full_disk_gets_one_line_and_keeps_what_was_there(data, models, tmp_pa
         ["--jitter", "0.7"],
         ["--type", "../brick"],
         ["surplus"],
+        ["--no-pretrained", "--weights", "resnet18.pth"],
     ],
 )
 def test_wrong_usage_exits_with_2(script, wrong):
