@@ -54,7 +54,7 @@ def test_every_command_of_the_readme_is_accepted():
         parsed(command)
     for command in set(found) - set(scripts):
         program = command.split()[0]
-        assert program in ("make", "tensorboard") or command.startswith("python benchmarks/"), command
+        assert program in ("make", "tensorboard", "source") or command.startswith("python benchmarks/"), command
 
 
 def test_the_commands_people_know_are_in_the_readme_and_mean_what_they_meant():
@@ -120,13 +120,12 @@ def test_the_commands_people_know_do_their_work(workplace):
 def test_the_way_of_the_data_runs(data, tmp_path, monkeypatch):
     """The README's walk through the modules, executed."""
     (tmp_path / "Data").symlink_to(data)
-    (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
     block = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     values: dict = {}
     exec(block.replace("bottle", "brick").replace("(256, 256)", "(32, 32)"), values)
     assert values["scores"].shape == (12,)
-    assert (tmp_path / "models/brick.pt").is_file()
+    assert (tmp_path / "walk/brick.pt").is_file()
 
 
 def test_tables_are_what_the_files_say():
