@@ -17,7 +17,7 @@ def image_metrics(labels, scores) -> dict[str, float]:
 
     return {
         "image_auroc": auroc(labels, scores),
-        "image_auprc": float(average_precision_score(labels, scores)),
+        "image_auprc": min(1.0, float(average_precision_score(labels, scores))),  # rounding can reach beyond
         "best_f1": best_f1(labels, scores),
     }
 

@@ -22,16 +22,15 @@ def image_table() -> str:
     """Image AUROC, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/image.csv")
     lines = [
-        "| category | variant | size | updates | seed | head | normalize | image AUROC | control | AUPRC | minutes |",
+        "| category | variant | size | updates | batch | seed | head | normalize | image AUROC | control | AUPRC |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.itertuples():
         size = row.width if row.width == row.height else f"{row.width}x{row.height}"
         control = "" if pandas.isna(row.control_auroc) else f"{100 * row.control_auroc:.1f}"
         lines.append(
-            f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.seed} | {row.head_layer} | "
-            f"{row.normalize} | {100 * row.image_auroc:.1f} | {control} | {100 * row.image_auprc:.1f} | "
-            f"{row.train_seconds / 60:.0f} |"
+            f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.batch_size} | {row.seed} | {row.head_layer} | "
+            f"{row.normalize} | {100 * row.image_auroc:.1f} | {control} | {100 * row.image_auprc:.1f} |"
         )
     return "\n".join(lines)
 
