@@ -21,7 +21,7 @@ demo: .venv/installed ## install, train on photographs of solar cells, evaluate,
 	@echo "plots: $(DEMO)/Eval/models/   curves: $(BIN)/tensorboard --logdir $(DEMO)/logdirs"
 
 test: .venv/installed ## install, run the tests (minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed ## ruff
 	$(BIN)/ruff check .

@@ -85,7 +85,8 @@ class Detector(nn.Module):
         try:
             self.density = DENSITIES[self.config["density"]]().fit(embeddings)
         except ValueError as error:
-            raise InputError(f"{self.config['category']}: no density can be fitted: {error}") from error
+            category = self.config["category"]
+            raise InputError(f"{category}: {error}; no density can be fitted, train anew with a lower --lr") from error
         if threshold:
             self.normal_scores = held_out_scores(self.config["density"], embeddings)
             self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])

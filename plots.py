@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import seaborn
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from detector import write_file
 
@@ -54,6 +52,8 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
 
 def roc(category: str, labels: np.ndarray, scores: np.ndarray, control: np.ndarray | None = None) -> Figure:
     """ROC curve of labels (M,) in {0, 1} and scores (M,); control: scores before training, drawn dashed."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
     figure, axes = new_axes(5, 4.6)
     axes.plot([0, 1], [0, 1], color="0.75", linestyle=":", label="chance")
     for values, name, style, color in (
@@ -105,6 +105,8 @@ def score_histogram(
 
 def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure:
     """t-SNE of embeddings (N, D), one colour a group, as in the paper's Figure 3."""
+    from sklearn.manifold import TSNE
+
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings.astype(np.float32))
     figure, axes = new_axes(6, 5)

@@ -29,8 +29,9 @@ def image_table() -> str:
         size = row.width if row.width == row.height else f"{row.width}x{row.height}"
         control = "" if pandas.isna(row.control_auroc) else f"{100 * row.control_auroc:.1f}"
         lines.append(
-            f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.batch_size} | {row.seed} | {row.head_layer} | "
-            f"{row.normalize} | {100 * row.image_auroc:.1f} | {control} | {100 * row.image_auprc:.1f} |"
+            f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.batch_size} | {row.seed} | "
+            f"{row.head_layer} | {row.normalize} | {100 * row.image_auroc:.1f} | {control} | "
+            f"{100 * row.image_auprc:.1f} |"
         )
     return "\n".join(lines)
 

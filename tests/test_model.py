@@ -312,7 +312,7 @@ def assert_refused(path, message):
 
 
 def test_missing_weights(tmp_path):
-    assert_refused(tmp_path / "nowhere.pth", "no such file (--weights)")
+    assert_refused(tmp_path / "nowhere.pth", "no such file (--weights")
 
 
 @pytest.mark.parametrize("content", [b"", b"weights of the year\n", b"\x89PNG\r\n\x1a\n" + bytes(100)])
