@@ -184,10 +184,13 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(H, W) of an image file as it will be decoded, from its header alone."""
+    """(H, W) of an image file as it will be decoded, from its header where that says it."""
     with _opened(path) as image:
         width, height = image.size
-        # Pillow has turned a TIFF already, and would decode a whole PNG to look for a tag behind its pixels
+        if image.format == "TIFF":
+            image.load()  # older versions of Pillow turn it only then, newer ones when it is opened
+            width, height = image.size
+        # A TIFF is turned already, and a whole PNG would be decoded to look for a tag behind its pixels
         tagged = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
         turned = tagged and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
         return (width, height) if turned else (height, width)

@@ -198,17 +198,25 @@ def save_file(content: dict, path: str | Path) -> None:
 
 def write_file(content: bytes | memoryview, path: str | Path) -> None:
     """Put a file in place, whole or not at all. Raises OSError, naming it, if it cannot be written."""
-    path = Path(path)
-    temporary = part_path(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, f"cannot be written ({error.strerror}); nothing was replaced", str(path)) from error
+    write_files({Path(path): content})
+
+
+def write_files(contents: dict[Path, bytes | memoryview]) -> None:
+    """Put files in place together: none is replaced before all are written. Raises OSError, naming the bad one."""
+    for path, content in contents.items():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part_path(path), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            for other in contents:
+                part_path(other).unlink(missing_ok=True)
+            reason = f"cannot be written ({error.strerror}); nothing was replaced"
+            raise OSError(error.errno, reason, str(path)) from error
+    for path in contents:
+        os.replace(part_path(path), path)
 
 
 def part_path(path: Path) -> Path:

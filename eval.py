@@ -13,7 +13,7 @@ import torch
 
 import options
 from dataset import InputError, TestSet, choose_categories, load_test, load_train
-from detector import SUFFIX, Detector, detector_path, load, write_file
+from detector import SUFFIX, Detector, detector_path, load, write_files
 from metrics import auroc, image_metrics
 from options import say
 
@@ -58,13 +58,12 @@ def main(args: argparse.Namespace) -> None:
         figures |= drawn
     print_average(rows)
     # Only now, all at once: a bad image in the last category leaves earlier results as they were
-    write_table(rows, out_dir / "results.csv")
-    write_table(score_rows, out_dir / "scores.csv")
+    contents = {"results.csv": as_csv(rows), "scores.csv": as_csv(score_rows)}
     if args.save_plots:
         import plots
 
-        for name, figure in (figures | draw_summary(rows)).items():
-            plots.save(figure, out_dir / name)
+        contents |= {name: plots.png(figure) for name, figure in (figures | draw_summary(rows)).items()}
+    write_files({out_dir / name: content for name, content in contents.items()})
     say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
 
 
@@ -190,10 +189,10 @@ def score_table(data_dir: str, detector: Detector, test: TestSet, scores: np.nda
     ]
 
 
-def write_table(rows: list[dict], path: Path) -> None:
+def as_csv(rows: list[dict]) -> bytes:
     import pandas
 
-    write_file(pandas.DataFrame(rows).to_csv(index=False).encode(), path)
+    return pandas.DataFrame(rows).to_csv(index=False).encode()
 
 
 # Plots ------------------------------------------------------------------------------------------------------------

@@ -5,13 +5,10 @@ The only module that imports matplotlib or seaborn; computes nothing but what dr
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import seaborn
 from matplotlib.figure import Figure
-
-from detector import write_file
 
 NORMAL_COLOR = "#2a6fbb"
 ANOMALY_COLOR = "#c8402f"
@@ -19,11 +16,11 @@ VIEW_COLORS = ("#e8a33d", "#6aa84f")
 DPI = 120
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def png(figure: Figure) -> bytes:
+    """The figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
-    write_file(buffer.getbuffer(), path)
+    return buffer.getvalue()
 
 
 def new_axes(width: float, height: float):

@@ -32,6 +32,7 @@ from detector import (
     remove_file,
     save,
     save_file,
+    write_file,
 )
 from model import BACKBONES
 from options import say
@@ -239,7 +240,7 @@ def write_preview(args: argparse.Namespace, configs: list[dict]) -> None:
         paths = train_paths(args.data_dir, config["category"])[:rows]
         images.append(load_images(paths, args.size, args.workers))
         names += [f"{config['category']}\n{path.name}" for path in paths]
-    plots.save(preview(torch.cat(images), names, configs[0]), args.preview)
+    write_file(plots.png(preview(torch.cat(images), names, configs[0])), args.preview)
     say(f"wrote {args.preview}; nothing was trained")
 
 
