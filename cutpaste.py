@@ -5,7 +5,7 @@ Owns the base augmentation (translation, colour jitter), CutPaste and CutPaste-S
 Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, A.1 and A.2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ SCAR_WIDTH = (2.0, 16.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
 SCAR_LENGTH = (10.0, 25.0)  # likewise
 SCAR_ANGLE = 45.0  # degrees, either way (A.2)
 SCAR_IMAGE_SIZE = 256
+BASE_AT_ONCE, PASTES_AT_ONCE = 1, 4  # images that a core's cache holds with all that is computed of them
 GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision's rgb_to_grayscale
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of JitterParams.factors, values of .order
@@ -48,6 +49,10 @@ class JitterParams:
     factors: Tensor  # (B, 4): brightness, contrast, saturation as factors around 1; hue in turns around 0
     order: Tensor  # (B, 4) int64, each row a permutation of 0..3
 
+    def rows(self, part: slice) -> "JitterParams":
+        """Of some images of the batch."""
+        return JitterParams(self.factors[part], self.order[part])
+
 
 @dataclass(frozen=True)
 class PasteParams:
@@ -61,6 +66,13 @@ class PasteParams:
     center_y: Tensor
     angle: Tensor  # degrees, clockwise as seen
     jitter: JitterParams | None  # None leaves the patch's colours alone
+
+    def rows(self, part: slice) -> "PasteParams":
+        """Of some images of the batch."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        jitter = values.pop("jitter")
+        boxes = {name: value[part] for name, value in values.items()}
+        return PasteParams(**boxes, jitter=None if jitter is None else jitter.rows(part))
 
 
 @dataclass(frozen=True)
@@ -197,58 +209,66 @@ def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
     """Make the views of a batch.
 
     images: (B, 3, H, W), uint8 in 0..255 or float in [0, 1], never changed.
-    Returns views (V*B, 3, H, W), float32 in [0, 1], view after view in the variant's order, and labels (V*B,) int64.
-    Raises ValueError if images and params do not fit each other.
+    Returns views (V*B, 3, H, W), float32 in [0, 1] and channels_last, view after view in the variant's order, and
+    labels (V*B,) int64. Raises ValueError if images and params do not fit each other.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    count = len(images)
     drawn_for = (len(params.pastes[0].width), 3, params.height, params.width)
     if tuple(images.shape) != drawn_for:
         raise ValueError(f"parameters drawn for images {drawn_for}, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    base = base_augment(images, params.shift, params.jitter)
-    views = torch.cat([base, *(paste(base, p) for p in params.pastes)])
-    labels = torch.arange(1 + len(params.pastes), device=images.device).repeat_interleave(len(images))
+    device, shape = images.device, (len(VARIANTS[params.variant].views) * count, *images.shape[1:])
+    views = torch.empty(shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
+    if params.shift is not None:
+        images = translate(images, params.shift)
+    for part in _parts(count, BASE_AT_ONCE, device):
+        whole = to_float(images[part])
+        views[part] = whole if params.jitter is None else color_jitter(whole, params.jitter.rows(part))
+    base = views[:count]
+    for number, boxes in enumerate(params.pastes, 1):
+        view = views[number * count : (number + 1) * count].copy_(base)
+        for part in _parts(count, PASTES_AT_ONCE, device):
+            paste_(view[part], base[part], boxes.rows(part))
+    labels = torch.arange(1 + len(params.pastes), device=device).repeat_interleave(count)
     return views, labels
 
 
-def base_augment(images: Tensor, shift: Tensor | None, jitter: JitterParams | None) -> Tensor:
-    """Translation and colour jitter of whole images, before CutPaste sees them (A.1). Returns float32 in [0, 1]."""
-    if shift is not None:
-        images = translate(images, shift)
-    images = to_float(images)
-    return images if jitter is None else color_jitter(images, jitter)
+def _parts(count: int, at_once: int, device: torch.device) -> list[slice]:
+    """A batch in parts that stay in a processor's cache from the first operation to the last; a GPU takes it whole."""
+    step = at_once if device.type == "cpu" else count
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 in 0..255 to float32 in [0, 1]; floating point passes as float32."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
 
 
 def translate(images: Tensor, shift: Tensor) -> Tensor:
-    """Move image b by shift[b] = (down, right) pixels; what comes in at the border is the image's reflection."""
+    """Move image b by shift[b] = (down, right) pixels; what comes in at the border is the image's reflection (the
+    border pixel itself is not repeated). The base augmentation's first half, before CutPaste sees the image (A.1)."""
     height, width = images.shape[-2:]
-    shift = shift.to(images.device, non_blocking=True)
-    rows = _reflect(torch.arange(height, device=images.device) - shift[:, :1], height)  # (B, H)
-    cols = _reflect(torch.arange(width, device=images.device) - shift[:, 1:], width)  # (B, W)
-    return _take(images, rows[:, :, None], cols[:, None, :])
-
-
-def _reflect(index: Tensor, size: int) -> Tensor:
-    """Fold indices from -size+1 to 2*size-2 into 0..size-1; the border pixel itself is not repeated."""
-    index = index.abs()
-    return torch.where(index >= size, 2 * (size - 1) - index, index).clamp(min=0)
-
-
-def _take(images: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """images[b, :, rows[b], cols[b]] for all b: (B, 3, h, w), in channels_last memory."""
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    return images[batch, :, rows, cols].permute(0, 3, 1, 2)
+    most = shift.abs().amax(0)
+    for axis, margin in zip((2, 3), most.tolist()):  # known on the CPU; torch's reflection_pad takes no uint8
+        size = images.shape[axis]
+        before, after = images.narrow(axis, 1, margin), images.narrow(axis, size - 1 - margin, margin)
+        images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 * most[0] + 1, 2 * most[1] + 1, H, W)
+    top, left = (most - shift).to(images.device, non_blocking=True).unbind(1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
 def paste(images: Tensor, params: PasteParams) -> Tensor:
-    """Copy each image's source box, colours jittered, to its rotated target box.
+    """Copy each image's source box, colours jittered, to its rotated target box: (B, 3, H, W) float in [0, 1]."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    return paste_(images.clone(), images, params)
+
+
+def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
+    """``paste`` into ``target``, a copy of the images, in place; both (B, 3, H, W) in channels_last memory.
 
     Every pasted pixel is one pixel of the source box (nearest neighbour: interpolation would leave a blur that a
     network learns instead of the cut). Only a tile that holds the batch's largest target is worked on.
@@ -284,16 +304,16 @@ def paste(images: Tensor, params: PasteParams) -> Tensor:
     inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
     from_x = source_x + torch.minimum(u.floor().clamp(min=0), w - 1)
     from_y = source_y + torch.minimum(v.floor().clamp(min=0), h - 1)
-    patch = _take(images, from_y.long(), from_x.long())  # (B, 3, h, w)
+    # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
+    first = torch.arange(len(images), device=images.device)[:, None, None] * (height * width)
+    pixels, changed = (x.permute(0, 2, 3, 1).view(-1, 3) for x in (images, target))  # (B*H*W, 3)
+    sources, places = (first + (y * width + x).long() for y, x in ((from_y, from_x), (rows, cols)))  # each (B, h, w)
+    patch, covered = (pixels.index_select(0, index.view(-1)) for index in (sources, places))
     if params.jitter is not None:
-        patch = color_jitter(patch, params.jitter, inside[:, None])
-
-    rows, cols = rows.long(), cols.long()
-    tile = torch.where(inside[:, None], patch, _take(images, rows, cols))
-    result = images.clone()
-    batch = torch.arange(len(images), device=images.device)[:, None, None]
-    result[batch, :, rows, cols] = tile.permute(0, 2, 3, 1)
-    return result
+        tiles = patch.view(len(images), tile_h, tile_w, 3).permute(0, 3, 1, 2)
+        patch = color_jitter(tiles, params.jitter, inside[:, None]).permute(0, 2, 3, 1).reshape(-1, 3)
+    changed.index_copy_(0, places.view(-1), torch.where(inside.view(-1, 1), patch, covered))
+    return target
 
 
 def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = None) -> Tensor:
@@ -302,42 +322,55 @@ def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = Non
     images: (B, 3, H, W) float in [0, 1]. mask: (B, 1, H, W) bool, the pixels whose mean grey the contrast refers to
     (all, if None); the others are changed too and mean nothing.
     """
-    device = images.device
-    order = params.order
+    device, order = images.device, params.order
     factors = params.factors.gather(1, order)  # (B, 4): the factor of each place
-    blend = torch.where(order == HUE, torch.ones_like(factors), factors)  # blending with factor 1 changes nothing
-    kinds = torch.stack([blend, (order == CONTRAST).float(), (order == SATURATION).float()])
-    kinds = kinds.to(device, torch.float32, non_blocking=True)[..., None, None, None]  # (3, B, 4, 1, 1, 1)
-    weights = torch.tensor(GRAY, device=device)[:, None, None]
-    for place in range(4):
-        factor, is_contrast, is_saturation = kinds[:, :, place]  # each (B, 1, 1, 1)
-        gray = (images * weights).sum(1, keepdim=True)  # (B, 1, H, W)
-        if mask is None:
-            mean = gray.mean((2, 3), keepdim=True)
-        else:
-            mean = (gray * mask).sum((2, 3), keepdim=True) / mask.sum((2, 3), keepdim=True).clamp(min=1)
-        other = is_contrast * mean + is_saturation * gray  # brightness blends with black
-        images = (factor * images + (1 - factor) * other).clamp(0, 1)
-        hue = (order[:, place] == HUE).nonzero()[:, 0]
-        if len(hue):
+    # Each of the first three blends the image with another: black, its mean grey, its grey. Factor 1 changes nothing.
+    blend = torch.where(order == HUE, torch.ones_like(factors), factors)
+    kinds = torch.stack([blend, (1 - blend) * (order == CONTRAST), (1 - blend) * (order == SATURATION)])
+    kinds = kinds.to(device, torch.float32, non_blocking=True)[..., None, None]  # (3, B, 4, 1, 1)
+    images = images.clone(memory_format=torch.contiguous_format)  # by planes, and from here on in place
+    for place, present in enumerate(map(set, order.T.tolist())):
+        factor, to_mean, to_gray = kinds[:, :, place]  # each (B, 1, 1)
+        if present != {HUE}:
+            other = _blended_with(images, to_mean, to_gray, mask) if present & {CONTRAST, SATURATION} else None
+            images.mul_(factor[:, None])
+            if other is not None:
+                images.add_(other[:, None])
+            images.clamp_(0, 1)
+        if HUE in present:
+            hue = (order[:, place] == HUE).nonzero()[:, 0]
             turn = factors[hue, place].to(device, non_blocking=True)
-            hue = hue.to(device, non_blocking=True)
-            images[hue] = rotate_hue(images[hue], turn)
+            if len(hue) == len(order):
+                rotate_hue_(images, turn)
+            else:
+                hue = hue.to(device, non_blocking=True)
+                images[hue] = rotate_hue_(images[hue], turn)
     return images
 
 
-def rotate_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of image b by turn[b] full turns, value and chroma kept. images: (B, 3, H, W) in [0, 1]."""
+def _blended_with(images: Tensor, to_mean: Tensor, to_gray: Tensor, mask: Tensor | None) -> Tensor:
+    """What is added to the weighted images (B, 3, H, W): their grey and its mean, weighted too: (B, H, W)."""
     red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
-    chroma = value - low
-    divisor = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
-    sector = torch.where(
-        value == red,
-        (green - blue) / divisor,
-        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
-    )
-    sector = sector + 6 * turn[:, None, None]  # the colour circle in six parts
-    position = torch.stack([sector + 5, sector + 3, sector + 1], 1) % 6  # of red, green and blue on it
-    distance = torch.minimum(position, 4 - position).clamp(0, 1)
-    return value[:, None] - chroma[:, None] * distance
+    gray = (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
+    if mask is None:
+        mean = gray.mean((1, 2), keepdim=True)
+    else:
+        mask = mask[:, 0]
+        mean = (gray * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True).clamp(min=1)
+    return gray.mul_(to_gray).add_(to_mean * mean)
+
+
+def rotate_hue_(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of image b (3, H, W) in [0, 1] by turn[b] full turns, value and chroma kept, in place."""
+    red, green, blue = images.unbind(1)
+    low = torch.minimum(red, green).clamp_(max=blue)
+    chroma = torch.maximum(red, green).clamp_(min=blue).sub_(low)
+    # The hue in sixths of the circle, red at 0, green at 2, blue at -2: with the channels as shares of the chroma,
+    # 1 + green + blue - red is its distance from red in every sector, and the larger of green and blue its side.
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1).copysign_(green - blue)
+    hue.add_(6 * turn[:, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)  # into [0, 6]
+    for channel, offset, sign, shift in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
+        share = (hue - offset).abs_().mul_(sign).add_(shift).clamp_(0, 1)  # 1: the largest channel, 0: the smallest
+        torch.addcmul(low, chroma, share, out=channel)
+    return images
