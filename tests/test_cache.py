@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, TINY, one_line, run, same_weights
 from PIL import Image
 
 import cache
+import options
 from cache import Storage, all_equal, blocks, digest, is_mapped, release
 from dataset import InputError, find_images, load_images, load_test, load_train
 
@@ -355,6 +356,16 @@ def test_a_full_disk_costs_one_line(tmp_path, storage, monkeypatch, capsys, bloc
     assert entries(storage) == []
 
 
+def test_images_larger_than_memory_and_disk_are_an_error(data, tmp_path, script, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    where = ("--model_dir", tmp_path / "models", "--logdir", tmp_path / "logs", "--cache_dir", tmp_path / "cache")
+    with room(4000):
+        done = script("run_training", "--data_dir", data, "--type", "brick", "--memory_gb", 1e-6, *where, *TINY)
+    one_line(done, f"{tmp_path}: ", "--memory_gb", "File too large", "TMPDIR")
+    assert sum("cannot be kept" in line for line in done.err.splitlines()) == 1
+    assert list((tmp_path / "models").iterdir()) == list((tmp_path / "cache").iterdir()) == []
+
+
 def test_none_leaves_no_file(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -483,6 +494,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     assert peaks[2] - peaks[0] < 25, peaks  # 221 MB of images, and 18,000 names
 
 
+# The scripts ------------------------------------------------------------------------------------------------------
+
+
 def test_default_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.default_folder() == tmp_path / "cutpaste"
@@ -491,3 +505,36 @@ def test_default_folder(monkeypatch, tmp_path):
     assert cache.default_folder() == tmp_path / "home/.cache/cutpaste"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.default_folder() == tmp_path / "home/.cache/cutpaste"
+
+
+def test_flags(cache_home):
+    parser = options.new_parser("")
+    options.add_data_flags(parser)
+    assert options.storage(parser.parse_args([])) == Storage(cache_home / "cutpaste", 4e9)
+    args = parser.parse_args(["--cache_dir", "here", "--memory_gb", "0.5"])
+    assert options.storage(args) == Storage(Path("here"), 5e8)
+    assert options.storage(parser.parse_args(["--cache_dir", "none"])).folder is None
+    for wrong in ("-1", "much", "nan"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--memory_gb", wrong])
+
+
+def test_detectors_and_scores_do_not_depend_on_where_the_images_live(data, tmp_path, script):
+    ways = {
+        "none": ["--cache_dir", "none"],
+        "cold": ["--cache_dir", tmp_path / "cache"],
+        "warm": ["--cache_dir", tmp_path / "cache"],
+        "mapped": ["--cache_dir", tmp_path / "cache", "--memory_gb", "0.000001"],
+    }
+    scores = {}
+    for name, flags in ways.items():
+        where = ["--data_dir", data, "--type", "brick", "--model_dir", tmp_path / name, *flags]
+        done = script("run_training", *where, "--logdir", tmp_path / "logs", *TINY, "--epochs", 2)
+        assert done.code == 0, done.err
+        assert "cannot" not in done.err
+        assert same_weights(tmp_path / "none/brick.pt", tmp_path / name / "brick.pt")
+        done = script("eval", *where, "--eval_dir", tmp_path / "Eval", "--density", "torch", "--save_plots", 0)
+        assert done.code == 0, done.err
+        scores[name] = (tmp_path / "Eval" / name / "scores.csv").read_bytes()
+        assert len(list((tmp_path / "cache").glob("*"))) == (0 if name == "none" else 2)  # train/good, test
+    assert set(scores.values()) == {scores["none"]}
