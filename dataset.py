@@ -1,7 +1,7 @@
 """Folders in the MVTec AD layout -> images, labels and masks in memory.
 
 Owns what is an image file, how it is decoded, how masks pair with images, and what a bad file gets: an ``InputError``
-whose one line names the file and says what to do. Reads only.
+whose one line names the file and says what to do. Reads only; what it decoded, ``cache.py`` may keep elsewhere.
 
     <data_dir>/<category>/train/good/*          normal images to train on
     <data_dir>/<category>/test/good/*           normal test images
@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+import cache
+from cache import IN_MEMORY, Storage
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
 GOOD = "good"
+DECODER = f"1, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
 
 class InputError(ValueError):
@@ -78,12 +83,16 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
     return paths
 
 
-def load_train(data_dir: str | Path, category: str, size: tuple[int, int], workers: int) -> Tensor:
+def load_train(
+    data_dir: str | Path, category: str, size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY
+) -> Tensor:
     """The normal training images of a category: (N, 3, H, W) uint8. size: (H, W)."""
-    return load_images(train_paths(data_dir, category), size, workers)
+    return load_images(train_paths(data_dir, category), size, workers, storage)
 
 
-def load_test(data_dir: str | Path, category: str, size: tuple[int, int], workers: int) -> TestSet:
+def load_test(
+    data_dir: str | Path, category: str, size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY
+) -> TestSet:
     """The test images of a category. size: (H, W). Masks are paired and their sizes compared, not decoded.
 
     Raises InputError if the test folder is missing or empty, an image is bad, or a mask has another size than its
@@ -105,7 +114,7 @@ def load_test(data_dir: str | Path, category: str, size: tuple[int, int], worker
             )
     types = [path.parent.name for path in paths]
     labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
-    return TestSet(load_images(paths, size, workers), labels, types, paths, masks)
+    return TestSet(load_images(paths, size, workers, storage, folder), labels, types, paths, masks)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -127,15 +136,26 @@ def find_mask(path: Path) -> Path | None:
     return None
 
 
-def load_images(paths: Sequence[Path], size: tuple[int, int], workers: int) -> Tensor:
-    """Decode and resize in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of ``paths``."""
-    images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+def load_images(
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    workers: int,
+    storage: Storage = IN_MEMORY,
+    folder: Path | None = None,
+) -> Tensor:
+    """Decode and resize in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of ``paths``.
 
-    def decode_into(index: int) -> None:
-        images[index] = torch.from_numpy(decode(paths[index], size)).permute(2, 0, 1)
+    ``storage`` says whether they are kept for the next run and how many stay in memory, ``folder`` what they are
+    called there (see cache.load); images beyond the memory are mapped from a file and must not be written to.
+    """
 
-    _for_each(decode_into, len(paths), workers)
-    return images
+    def decode_into(first: int, images: Tensor) -> None:
+        def work(index: int) -> None:
+            images[index] = torch.from_numpy(decode(paths[first + index], size)).permute(2, 0, 1)
+
+        _for_each(work, len(images), workers)
+
+    return cache.load(paths, size, decode_into, DECODER, storage, folder)
 
 
 def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
@@ -177,10 +197,10 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     Raises InputError, with the path, if the file is missing, truncated or no image.
     """
     with _opened(path) as image:
-        image = _to_rgb(ImageOps.exif_transpose(image), path)
+        image = _to_8_bits(ImageOps.exif_transpose(image), path)
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-        return np.array(image)
+        return np.array(image.convert("RGB"))
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -212,7 +232,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"{path}: not a readable image ({reason}); replace or remove it") from error
 
 
-def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """As grey or RGB without transparency: grey is resized in a third of the time."""
     if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits; Pillow also reads some as 32-bit integers
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -227,4 +248,4 @@ def _to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "L" else image.convert("RGB")

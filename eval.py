@@ -125,12 +125,12 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> tuple[dic
     category = detector.config["category"]
     train = None
     if args.density is not None or args.l2 is not None or args.control:
-        train = load_train(args.data_dir, category, detector.size, args.workers)
+        train = load_train(args.data_dir, category, detector.size, args.workers, options.storage(args))
     if args.density is not None or args.l2 is not None:
         density = args.density or detector.config["density"]
         l2 = detector.config["l2"] if args.l2 is None else args.l2
         detector = detector.refit(train, density, l2)
-    test = load_test(args.data_dir, category, detector.size, args.workers)
+    test = load_test(args.data_dir, category, detector.size, args.workers, options.storage(args))
     scores, metrics = evaluate(detector, test)
     if metrics:
         print(f"{category} AUC: {metrics['image_auroc']}", flush=True)
@@ -235,7 +235,7 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
 
     parts = [detector.embed(test.images)]
     groups = ["anomalous" if label else "normal" for label in test.labels]
-    normal = test.images[torch.from_numpy(test.labels == 0)][:SAMPLE_VIEWS]
+    normal = test.images[np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS]]
     if len(normal):
         generator = torch.Generator().manual_seed(0)
         variant = detector.config["variant"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cache import blocks
 from cutpaste import to_float
 
 HIDDEN = 512  # width of each of the --head_layer layers
@@ -146,7 +147,7 @@ def embed(network: CutPasteNet, images: Tensor, device: torch.device, batch_size
     training = network.training
     network.eval()
     try:
-        parts = [network.embed(_channels_last(to_float(b.to(device)))) for b in images.split(batch_size)]
+        parts = [network.embed(_channels_last(to_float(b.to(device)))) for b in blocks(images, batch_size)]
     finally:
         network.train(training)
     return torch.cat(parts).float()

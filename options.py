@@ -8,9 +8,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+import cache
 from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES
@@ -41,6 +43,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         default=min(8, os.cpu_count() or 1),
         metavar="N",
         help="threads that decode images; 0: none beside the main one (default: one per core, 8 at most)",
+    )
+    parser.add_argument(
+        "--cache_dir",
+        metavar="DIR|none",
+        help="folder of decoded images; none: keep none (default: $XDG_CACHE_HOME/cutpaste or ~/.cache/cutpaste)",
+    )
+    parser.add_argument(
+        "--memory_gb",
+        type=number(0, 1e6),
+        default=4.0,
+        metavar="GB",
+        help="decoded images that are held in memory; a larger folder is read from a file as needed (default: 4)",
     )
 
 
@@ -138,6 +152,15 @@ def choose_device(cuda: bool) -> torch.device:
     if cuda and not torch.cuda.is_available():
         raise InputError("--cuda 1: torch sees no CUDA device on this machine; use --cuda 0")
     return torch.device("cuda" if cuda else "cpu")
+
+
+def storage(args: argparse.Namespace) -> cache.Storage:
+    """Where decoded images live, by ``--cache_dir`` and ``--memory_gb``."""
+    if args.cache_dir is None:
+        folder = cache.default_folder()
+    else:
+        folder = None if args.cache_dir == "none" else Path(args.cache_dir)
+    return cache.Storage(folder, args.memory_gb * 1e9)
 
 
 def command_line() -> str:

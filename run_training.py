@@ -5,7 +5,6 @@ Owns the training loop, its saved state (``<model_dir>/<category>.checkpoint``) 
 """
 
 import argparse
-import hashlib
 import signal
 import sys
 import threading
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import cache
 import options
 from cutpaste import VARIANTS, apply, make_params, to_float
 from dataset import InputError, TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
@@ -196,7 +196,7 @@ def load_checkpoint(path: Path) -> dict:
 
 def fingerprint(images: Tensor) -> str:
     """A digest of the decoded training images: a saved state continues on the very same ones only."""
-    return hashlib.blake2b(images.numpy(), digest_size=16).hexdigest()
+    return cache.digest(images)
 
 
 # The preview sheet ------------------------------------------------------------------------------------------------
@@ -254,8 +254,9 @@ def train_category(args: argparse.Namespace, config: dict, device: torch.device,
     if path.exists() and not state_path.exists() and not args.overwrite:
         say(f"{category}: {path} is finished; skipped")
         return
-    images = load_train(args.data_dir, category, (config["height"], config["width"]), args.workers)
-    if (images == images[0]).all():
+    size, storage = (config["height"], config["width"]), options.storage(args)
+    images = load_train(args.data_dir, category, size, args.workers, storage)
+    if cache.all_equal(images):
         raise InputError(f"{Path(args.data_dir) / category}: all training images are equal; nothing can be learned")
     if len(images) < config["batch_size"]:
         say(f"{category}: {len(images)} training images, so {len(images)} per update (--batch_size)")
@@ -303,7 +304,8 @@ def load_watched_test(args: argparse.Namespace, config: dict) -> TestSet | None:
     if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
         say(f"{category}: no test images, so no AUROC while training")
         return None
-    test = load_test(args.data_dir, category, (config["height"], config["width"]), args.workers)
+    size, storage = (config["height"], config["width"]), options.storage(args)
+    test = load_test(args.data_dir, category, size, args.workers, storage)
     if 0 < test.labels.sum() < len(test.labels):
         return test
     say(f"{category}: test images of one kind only, so no AUROC while training")

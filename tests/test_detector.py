@@ -76,6 +76,22 @@ def test_threshold_is_the_quantile_of_held_out_normal_scores(fitted, images):
     assert (scores > fitted.threshold).float().mean() <= 0.25
 
 
+def test_density_is_fitted_to_an_even_sample_of_many_images(images, monkeypatch):
+    monkeypatch.setattr(detector, "DENSITY_IMAGES", 70)
+    many = torch.cat([images] * 20)  # 240
+    many[:, 0, 0, 0] = torch.arange(240)
+    chosen = [240 * i // 70 for i in range(70)]
+    assert len(set(chosen)) == 70
+    network = initial_network(CONFIG)
+    fitted = Detector(CONFIG, network).fit(many)
+    expected = Detector(CONFIG, network).fit(many[chosen])
+    for name, value in expected.density.state_dict().items():
+        assert torch.equal(fitted.density.state_dict()[name], value)
+    assert torch.equal(fitted.normal_scores, expected.normal_scores)
+    assert len(fitted.normal_scores) == 70
+    assert torch.equal(fitted.embed_sample(many[:70], 70), fitted.embed(many[:70]))
+
+
 def test_wrong_image_size_is_refused(fitted):
     with pytest.raises(ValueError, match=r"\(M, 3, 32, 48\)"):
         fitted(torch.zeros(1, 3, 48, 32))

@@ -14,8 +14,8 @@ from conftest import ROOT, one_line, run
 
 README = (ROOT / "README.md").read_text()
 ORDER = [
-    *["cutpaste", "density", "metrics", "dataset", "model", "localization", "gradcam", "detector", "plots", "options"],
-    *["eval", "run_training", "predict", "export", "prepare_data"],
+    *["cutpaste", "density", "metrics", "cache", "dataset", "model", "localization", "gradcam", "detector", "plots"],
+    *["options", "eval", "run_training", "predict", "export", "prepare_data"],
 ]
 MISSION = (
     "python run_training.py --model_dir models --head_layer 2",
