@@ -86,6 +86,13 @@ class ViewParams:
     jitter: JitterParams | None
     pastes: tuple[PasteParams, ...]  # one for each view after the first
 
+    def rows(self, part: slice) -> "ViewParams":
+        """Of some images of the batch."""
+        shift = None if self.shift is None else self.shift[part]
+        jitter = None if self.jitter is None else self.jitter.rows(part)
+        pastes = tuple(paste.rows(part) for paste in self.pastes)
+        return ViewParams(self.variant, self.height, self.width, shift, jitter, pastes)
+
 
 # Drawing ----------------------------------------------------------------------------------------------------------
 

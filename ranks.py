@@ -23,11 +23,13 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among ``count``. local: its number on its own machine, that of its GPU."""
+    """This process among ``count``. local: its number on its own machine, that of its GPU. restarts: how often
+    torchrun has started the ranks anew because one died."""
 
     rank: int = 0
     count: int = 1
     local: int = 0
+    restarts: int = 0
 
     @property
     def first(self) -> bool:
@@ -50,11 +52,10 @@ class Ranks:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         try:
             yield
-        except (RuntimeError, distributed.DistBackendError) as error:
-            if not any(word in str(error) for word in ("Connection", "NCCL", "peer", "socket", "Gloo", "gloo")):
+        except RuntimeError as error:  # torch has no error of its own for it
+            if "gloo" not in str(error) and "NCCL" not in str(error):
                 raise
-            reason = str(error).splitlines()[0]
-            raise RankError(f"rank {self.rank} of {self.count} lost the others ({reason})") from error
+            raise RankError(f"rank {self.rank} of {self.count} lost another rank; its own message says why") from error
         finally:
             distributed.destroy_process_group()
 
@@ -99,12 +100,16 @@ class Ranks:
 
 
 def from_environment() -> Ranks:
-    """As torchrun says."""
-    rank, count, local = (int(os.environ.get(name, default)) for name, default in ENVIRONMENT.items())
-    return Ranks(rank, count, local)
+    """As torchrun says, else alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Ranks()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    return Ranks(*(int(os.environ[name]) for name in names))
 
 
-ENVIRONMENT = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+def share(items: Sequence[T], ranks: Ranks) -> list[T]:
+    """The items that fall to this rank; the same whatever is finished already, so that no two ranks take one."""
+    return list(items[ranks.part])
 
 
 # One network over all ranks ---------------------------------------------------------------------------------------
@@ -160,8 +165,3 @@ def wrapped(network: nn.Module, ranks: Ranks, cuda: bool) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     return DistributedDataParallel(network, device_ids=[ranks.local] if cuda else None, broadcast_buffers=False)
-
-
-def share(items: Sequence[T], ranks: Ranks) -> list[T]:
-    """The items that fall to this rank; the same whatever is finished already, so that no two ranks take one."""
-    return list(items[ranks.part])

@@ -26,8 +26,9 @@ from options import say
 from ranks import Ranks, synchronised, wrapped
 
 if TYPE_CHECKING:
-    from plots import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+    from plots import Figure
 
 LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
 CHECKPOINT_VERSION = 2
@@ -49,7 +50,13 @@ class Arithmetic:
 
 
 def choose_arithmetic(
-    threads: int | None, amp: str, compile: bool | None, device: torch.device, cores: int, state: dict | None, path: Path
+    threads: int | None,
+    amp: str,
+    compile: bool | None,
+    device: torch.device,
+    cores: int,
+    state: dict | None,
+    path: Path,
 ) -> Arithmetic:
     """What was asked for (None, "auto": nothing), else what the saved state has, else what suits the machine.
 
@@ -124,11 +131,7 @@ class Run:
         if self.ranks.count > 1:
             self.network = synchronised(self.network, device.type == "cuda")
         self.generator = torch.Generator().manual_seed(category_seed(config["seed"], config["category"]))
-        parameters = self.network.parameters()
-        if config["optim"] == "sgd":
-            self.optimizer = torch.optim.SGD(parameters, config["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
-        else:
-            self.optimizer = torch.optim.Adam(parameters, config["lr"], weight_decay=WEIGHT_DECAY, fused=True)
+        self.optimizer = new_optimizer(config, self.network)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config["epochs"])
         self.scaler = torch.amp.GradScaler(device.type, enabled=arithmetic.amp == "fp16")
         self.step = 0
@@ -304,6 +307,16 @@ class Run:
         figure = preview(samples, [f"image {i}" for i in range(len(samples))], self.config)
         figure.set_dpi(80)
         writer.add_figure("views", figure, 0)
+
+
+def new_optimizer(config: dict, network: torch.nn.Module) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
+    if config["optim"] == "adam":
+        return torch.optim.Adam(parameters, config["lr"], weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.SGD(parameters, config["lr"], MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
+    for parameter in parameters:  # torch's fused step fails where only some have one, as after the frozen steps
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def amounts(config: dict) -> dict:

@@ -15,7 +15,7 @@ from conftest import ROOT, one_line, run
 README = (ROOT / "README.md").read_text()
 ORDER = [
     *["cutpaste", "density", "metrics", "cache", "dataset", "model", "localization", "gradcam", "detector", "plots"],
-    *["options", "eval", "run_training", "predict", "export", "prepare_data"],
+    *["ranks", "options", "training", "eval", "run_training", "predict", "export", "prepare_data"],
 ]
 MISSION = (
     "python run_training.py --model_dir models --head_layer 2",

@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, one_line, same_weights, train
 
+from cache import digest
 from dataset import InputError
 from detector import load, load_file, save_file
-from run_training import Run, check_finite, choose_threads, fingerprint, get_parser, make_config
+from run_training import get_parser, make_config
+from training import Arithmetic, Run, check_finite, choose_arithmetic, suitable_precision
 
 WHERE = ("--data_dir", "--model_dir", "--logdir")
 
@@ -98,19 +100,25 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"optim": "adam", "lr": 0.001}, {"freeze_resnet": 4}, {"freeze_resnet": 2}, {"variant": "union"}]
+    "change",
+    [
+        {},
+        {"optim": "adam", "lr": 0.001},
+        {"freeze_resnet": 4},
+        {"freeze_resnet": 2},
+        {"variant": "union"},
+        {"amp": "bf16"},
+    ],
 )
 def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
     """Six steps against three, saved and loaded, and three more."""
     args = get_parser().parse_args([*TINY, "--epochs", "6"])
+    arithmetic = Arithmetic(1, change.get("amp", "off"), False)
     config = make_config(args, "brick") | change
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def started(state):
-        run = Run(config, images, "digest", torch.device("cpu"), state)
-        run.network.freeze_backbone(run.step < config["freeze_resnet"])
-        run.network.train()
-        return run
+        return Run(config, images, "digest", torch.device("cpu"), arithmetic, state)
 
     whole, first = started(None), started(None)
     for _ in range(6):
@@ -267,20 +275,32 @@ def test_a_state_of_other_images_is_refused(data, tmp_path, script):
     one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "truncated, damaged")
 
 
-def test_a_run_keeps_the_threads_it_began_with(tmp_path):
-    state = {"threads": 3}
-    assert choose_threads(None, 8, None, tmp_path) == 8
-    assert choose_threads(2, 8, None, tmp_path) == 2
-    assert choose_threads(None, 8, state, tmp_path) == choose_threads(3, 8, state, tmp_path) == 3
+def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path):
+    def chosen(threads=None, amp="auto", compile=None, saved=None):
+        state = None if saved is None else {"arithmetic": saved}
+        return choose_arithmetic(threads, amp, compile, torch.device("cpu"), 8, state, tmp_path)
+
+    fitting = suitable_precision(torch.device("cpu"))
+    assert fitting in ("off", "bf16")
+    saved = {"threads": 3, "amp": "bf16" if fitting == "off" else "off", "compile": True}
+    assert chosen() == Arithmetic(8, fitting, False)
+    assert chosen(2, "bf16", True) == Arithmetic(2, "bf16", True)
+    assert chosen(saved=saved) == chosen(3, saved["amp"], True, saved) == Arithmetic(**saved)
     with pytest.raises(InputError, match="made with --threads 3, now 2"):
-        choose_threads(2, 8, state, tmp_path)
+        chosen(2, saved=saved)
+    with pytest.raises(InputError, match=f"made with --amp {saved['amp']}, now {fitting}"):
+        chosen(amp=fitting, saved=saved)
+    with pytest.raises(InputError, match="made with --compile 1, now 0"):
+        chosen(compile=False, saved=saved)
+    with pytest.raises(InputError, match="--amp fp16: needs --cuda 1"):
+        chosen(amp="fp16")
 
 
-def test_fingerprint_tells_images_apart():
+def test_digest_tells_images_apart():
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     other = images.clone()
     other[1, 2, 3, 3] = 1
-    assert fingerprint(images) == fingerprint(images.clone()) != fingerprint(other)
+    assert digest(images) == digest(images.clone()) != digest(other)
 
 
 def test_bad_input_gets_one_line(data, tmp_path, script):

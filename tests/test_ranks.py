@@ -1,0 +1,186 @@
+"""ranks.py and torchrun: two processes do the work of one, with the same results."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run, same_weights
+from torch.nn.functional import cross_entropy
+
+from cutpaste import apply, make_params
+from model import CutPasteNet
+from ranks import Ranks, from_environment, share
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", "2"]
+LOCAL = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
+
+
+def launch(*command, restarts=0):
+    """A script under torchrun on two CPU processes of one thread each, left running in a session of its own."""
+    words = [*TORCHRUN, *LOCAL, "--max_restarts", restarts, ROOT / command[0], *command[1:]]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [str(word) for word in words],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def flags(data, folder, *more):
+    where = ("--data_dir", data, "--model_dir", folder, "--logdir", folder.parent / "logdirs")
+    return ("run_training.py", *where, *TINY, *more)
+
+
+def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_path):
+    folder = tmp_path / "models"
+    done = finish(launch(*flags(data, folder, "--type", "brick,grass")))
+    assert done.code == 0, done.err
+    assert done.out == ""
+    assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
+    for name in ("brick.pt", "grass.pt"):
+        assert same_weights(folder / name, models / name)
+
+    where = ("eval.py", "--data_dir", data, "--model_dir", folder, "--control", 1)
+    alone = run(*where, "--eval_dir", tmp_path / "alone")
+    shared = finish(launch(*where, "--eval_dir", tmp_path / "shared"))
+    assert alone.code == shared.code == 0, alone.err + shared.err
+    assert shared.out == alone.out
+    assert len(shared.out.splitlines()) == 6
+    files = [p.relative_to(tmp_path / "alone") for p in sorted((tmp_path / "alone").rglob("*")) if p.is_file()]
+    assert len(files) == 9
+    assert files == [p.relative_to(tmp_path / "shared") for p in sorted((tmp_path / "shared").rglob("*")) if p.is_file()]
+    for name in ("results.csv", "scores.csv"):
+        texts = [(tmp_path / kind / "models" / name).read_text() for kind in ("alone", "shared")]
+        assert texts[1].replace("/shared", "/alone") == texts[0]
+
+
+def child_pids(process):
+    return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
+
+
+@pytest.mark.parametrize("ddp", [0, 1])
+def test_a_killed_rank_is_restarted_and_continues(data, models, tmp_path, ddp):
+    """With one restart of torchrun: kill -9 of one rank in the middle."""
+    names = "brick,grass" if ddp == 0 else "brick"
+    more = ("--type", names, "--save_minutes", 0, "--ddp", ddp, "--epochs", 12)
+    plain = tmp_path / "plain" / "models"
+    if ddp:
+        assert finish(launch(*flags(data, plain, *more))).code == 0
+    folder = tmp_path / "killed" / "models"
+    process = launch(*flags(data, folder, *more), restarts=1)
+    until = time.monotonic() + 120
+    while not (folder / "brick.checkpoint").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(child_pids(process)[1 if ddp else 0], signal.SIGKILL)
+    done = finish(process)
+    assert done.code == 0, done.err
+    assert "brick: continuing at step" in done.err
+    for name in names.split(","):
+        assert same_weights(folder / f"{name}.pt", (plain if ddp else models) / f"{name}.pt")
+        assert not (folder / f"{name}.checkpoint").exists()
+
+
+GRADIENTS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import ranks
+from cutpaste import apply, make_params
+from model import CutPasteNet
+from torch.nn.functional import cross_entropy
+here = ranks.from_environment()
+with here.joined(False):
+    images, = torch.load({folder!r} + "/images", weights_only=True)
+    torch.manual_seed(0)
+    network = CutPasteNet("resnet18", 1, 3, "image").train()
+    network = ranks.synchronised(network, False)
+    forward = ranks.wrapped(network, here, False)
+    params = make_params("3way", len(images), 48, 64, torch.Generator().manual_seed(1))
+    views, labels = apply(images[here.part], params.rows(here.part))
+    share = len(images[here.part]) / len(images)
+    (cross_entropy(forward(views)[0], labels) * share * here.count).backward()
+    torch.save([p.grad for p in network.parameters()], {folder!r} + f"/gradients{{here.rank}}")
+    torch.save(dict(network.named_buffers()), {folder!r} + f"/buffers{{here.rank}}")
+"""
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path, count):
+    """Also of a batch that does not divide by two."""
+    images = torch.randint(0, 256, (count, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save([images], tmp_path / "images")
+    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT), folder=str(tmp_path)))
+    done = finish(launch(tmp_path / "gradients.py"))
+    assert done.code == 0, done.err
+
+    torch.manual_seed(0)
+    network = CutPasteNet("resnet18", 1, 3, "image").train()
+    views, labels = apply(images, make_params("3way", count, 48, 64, torch.Generator().manual_seed(1)))
+    cross_entropy(network(views)[0], labels).backward()
+    own = [parameter.grad for parameter in network.parameters()]
+    for rank in (0, 1):
+        joint = torch.load(tmp_path / f"gradients{rank}", weights_only=True)
+        difference = sum((a - b).square().sum() for a, b in zip(own, joint)).sqrt()
+        assert difference < 1e-5 * sum(a.square().sum() for a in own).sqrt()
+        buffers = torch.load(tmp_path / f"buffers{rank}", weights_only=True)
+        for name, buffer in network.named_buffers():
+            torch.testing.assert_close(buffers[name], buffer, rtol=1e-4, atol=1e-6)
+    one, other = (torch.load(tmp_path / f"gradients{rank}", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+def test_interrupted_together_they_stop_at_one_step(data, tmp_path):
+    folder = tmp_path / "models"
+    more = ("--type", "brick", "--ddp", 1, "--epochs", 2000)
+    process = launch(*flags(data, folder, *more))
+    until = time.monotonic() + 120
+    while not list((tmp_path / "logdirs").rglob("events*")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.code != 0
+    assert len(re.findall(r"brick: stopped at step \d+, state saved", done.err)) == 1
+    assert (folder / "brick.checkpoint").exists()
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused(data, tmp_path):
+    done = finish(launch(*flags(data, tmp_path / "models", "--ddp", 1, "--batch_size", 2, "--epochs", 1)))
+    assert done.code == 0, done.err
+
+
+def test_shares_are_disjoint_and_whole(monkeypatch):
+    items = [*"abcdefg"]
+    for count in (1, 2, 3, 9):
+        parts = [share(items, Ranks(rank, count)) for rank in range(count)]
+        assert sorted(sum(parts, [])) == items
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    monkeypatch.setenv("RANK", "5")  # left by something else
+    assert from_environment() == Ranks(0, 1, 0)
+
+
+def test_alone_nothing_is_set_up():
+    alone = Ranks()
+    with alone.joined(False):
+        assert not torch.distributed.is_initialized()
+        assert alone.gather(3) == [3]
+        assert alone.from_first(lambda: 4) == 4
+        assert alone.largest(5) == 5
+        assert alone.sum(torch.tensor(6.0)) == 6
