@@ -5,6 +5,7 @@ model_dir>/ and one AUC line per category to stdout. Trains nothing, changes no 
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 import options
+import ranks
 from dataset import InputError, TestSet, choose_categories, load_test, load_train
 from detector import SUFFIX, Detector, detector_path, load, write_files
 from metrics import auroc, image_metrics
@@ -44,25 +46,37 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = options.choose_device(args.cuda)
-    categories = find_work(args.model_dir, args.data_dir, args.type)
+    here = ranks.from_environment()
+    device = options.choose_device(args.cuda, here.local)
+    categories = find_work(args.model_dir, args.data_dir, args.type, here.first)
     detectors = [open_detector(args, category, device) for category in categories]  # all, before any hour is spent
     out_dir = Path(args.eval_dir) / options.folder_name(args.model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
-    rows, score_rows, figures = [], [], {}
-    for detector in detectors:
-        row, scores, drawn = evaluate_category(args, detector)
-        rows.append(row)
-        score_rows += scores
-        figures |= drawn
+    with here.joined(False):
+        results = []
+        for detector in ranks.share(detectors, here):
+            results.append(evaluate_category(args, detector))
+            if here.count == 1:
+                print_lines(results[-1].row)
+        shares = here.gather(results)
+    if shares is None:
+        return  # the first rank has it
+    results = [shares[number % here.count][number // here.count] for number in range(len(detectors))]
+    rows = [result.row for result in results]
+    if here.count > 1:
+        for row in rows:
+            print_lines(row)
     print_average(rows)
     # Only now, all at once: a bad image in the last category leaves earlier results as they were
-    contents = {"results.csv": as_csv(rows), "scores.csv": as_csv(score_rows)}
+    contents = {
+        "results.csv": as_csv(rows),
+        "scores.csv": as_csv([row for result in results for row in result.score_rows]),
+    }
+    for result in results:
+        contents |= result.plots
     if args.save_plots:
-        import plots
-
-        contents |= {name: plots.png(figure) for name, figure in (figures | draw_summary(rows)).items()}
+        contents |= as_png(draw_summary(rows))
     write_files({out_dir / name: content for name, content in contents.items()})
     say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
 
@@ -70,8 +84,8 @@ def main(args: argparse.Namespace) -> None:
 # What there is to do ----------------------------------------------------------------------------------------------
 
 
-def find_work(model_dir: str, data_dir: str, names: list[str]) -> list[str]:
-    """The categories to evaluate: those asked for, or each with both a detector and images; others are named."""
+def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[str]:
+    """The categories to evaluate: those asked for, or each with both a detector and images; others are told."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train first, or name the folder of detectors with --model_dir")
@@ -83,10 +97,10 @@ def find_work(model_dir: str, data_dir: str, names: list[str]) -> list[str]:
             raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
         return found
     for name in trained:
-        if name not in found:
+        if name not in found and tell:
             say(f"{name}: has a detector in {folder} but no images in {data_dir}; not evaluated")
     for name in found:
-        if name not in trained:
+        if name not in trained and tell:
             say(f"{name}: has images in {data_dir} but no detector in {folder}; not evaluated")
     both = [name for name in found if name in trained]
     if not both:
@@ -120,8 +134,17 @@ def evaluate(detector: Detector, test: TestSet) -> tuple[np.ndarray, dict[str, f
     return scores, image_metrics(test.labels, scores) if both else {}
 
 
-def evaluate_category(args: argparse.Namespace, detector: Detector) -> tuple[dict, list[dict], dict[str, "Figure"]]:
-    """Score one category, print its line. Returns its row of results.csv, its rows of scores.csv and its figures."""
+@dataclass(frozen=True)
+class Result:
+    """What the evaluation of one category leaves; plain, so that ranks can hand it on."""
+
+    row: dict  # of results.csv
+    score_rows: list[dict]  # of scores.csv
+    plots: dict[str, bytes]  # PNG files by name
+
+
+def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
+    """Score and draw one category."""
     category = detector.config["category"]
     train = None
     if args.density is not None or args.l2 is not None or args.control:
@@ -132,19 +155,22 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> tuple[dic
         detector = detector.refit(train, density, l2)
     test = load_test(args.data_dir, category, detector.size, args.workers, options.storage(args))
     scores, metrics = evaluate(detector, test)
-    if metrics:
-        print(f"{category} AUC: {metrics['image_auroc']}", flush=True)
-    else:
+    if not metrics:
         kind = "anomalous" if not test.labels.any() else "normal"
         say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
     control = None
     if args.control:
-        control, control_metrics = evaluate(detector.untrained().fit(train), test)
-        if metrics:
-            print(f"{category} control AUC: {control_metrics['image_auroc']}", flush=True)
+        control, _ = evaluate(detector.untrained().fit(train), test)
     row = result_row(detector, test, scores, metrics, control)
-    figures = draw(detector, test, scores, control) if args.save_plots else {}
-    return row, score_table(args.data_dir, detector, test, scores), figures
+    plots = as_png(draw(detector, test, scores, control)) if args.save_plots else {}
+    return Result(row, score_table(args.data_dir, detector, test, scores), plots)
+
+
+def print_lines(row: dict) -> None:
+    """The lines of one category on stdout."""
+    for column, name in (("image_auroc", "AUC"), ("control_auroc", "control AUC")):
+        if row[column] is not None:
+            print(f"{row['category']} {name}: {row[column]}", flush=True)
 
 
 def print_average(rows: list[dict]) -> None:
@@ -193,6 +219,12 @@ def as_csv(rows: list[dict]) -> bytes:
     import pandas
 
     return pandas.DataFrame(rows).to_csv(index=False).encode()
+
+
+def as_png(figures: dict[str, "Figure"]) -> dict[str, bytes]:
+    import plots
+
+    return {name: plots.png(figure) for name, figure in figures.items()}
 
 
 # Plots ------------------------------------------------------------------------------------------------------------

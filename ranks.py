@@ -49,7 +49,11 @@ class Ranks:
             return
         from torch import distributed
 
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        store, _, _ = next(distributed.rendezvous("env://"))
+        # torchrun keeps its store when it restarts the ranks: without a name of their own they find dead addresses
+        store = distributed.PrefixStore(f"start {self.restarts}", store)
+        kinds = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        distributed.init_process_group(kinds, timeout=PATIENCE, world_size=self.count, rank=self.rank, store=store)
         try:
             yield
         except RuntimeError as error:  # torch has no error of its own for it
@@ -115,6 +119,20 @@ def share(items: Sequence[T], ranks: Ranks) -> list[T]:
 # One network over all ranks ---------------------------------------------------------------------------------------
 
 
+class _Sum(torch.autograd.Function):
+    """The sum of the ranks' tensors, on all of them; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        from torch import distributed
+
+        value = value.clone()
+        distributed.all_reduce(value)
+        return value
+
+    backward = forward
+
+
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation over the batches of all ranks, as torch's SyncBatchNorm, which works on GPUs only."""
 
@@ -124,16 +142,14 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce  # with a gradient
-
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
         over = [axis for axis in range(x.ndim) if axis != 1]
         count = torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype)
-        count = all_reduce(count)
-        mean = all_reduce(x.sum(over)) / count
+        count = _Sum.apply(count)
+        mean = _Sum.apply(x.sum(over)) / count
         shape = [1, -1] + [1] * (x.ndim - 2)
         x = x - mean.view(shape)
-        variance = all_reduce(x.square().sum(over)) / count  # of what is centred already: nothing cancels
+        variance = _Sum.apply(x.square().sum(over)) / count  # of what is centred already: nothing cancels
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             unbiased = variance * (count / (count - 1))
@@ -162,6 +178,11 @@ def synchronised(network: nn.Module, cuda: bool) -> nn.Module:
 def wrapped(network: nn.Module, ranks: Ranks, cuda: bool) -> nn.Module:
     """The network with the gradients of all ranks averaged. Only weights that are trained now are: wrap it anew when
     others are."""
+    import inspect
+
     from torch.nn.parallel import DistributedDataParallel
 
-    return DistributedDataParallel(network, device_ids=[ranks.local] if cuda else None, broadcast_buffers=False)
+    # The ranks' running statistics are equal as it is. Torch 2.13 has renamed the argument that says so
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(network, device_ids=[ranks.local] if cuda else None, **{buffers: False})

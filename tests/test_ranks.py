@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, same_weights
+from conftest import ROOT, TINY, one_line, run, same_weights
 from torch.nn.functional import cross_entropy
 
 from cutpaste import apply, make_params
@@ -60,9 +60,12 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
     assert alone.code == shared.code == 0, alone.err + shared.err
     assert shared.out == alone.out
     assert len(shared.out.splitlines()) == 6
-    files = [p.relative_to(tmp_path / "alone") for p in sorted((tmp_path / "alone").rglob("*")) if p.is_file()]
-    assert len(files) == 9
-    assert files == [p.relative_to(tmp_path / "shared") for p in sorted((tmp_path / "shared").rglob("*")) if p.is_file()]
+    files = [
+        sorted(path.relative_to(tmp_path / kind) for path in (tmp_path / kind).rglob("*") if path.is_file())
+        for kind in ("alone", "shared")
+    ]
+    assert files[0] == files[1]
+    assert len(files[0]) == 9
     for name in ("results.csv", "scores.csv"):
         texts = [(tmp_path / kind / "models" / name).read_text() for kind in ("alone", "shared")]
         assert texts[1].replace("/shared", "/alone") == texts[0]
@@ -107,13 +110,13 @@ here = ranks.from_environment()
 with here.joined(False):
     images, = torch.load({folder!r} + "/images", weights_only=True)
     torch.manual_seed(0)
-    network = CutPasteNet("resnet18", 1, 3, "image").train()
+    network = CutPasteNet("resnet18", 1, 3, "image").double().train()
     network = ranks.synchronised(network, False)
     forward = ranks.wrapped(network, here, False)
     params = make_params("3way", len(images), 48, 64, torch.Generator().manual_seed(1))
     views, labels = apply(images[here.part], params.rows(here.part))
     share = len(images[here.part]) / len(images)
-    (cross_entropy(forward(views)[0], labels) * share * here.count).backward()
+    (cross_entropy(forward(views.double())[0], labels) * share * here.count).backward()
     torch.save([p.grad for p in network.parameters()], {folder!r} + f"/gradients{{here.rank}}")
     torch.save(dict(network.named_buffers()), {folder!r} + f"/buffers{{here.rank}}")
 """
@@ -121,7 +124,8 @@ with here.joined(False):
 
 @pytest.mark.parametrize("count", [8, 7])
 def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path, count):
-    """Also of a batch that does not divide by two."""
+    """Also of a batch that does not divide by two. In float64: in float32 rounding alone, blown up by batch
+    normalisation over a few pixels, moves the gradient of so small a batch by 0.2 percent."""
     images = torch.randint(0, 256, (count, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.save([images], tmp_path / "images")
     (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT), folder=str(tmp_path)))
@@ -129,17 +133,17 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path, count):
     assert done.code == 0, done.err
 
     torch.manual_seed(0)
-    network = CutPasteNet("resnet18", 1, 3, "image").train()
+    network = CutPasteNet("resnet18", 1, 3, "image").double().train()
     views, labels = apply(images, make_params("3way", count, 48, 64, torch.Generator().manual_seed(1)))
-    cross_entropy(network(views)[0], labels).backward()
+    cross_entropy(network(views.double())[0], labels).backward()
     own = [parameter.grad for parameter in network.parameters()]
     for rank in (0, 1):
         joint = torch.load(tmp_path / f"gradients{rank}", weights_only=True)
         difference = sum((a - b).square().sum() for a, b in zip(own, joint)).sqrt()
-        assert difference < 1e-5 * sum(a.square().sum() for a in own).sqrt()
+        assert difference < 1e-9 * sum(a.square().sum() for a in own).sqrt()
         buffers = torch.load(tmp_path / f"buffers{rank}", weights_only=True)
         for name, buffer in network.named_buffers():
-            torch.testing.assert_close(buffers[name], buffer, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(buffers[name], buffer, rtol=1e-9, atol=1e-9)
     one, other = (torch.load(tmp_path / f"gradients{rank}", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 
@@ -161,16 +165,27 @@ def test_interrupted_together_they_stop_at_one_step(data, tmp_path):
     assert (folder / "brick.checkpoint").exists()
 
 
-def test_a_batch_smaller_than_the_ranks_is_refused(data, tmp_path):
-    done = finish(launch(*flags(data, tmp_path / "models", "--ddp", 1, "--batch_size", 2, "--epochs", 1)))
-    assert done.code == 0, done.err
+def torchrun_says(monkeypatch, rank, count, restarts=0):
+    for name, value in {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+
+
+def test_what_ranks_cannot_do_gets_one_line(data, tmp_path, monkeypatch, script):
+    torchrun_says(monkeypatch, 2, 5, restarts=1)
+    assert from_environment() == Ranks(2, 5, 2, 1)
+    done = script("run_training", *flags(data, tmp_path, "--ddp", 1)[1:])
+    one_line(done, "--batch_size 4", "5 ranks")
+    done = script("run_training", *flags(data, tmp_path, "--overwrite")[1:])
+    one_line(done, "--overwrite would start anew")
 
 
 def test_shares_are_disjoint_and_whole(monkeypatch):
     items = [*"abcdefg"]
     for count in (1, 2, 3, 9):
         parts = [share(items, Ranks(rank, count)) for rank in range(count)]
-        assert sorted(sum(parts, [])) == items
+        assert sorted(item for part in parts for item in part) == items
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
     monkeypatch.setenv("RANK", "5")  # left by something else
     assert from_environment() == Ranks(0, 1, 0)
