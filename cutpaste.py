@@ -307,17 +307,18 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
     # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
     pixels, changed = (x.permute(0, 2, 3, 1).view(-1, 3) for x in (images, target))  # (B*H*W, 3)
     first = torch.arange(count, device=device)[:, None] * (height * width)
-    each = torch.arange(most, device=device)[None]  # a patch's pixels, row by row
+    each = torch.arange(most, device=device, dtype=torch.float32)[None]  # a patch's pixels, row by row
     inside = each < w * h  # (B, most); a smaller patch repeats its last pixel
-    each = torch.minimum(each, (w * h).long() - 1)
-    y, x = torch.div(each, w.long(), rounding_mode="floor"), each % w.long()
-    source = first + (source_y.long() + y) * width + source_x.long() + x
+    each = torch.minimum(each, w * h - 1)
+    y = ((each + 0.5) / w).floor()  # exact, and far faster than the division of whole numbers
+    x = each - y * w
+    source = first + ((source_y + y) * width + source_x + x).long()
     patch = pixels.index_select(0, source.view(-1))  # (B * most, 3)
     if params.jitter is not None:
         patch = patch.view(count, 1, most, 3).permute(0, 3, 1, 2)  # images one pixel high
         patch = color_jitter(patch, params.jitter, inside[:, None, None]).permute(0, 2, 3, 1).reshape(-1, 3)
     if upright:
-        place = first + (top.long() + y) * width + left.long() + x
+        place = first + ((top + y) * width + left + x).long()
         changed.index_copy_(0, place.view(-1), patch)
         return target
 
