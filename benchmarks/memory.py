@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--count", type=whole(2), nargs="+", default=[10_000, 100_000], metavar="N", help="images to train on")
     add("--size", type=whole(32), default=64, metavar="S", help="side of the images in pixels (default: 64)")
-    add("--steps", type=whole(1), default=200, metavar="N", help="parameter updates of each run (default: 200)")
+    add("--steps", type=whole(1), default=150, metavar="N", help="parameter updates of each run (default: 150)")
     add("--batch_size", type=whole(2), default=32, metavar="N", help="images per update (default: 32)")
     add("--memory_gb", type=number(0, 1e6), default=0.0, metavar="GB", help="run_training.py's (default: 0, map all)")
     add("--folder", type=Path, metavar="DIR", help="where the temporary folder goes (default: the system's place)")
