@@ -16,7 +16,7 @@ SCAR_WIDTH = (2.0, 16.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
 SCAR_LENGTH = (10.0, 25.0)  # likewise
 SCAR_ANGLE = 45.0  # degrees, either way (A.2)
 SCAR_IMAGE_SIZE = 256
-BASE_AT_ONCE, PASTES_AT_ONCE = 1, 4  # images that a core's cache holds with all that is computed of them
+BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that a processor's cache holds with all that is computed of them
 GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision's rgb_to_grayscale
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of JitterParams.factors, values of .order
@@ -229,11 +229,9 @@ def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
     device, shape = images.device, (len(VARIANTS[params.variant].views) * count, *images.shape[1:])
     views = torch.empty(shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
-    if params.shift is not None:
-        images = translate(images, params.shift)
-    for part in _parts(count, BASE_AT_ONCE, device):
-        whole = to_float(images[part])
-        views[part] = whole if params.jitter is None else color_jitter(whole, params.jitter.rows(part))
+    for part in _parts(count, BASES_AT_ONCE, device):
+        base = to_float(images[part] if params.shift is None else translate(images[part], params.shift[part]))
+        views[part] = base if params.jitter is None else color_jitter(base, params.jitter.rows(part))
     base = views[:count]
     for number, boxes in enumerate(params.pastes, 1):
         view = views[number * count : (number + 1) * count].copy_(base)
@@ -246,7 +244,7 @@ def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
 def _parts(count: int, at_once: int, device: torch.device) -> list[slice]:
     """A batch in parts that stay in a processor's cache from the first operation to the last; a GPU takes it whole."""
     step = at_once if device.type == "cpu" else count
-    return [slice(start, start + step) for start in range(0, count, step)]
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -278,14 +276,17 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
     """``paste`` into ``target``, a copy of the images, in place; both (B, 3, H, W) in channels_last memory.
 
     Every pasted pixel is one pixel of the source box (nearest neighbour: interpolation would leave a blur that a
-    network learns instead of the cut). Only a tile that holds the batch's largest target is worked on.
+    network learns instead of the cut). Only as many pixels as the largest patch has are worked on.
     """
     height, width = images.shape[-2:]
+    device, count, upright = images.device, len(images), not params.angle.any()
+    most = int((params.width * params.height).max())  # known on the CPU: the device is not waited for
     half_w, half_h = _half_extents(params.width, params.height, params.angle)
-    tile_w = min(width, int(half_w.max() * 2) + 2)  # known on the CPU: the device is not waited for
-    tile_h = min(height, int(half_h.max() * 2) + 2)
-    left = (params.center_x - half_w).floor().clamp(0, width - tile_w)
-    top = (params.center_y - half_h).floor().clamp(0, height - tile_h)
+    left, top = (params.center_x - half_w).floor(), (params.center_y - half_h).floor()
+    if not upright:
+        tile_w = min(width, int(half_w.max() * 2) + 2)  # holds the largest target
+        tile_h = min(height, int(half_h.max() * 2) + 2)
+        left, top = left.clamp(0, width - tile_w), top.clamp(0, height - tile_h)
     radians = params.angle.deg2rad()
     p = params
     numbers = (
@@ -300,26 +301,39 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
         left,
         top,
     )
-    numbers = torch.stack(numbers).to(images.device, non_blocking=True)[:, :, None, None]  # (10, B, 1, 1): one copy
+    numbers = torch.stack(numbers).to(device, non_blocking=True)[:, :, None]  # (10, B, 1): one copy
     w, h, source_x, source_y, center_x, center_y, cos, sin, left, top = numbers
-    rows = top + torch.arange(tile_h, device=images.device)[:, None]  # (B, h, 1)
-    cols = left + torch.arange(tile_w, device=images.device)  # (B, 1, w)
 
+    # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
+    pixels, changed = (x.permute(0, 2, 3, 1).view(-1, 3) for x in (images, target))  # (B*H*W, 3)
+    first = torch.arange(count, device=device)[:, None] * (height * width)
+    each = torch.arange(most, device=device, dtype=torch.float32)[None]  # a patch's pixels, row by row
+    inside = each < w * h  # (B, most); a smaller patch repeats its last pixel
+    each = torch.minimum(each, w * h - 1)
+    y = ((each + 0.5) / w).floor()  # exact, and far faster than the division of whole numbers
+    x = each - y * w
+    source = first + ((source_y + y) * width + source_x + x).long()
+    patch = pixels.index_select(0, source.view(-1))  # (B * most, 3)
+    if params.jitter is not None:
+        patch = patch.view(count, 1, most, 3).permute(0, 3, 1, 2)  # images one pixel high
+        patch = color_jitter(patch, params.jitter, inside[:, None, None]).permute(0, 2, 3, 1).reshape(-1, 3)
+    if upright:
+        place = first + ((top + y) * width + left + x).long()
+        changed.index_copy_(0, place.view(-1), patch)
+        return target
+
+    rows = (top + torch.arange(tile_h, device=device))[:, :, None]  # (B, h, 1)
+    cols = (left + torch.arange(tile_w, device=device))[:, None]  # (B, 1, w)
+    w, h, center_x, center_y, cos, sin = (number[:, :, None] for number in (w, h, center_x, center_y, cos, sin))
     dx, dy = cols + 0.5 - center_x, rows + 0.5 - center_y
     u = cos * dx + sin * dy + w / 2  # position inside the upright rectangle, (B, h, w)
     v = cos * dy - sin * dx + h / 2
     inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
-    from_x = source_x + torch.minimum(u.floor().clamp(min=0), w - 1)
-    from_y = source_y + torch.minimum(v.floor().clamp(min=0), h - 1)
-    # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
-    first = torch.arange(len(images), device=images.device)[:, None, None] * (height * width)
-    pixels, changed = (x.permute(0, 2, 3, 1).view(-1, 3) for x in (images, target))  # (B*H*W, 3)
-    sources, places = (first + (y * width + x).long() for y, x in ((from_y, from_x), (rows, cols)))  # each (B, h, w)
-    patch, covered = (pixels.index_select(0, index.view(-1)) for index in (sources, places))
-    if params.jitter is not None:
-        tiles = patch.view(len(images), tile_h, tile_w, 3).permute(0, 3, 1, 2)
-        patch = color_jitter(tiles, params.jitter, inside[:, None]).permute(0, 2, 3, 1).reshape(-1, 3)
-    changed.index_copy_(0, places.view(-1), torch.where(inside.view(-1, 1), patch, covered))
+    u, v = torch.minimum(u.floor().clamp(min=0), w - 1), torch.minimum(v.floor().clamp(min=0), h - 1)
+    origin = torch.arange(count, device=device)[:, None, None] * most + (v * w + u).long()
+    place = first[:, None] + (rows * width + cols).long()
+    new, covered = patch.index_select(0, origin.view(-1)), pixels.index_select(0, place.view(-1))
+    changed.index_copy_(0, place.view(-1), torch.where(inside.view(-1, 1), new, covered))
     return target
 
 
@@ -371,13 +385,14 @@ def rotate_hue_(images: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue of image b (3, H, W) in [0, 1] by turn[b] full turns, value and chroma kept, in place."""
     red, green, blue = images.unbind(1)
     low = torch.minimum(red, green).clamp_(max=blue)
-    chroma = torch.maximum(red, green).clamp_(min=blue).sub_(low)
+    value = torch.maximum(red, green).clamp_(min=blue)
+    chroma = value - low
     # The hue in sixths of the circle, red at 0, green at 2, blue at -2: with the channels as shares of the chroma,
     # 1 + green + blue - red is its distance from red in every sector, and the larger of green and blue its side.
     hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1).copysign_(green - blue)
     hue.add_(6 * turn[:, None, None])
     hue.sub_((hue / 6).floor_(), alpha=6)  # into [0, 6]
-    for channel, offset, sign, shift in ((red, 3, 1, -1), (green, 2, -1, 2), (blue, 4, -1, 2)):
-        share = (hue - offset).abs_().mul_(sign).add_(shift).clamp_(0, 1)  # 1: the largest channel, 0: the smallest
-        torch.addcmul(low, chroma, share, out=channel)
+    # A channel is the smallest far from its own place on the circle, the largest near it, on a slope between
+    for channel, end, middle, sign in ((red, low, 3, 1), (green, value, 2, -1), (blue, value, 4, -1)):
+        torch.addcmul(end, chroma, (hue - middle).abs_().sub_(1).clamp_(0, 1), value=sign, out=channel)
     return images

@@ -4,6 +4,8 @@ Owns the loop, what a saved state holds (``<model_dir>/<category>.checkpoint``),
 left open to the machine: threads, precision, compilation. Knows no flag and no folder of images.
 """
 
+import os
+import shutil
 import signal
 import sys
 import threading
@@ -75,6 +77,8 @@ def choose_arithmetic(
     chosen = {name: value if value is not None else saved.get(name, fitting[name]) for name, value in given.items()}
     if chosen["amp"] == "fp16" and device.type == "cpu":
         raise InputError("--amp fp16: needs --cuda 1; on a CPU take --amp bf16 or leave it to --amp auto")
+    if chosen["compile"] and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
+        raise InputError("--compile 1: no C++ compiler is found; install g++, or leave the flag out")
     return Arithmetic(**chosen)
 
 

@@ -47,6 +47,36 @@ def density_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table() -> str:
+    """What benchmarks/speed.py measured, one column a row of the file."""
+    rows = pandas.read_csv(ROOT / "results/speed.csv")
+    shown = {
+        "device": lambda r: r.processor if pandas.isna(r.gpu) else r.gpu,
+        "cores": lambda r: r.cores,
+        "torch": lambda r: r.torch,
+        "commit": lambda r: r.commit,
+        "variant, size, images per step": lambda r: f"{r.variant}, {r.width} x {r.height}, {r.batch_size}",
+        "precision": lambda r: r.amp + (", compiled" if r.compile else ""),
+        "training step, seconds": lambda r: f"{r.step_seconds:.2f}",
+        "training step over bare step": lambda r: f"{r.step_over_bare:.3f}",
+        "conventional step over ours": lambda r: f"{r.conventional_over_ours:.2f}",
+        "augmentation, images per second": lambda r: f"{r.augmentation_images_per_second:.0f}",
+        "the same conventionally": lambda r: f"{r.conventional_augmentation_images_per_second:.0f}",
+        "scoring of resident images over bare forward": lambda r: f"{r.scoring_over_bare:.3f}",
+        "scoring of files over decoding and bare forward": lambda r: f"{r.files_over_decoding_and_bare:.3f}",
+        "images scored per second, resident": lambda r: f"{r.scoring_images_per_second:.0f}",
+        "images scored per second, from files": lambda r: f"{r.files_images_per_second:.0f}",
+        "decoding with all cores over with one": lambda r: f"{r.decoding_gain_of_threads:.2f}",
+        "peak memory of training, MB": lambda r: f"{r.training_peak_mb:.0f}",
+        "peak memory of scoring, MB": lambda r: f"{r.scoring_peak_mb:.0f}",
+    }
+    lines = ["| |" + " |" * len(rows), "|---" * (1 + len(rows)) + "|"]
+    for name, cell in shown.items():
+        cells = ["" if (text := str(cell(row))) == "nan" else text for row in rows.itertuples()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def memory_table() -> str:
     """Peak memory and speed of training, one row a run."""
     rows = pandas.read_csv(ROOT / "results/memory.csv")
@@ -62,7 +92,7 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"image": image_table, "density": density_table, "memory": memory_table}
+TABLES = {"image": image_table, "density": density_table, "speed": speed_table, "memory": memory_table}
 
 
 def filled(text: str) -> str:

@@ -140,10 +140,10 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path, count):
     for rank in (0, 1):
         joint = torch.load(tmp_path / f"gradients{rank}", weights_only=True)
         difference = sum((a - b).square().sum() for a, b in zip(own, joint)).sqrt()
-        assert difference < 1e-9 * sum(a.square().sum() for a in own).sqrt()
+        assert difference < 1e-6 * sum(a.square().sum() for a in own).sqrt()
         buffers = torch.load(tmp_path / f"buffers{rank}", weights_only=True)
         for name, buffer in network.named_buffers():
-            torch.testing.assert_close(buffers[name], buffer, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(buffers[name], buffer, rtol=1e-6, atol=1e-6)
     one, other = (torch.load(tmp_path / f"gradients{rank}", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, other))
 

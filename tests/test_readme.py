@@ -50,7 +50,7 @@ def parsed(command):
 
 
 def test_every_command_of_the_readme_is_accepted():
-    found = commands(README)
+    found = [re.sub(r"^torchrun (--[\w-]+ \d+ )*", "python ", command) for command in commands(README)]
     scripts = [c for c in found if re.match(r"python \w+\.py", c)]
     assert len(scripts) >= 12
     for command in scripts:
@@ -185,3 +185,29 @@ def test_only_plots_imports_a_plotting_library():
     for path in ROOT.glob("*.py"):
         if path.stem != "plots":
             assert not re.search(r"^\s*(import|from) (matplotlib|seaborn)", path.read_text(), re.M), path.name
+
+
+def test_help_imports_nothing_heavy():
+    """Of each script: what takes seconds is imported when it is needed."""
+    heavy = (
+        "torchvision",
+        "sklearn",
+        "scipy",
+        "pandas",
+        "matplotlib",
+        "seaborn",
+        "tensorboard",
+        "torch.distributed.run",
+    )
+    for path in ROOT.glob("*.py"):
+        if "__main__" not in path.read_text():
+            continue
+        code = (
+            f"import runpy, sys; sys.argv = [{path.name!r}, '--help']\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            f"try:\n    runpy.run_path({str(path)!r}, run_name='__main__')\n"
+            f"except SystemExit as stop:\n    assert not stop.code\n"
+            f"print('imported:', [name for name in {heavy!r} if name in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.stdout.endswith("imported: []\n"), (path.name, done.stdout[-300:], done.stderr)

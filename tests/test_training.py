@@ -12,6 +12,7 @@ import matplotlib.image
 import pytest
 import torch
 from conftest import ROOT, TINY, one_line, same_weights, train
+from PIL import Image
 
 from cache import digest
 from dataset import InputError
@@ -275,7 +276,7 @@ def test_a_state_of_other_images_is_refused(data, tmp_path, script):
     one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "truncated, damaged")
 
 
-def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path):
+def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path, monkeypatch):
     def chosen(threads=None, amp="auto", compile=None, saved=None):
         state = None if saved is None else {"arithmetic": saved}
         return choose_arithmetic(threads, amp, compile, torch.device("cpu"), 8, state, tmp_path)
@@ -294,6 +295,42 @@ def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path):
         chosen(compile=False, saved=saved)
     with pytest.raises(InputError, match="--amp fp16: needs --cuda 1"):
         chosen(amp="fp16")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match="no C\\+\\+ compiler"):
+        chosen(compile=True)
+
+
+def test_the_loss_of_bf16_follows_that_of_float32():
+    """Six steps on the same batches: near, and not the same."""
+    args = get_parser().parse_args([*TINY, "--epochs", "6", "--lr", "0.001"])
+    images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    losses = {}
+    for amp in ("off", "bf16"):
+        run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), Arithmetic(1, amp, False))
+        losses[amp] = torch.stack([run.update()[0] for _ in range(6)])
+    assert not torch.equal(losses["off"], losses["bf16"])
+    torch.testing.assert_close(losses["bf16"], losses["off"], rtol=0.05, atol=0.02)
+
+
+def test_a_mapped_folder_trains_the_same(tmp_path):
+    """Images in a file and images in memory, with the same steps."""
+    from cache import is_mapped
+    from dataset import Storage, load_images
+
+    paths = []
+    for number in range(9):
+        noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(noise.numpy()).save(paths[-1])
+    args = get_parser().parse_args([*TINY, "--epochs", "4"])
+    losses = []
+    for storage in (Storage(None), Storage(None, 1)):
+        images = load_images(paths, (32, 32), 0, storage)
+        assert is_mapped(images) == (storage.memory == 1)
+        arithmetic = Arithmetic(1, "off", False)
+        run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), arithmetic)
+        losses.append([float(run.update()[0]) for _ in range(4)])
+    assert losses[0] == losses[1]
 
 
 def test_digest_tells_images_apart():
