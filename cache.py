@@ -81,7 +81,8 @@ def load(
     mapped = math.prod(shape) > storage.memory
     seal = None
     if storage.folder is not None and len(paths):
-        folder = folder or Path(os.path.commonpath([os.path.abspath(path.parent) for path in paths]))
+        parents = {os.path.dirname(path) for path in paths}
+        folder = folder or Path(os.path.commonpath([os.path.abspath(parent) for parent in parents]))
         entry = _entry(storage.folder, folder, size)
         seal = _seal(paths, shape, decoder)
     if seal is not None and (images := _read(entry, seal, shape, mapped)) is not None:

@@ -27,6 +27,7 @@ from cache import IN_MEMORY, Storage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
 GOOD = "good"
+AT_ONCE = 4096  # images that are given to the threads together: each that waits takes a kilobyte
 DECODER = f"1, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
 
@@ -181,13 +182,14 @@ def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
             work(index)
         return
     with ThreadPoolExecutor(workers) as pool:  # threads suffice: Pillow decodes and resizes outside the GIL
-        futures = [pool.submit(work, index) for index in range(count)]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for first in range(0, count, AT_ONCE):
+            futures = [pool.submit(work, index) for index in range(first, min(first + AT_ONCE, count))]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:

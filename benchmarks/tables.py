@@ -77,7 +77,22 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"image": image_table, "density": density_table, "speed": speed_table}
+def memory_table() -> str:
+    """Peak memory and speed of training, one row a run."""
+    rows = pandas.read_csv(ROOT / "results/memory.csv")
+    lines = [
+        "| images | decoded, MB | held | peak memory, MB | updates per second |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows.itertuples():
+        held = "on disk" if row.decoded_mb > 1e3 * row.memory_gb else "in memory"
+        lines.append(
+            f"| {row.images:,} | {row.decoded_mb:,.0f} | {held} | {row.peak_mb:,.0f} | {row.steps_per_second:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"image": image_table, "density": density_table, "speed": speed_table, "memory": memory_table}
 
 
 def filled(text: str) -> str:

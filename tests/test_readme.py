@@ -1,7 +1,10 @@
 """What the README promises: commands are accepted, steps run, tables are the files'. And the order of imports."""
 
 import ast
+import csv
 import importlib
+import json
+import os
 import re
 import shlex
 import shutil
@@ -131,6 +134,32 @@ def test_the_way_of_the_data_runs(data, tmp_path, monkeypatch):
 def test_tables_are_what_the_files_say():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures by os.wait4")
+def test_the_memory_benchmark_runs(tmp_path):
+    table, place = tmp_path / "memory.csv", tmp_path / "place"
+    flags = ["--count", 40, 20, "--steps", 2, "--size", 32, "--results", table, "--folder", place, "--note", "a, b"]
+    done = run("benchmarks/memory.py", *flags)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    runs = [*result["mapped"], result["in_memory"]]
+    assert [(r["images"], r["memory_gb"], r["decoded_mb"]) for r in runs] == [
+        (20, 0, 0.061),
+        (40, 0, 0.123),
+        (40, 1, 0.123),
+    ]
+    for r in runs:
+        assert 100 < r["peak_mb"] < 10_000
+        assert 0 < r["steps_per_second"] < 1000
+        assert r["steps"] == 2
+        assert r["command"].startswith("python benchmarks/memory.py --count 40 20 --steps 2")
+        assert r["note"] == "a, b"
+    growth = runs[1]["peak_mb"] - runs[0]["peak_mb"]
+    assert result["peak_growth_mb"] == pytest.approx(growth, abs=0.1)
+    with table.open(newline="") as file:
+        assert [{name: str(value) for name, value in r.items()} for r in runs] == list(csv.DictReader(file))
+    assert not list(place.iterdir())
 
 
 def test_modules_import_only_from_rows_above():
