@@ -30,7 +30,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-FORMAT = "cutpaste-images 1"  # raise the number when the layout of the file changes
+FORMAT = "cutpaste-images 2"  # raise the number when the layout of the file changes
 BLOCK = 64 * 2**20  # bytes of images that are decoded, written or looked at in one go
 LEAST = 8  # images in such a block, so that large ones are decoded in parallel too
 AROUND = 2**21  # bytes on either side of a byte looked at that Linux may map with it: a large page
@@ -171,7 +171,10 @@ def _seal(paths: Sequence[Path], shape: tuple[int, ...], decoder: str) -> bytes 
             if folder not in folders:
                 folders[folder] = os.path.realpath(folder)
             status = os.stat(path)
-            files.update(os.fsencode(f"{folders[folder]}/{name}\0{status.st_size}\0{status.st_mtime_ns}\0"))
+            # ctime too: mv and cp -p hand a file another name, or a name another file, with its size and mtime
+            files.update(
+                os.fsencode(f"{folders[folder]}/{name}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0")
+            )
     except OSError:
         return None
     made_from = {"format": FORMAT, "decoder": decoder, "shape": shape, "files": files.hexdigest()}

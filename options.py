@@ -221,7 +221,7 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
 def keep_memory() -> None:
     """Have the C library keep freed memory for the next step. A network's activations are allocated anew at each step;
     pages that went back to the system cost a fault each, about a third of a step's time at 256 px. Only glibc can."""
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # the last: Windows
         library = ctypes.CDLL(None)
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -24,12 +24,13 @@ class RankError(RuntimeError):
 @dataclass(frozen=True)
 class Ranks:
     """This process among ``count``. local: its number on its own machine, that of its GPU. restarts: how often
-    torchrun has started the ranks anew because one died."""
+    torchrun has started the ranks of this machine anew because one of them died. machines: how many there are."""
 
     rank: int = 0
     count: int = 1
     local: int = 0
     restarts: int = 0
+    machines: int = 1
 
     @property
     def first(self) -> bool:
@@ -49,19 +50,23 @@ class Ranks:
             return
         from torch import distributed
 
-        store, _, _ = next(distributed.rendezvous("env://"))
-        # torchrun keeps its store when it restarts the ranks: without a name of their own they find dead addresses
-        store = distributed.PrefixStore(f"start {self.restarts}", store)
-        kinds = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        distributed.init_process_group(kinds, timeout=PATIENCE, world_size=self.count, rank=self.rank, store=store)
         try:
+            store, _, _ = next(distributed.rendezvous("env://"))
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # torchrun keeps this store when it restarts the ranks: under the old names they find dead addresses
+                store = distributed.PrefixStore(f"start {self.restarts}", store)
+            kinds = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            distributed.init_process_group(kinds, timeout=PATIENCE, world_size=self.count, rank=self.rank, store=store)
             yield
-        except RuntimeError as error:  # torch has no error of its own for it
-            if "gloo" not in str(error) and "NCCL" not in str(error):
+        except RuntimeError as error:  # torch has no error of its own for all of them
+            if not isinstance(error, distributed.DistError) and not any(
+                kind in str(error) for kind in ("gloo", "NCCL")
+            ):
                 raise
             raise RankError(f"rank {self.rank} of {self.count} lost another rank; its own message says why") from error
         finally:
-            distributed.destroy_process_group()
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
     def gather(self, value: T) -> list[T] | None:
         """The values of all ranks, in their order, on the first; None on the others."""
@@ -107,7 +112,7 @@ def from_environment() -> Ranks:
     """As torchrun says, else alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE")
     return Ranks(*(int(os.environ[name]) for name in names))
 
 

@@ -128,6 +128,8 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.overwrite and here.restarts:
         raise InputError("a rank died, and --overwrite would start anew: give the same command without --overwrite")
+    if args.overwrite and here.machines > 1:  # torchrun does not tell a machine that another one's rank was restarted
+        raise InputError("--overwrite: not on several machines, where a restart would start anew; empty --model_dir")
     if args.ddp and args.batch_size < here.count:
         raise InputError(f"--batch_size {args.batch_size}: at least one image for each of {here.count} ranks is needed")
     check_writable(Path(args.model_dir), here)
@@ -232,6 +234,8 @@ def train_category(
     images = load_train(args.data_dir, category, size, args.workers, storage)
     if cache.all_equal(images):
         raise InputError(f"{Path(args.data_dir) / category}: all training images are equal; nothing can be learned")
+    if len(images) < together.count:
+        raise InputError(f"{category}: {len(images)} training images for {together.count} ranks; start fewer of them")
     if len(images) < config["batch_size"] and together.first:
         say(f"{category}: {len(images)} training images, so {len(images)} per update (--batch_size)")
     test = load_watched_test(args, config) if args.test_epochs > 0 and together.first else None

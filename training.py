@@ -76,9 +76,12 @@ def choose_arithmetic(
             )
     chosen = {name: value if value is not None else saved.get(name, fitting[name]) for name, value in given.items()}
     if chosen["amp"] == "fp16" and device.type == "cpu":
+        if given["amp"] is None:
+            raise InputError(f"{path}: made with --amp fp16 on a GPU; continue with --cuda 1, or give --overwrite")
         raise InputError("--amp fp16: needs --cuda 1; on a CPU take --amp bf16 or leave it to --amp auto")
     if chosen["compile"] and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
-        raise InputError("--compile 1: no C++ compiler is found; install g++, or leave the flag out")
+        way_out = "leave the flag out" if saved.get("compile") is None else "start anew with --overwrite"
+        raise InputError(f"--compile 1: no C++ compiler is found; install g++, or {way_out}")
     return Arithmetic(**chosen)
 
 

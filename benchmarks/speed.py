@@ -31,13 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
 from cutpaste import VARIANTS, apply, make_params, to_float  # noqa: E402
-from dataset import decode, find_images, load_images  # noqa: E402
+from dataset import InputError, decode, find_images, load_images  # noqa: E402
 from detector import Detector  # noqa: E402
 from model import CutPasteNet  # noqa: E402
-from training import PRECISIONS, Arithmetic, Run, device_name, new_optimizer, suitable_precision  # noqa: E402
+from training import LOG_EVERY, PRECISIONS, Arithmetic, Run, device_name, new_optimizer, suitable_precision  # noqa: E402
 
 PARTS = ("scoring", "files", "step", "augmentation", "conventional")  # the one that needs the least memory first
-LAPS = 5  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone
+LAPS = LOG_EVERY  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -149,16 +149,17 @@ def conventional(args: argparse.Namespace, run: Run, images: Tensor) -> dict:
 
 
 def steady(args: argparse.Namespace, images: Tensor, use: Callable[[Tensor], object]) -> float:
-    """Seconds per batch of the conventional pipeline, over ``repeats`` batches, once what its workers have made ahead
-    is used up."""
+    """Seconds per batch of the conventional pipeline, once what its workers have made ahead is used up; over whole
+    rounds of them, for they finish together."""
     ahead = 2 * os.cpu_count() + 1
     batches = conventional_batches(args, images)
     for _ in range(ahead):
         use(next(batches))
     began = time.perf_counter()
-    for _ in range(args.repeats):
+    count = os.cpu_count() * max(4, args.repeats // os.cpu_count())
+    for _ in range(count):
         use(next(batches))
-    return (time.perf_counter() - began) / args.repeats
+    return (time.perf_counter() - began) / count
 
 
 def scoring(args: argparse.Namespace, run: Run, images: Tensor) -> dict:
@@ -203,7 +204,8 @@ def files(args: argparse.Namespace, run: Run, paths: list[Path]) -> dict:
 
 
 class Logged:
-    """Steps as ``Run.train`` takes them: every tenth one writes to TensorBoard."""
+    """Steps as ``Run.train`` takes them, with what it logs at every tenth: on a GPU once in ten steps, on a CPU, where
+    laps of ten steps would take too long, at every step, which is a little more than it costs."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         from training import open_tensorboard
@@ -213,11 +215,9 @@ class Logged:
         self.writer = self.writing.__enter__()
 
     def step(self) -> None:
-        from training import LOG_EVERY
-
         run = self.run
         self.sums = self.sums + torch.stack(run.update())
-        if run.step % LOG_EVERY == 0:
+        if run.device.type == "cpu" or run.step % LOG_EVERY == 0:
             loss, accuracy = self.sums.tolist()
             for tag, value in (("loss", loss), ("acc", accuracy), ("lr", run.optimizer.param_groups[0]["lr"])):
                 self.writer.add_scalar(tag, value, run.step)
@@ -343,7 +343,8 @@ def peak_mb(device: torch.device) -> float:
     """The most memory so far, in millions of bytes: the GPU's, or the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def config(args: argparse.Namespace) -> dict:
@@ -360,7 +361,10 @@ def prepared(images: Tensor) -> Tensor:
 
 def load_photographs(folder: str | None, count: int) -> list[Image.Image]:
     if folder is not None:
-        return [Image.open(path).convert("RGB") for path in find_images(Path(folder))[:count]]
+        photographs = [Image.open(path).convert("RGB") for path in find_images(Path(folder))[:count]]
+        if not photographs:
+            raise InputError(f"{folder}: no image in it")
+        return (photographs * count)[:count]
     from skimage import data
 
     photographs = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("brick", "grass", "gravel")]

@@ -165,11 +165,12 @@ def test_interrupted_together_they_stop_at_one_step(data, tmp_path):
     assert (folder / "brick.checkpoint").exists()
 
 
-def torchrun_says(monkeypatch, rank, count, restarts=0):
+def torchrun_says(monkeypatch, rank, count, restarts=0, machines=1):
     for name, value in {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    monkeypatch.setenv("GROUP_WORLD_SIZE", str(machines))
 
 
 def test_what_ranks_cannot_do_gets_one_line(data, tmp_path, monkeypatch, script):
@@ -179,6 +180,9 @@ def test_what_ranks_cannot_do_gets_one_line(data, tmp_path, monkeypatch, script)
     one_line(done, "--batch_size 4", "5 ranks")
     done = script("run_training", *flags(data, tmp_path, "--overwrite")[1:])
     one_line(done, "--overwrite would start anew")
+    torchrun_says(monkeypatch, 2, 5, machines=2)
+    one_line(script("run_training", *flags(data, tmp_path, "--overwrite")[1:]), "--overwrite: not on several machines")
+    assert not (tmp_path / "models").exists()
 
 
 def test_shares_are_disjoint_and_whole(monkeypatch):

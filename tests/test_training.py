@@ -295,9 +295,13 @@ def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path, monkeypatch):
         chosen(compile=False, saved=saved)
     with pytest.raises(InputError, match="--amp fp16: needs --cuda 1"):
         chosen(amp="fp16")
+    with pytest.raises(InputError, match="made with --amp fp16 on a GPU; continue with --cuda 1"):
+        chosen(saved=saved | {"amp": "fp16", "compile": False})
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="no C\\+\\+ compiler"):
         chosen(compile=True)
+    with pytest.raises(InputError, match="start anew with --overwrite"):
+        chosen(saved=saved)
 
 
 def test_the_loss_of_bf16_follows_that_of_float32():
