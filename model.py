@@ -71,7 +71,10 @@ class CutPasteNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         embeddings = self.embed(images)
-        return self.head(embeddings), embeddings
+        if embeddings.dtype in (torch.bfloat16, torch.float16):
+            embeddings = embeddings.float()
+        with torch.autocast(images.device.type, enabled=False):  # small, and its logits deserve more than 8 bits
+            return self.head(embeddings), embeddings
 
     def embed(self, images: Tensor) -> Tensor:
         """The pooled features (B, D) that the density is fitted on; the head is not run."""

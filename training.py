@@ -214,7 +214,7 @@ class Run:
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             logits, _ = self.forward(views)
         share = len(chosen) / self.batch_size
-        loss = functional.cross_entropy(logits.float(), labels) * share
+        loss = functional.cross_entropy(logits, labels) * share
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * self.ranks.count).backward()  # the ranks' gradients are averaged
         self.scaler.step(self.optimizer)

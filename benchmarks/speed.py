@@ -245,7 +245,7 @@ def bare_step(
     def work(views: Tensor = resident) -> None:
         with torch.autocast(device.type, precision, enabled=precision is not None):
             logits, _ = forward(views)
-        loss = functional.cross_entropy(logits.float(), labels)
+        loss = functional.cross_entropy(logits, labels)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)

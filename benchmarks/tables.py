@@ -22,15 +22,17 @@ def image_table() -> str:
     """Image AUROC, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/image.csv")
     lines = [
-        "| category | variant | size | updates | batch | seed | head | normalize | image AUROC | control | AUPRC |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| category | variant | size | updates | batch | seed | head | normalize | precision | image AUROC | control "
+        "| AUPRC |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.itertuples():
         size = row.width if row.width == row.height else f"{row.width}x{row.height}"
+        precision = "float32" if pandas.isna(row.amp) or row.amp == "off" else row.amp
         control = "" if pandas.isna(row.control_auroc) else f"{100 * row.control_auroc:.1f}"
         lines.append(
             f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.batch_size} | {row.seed} | "
-            f"{row.head_layer} | {row.normalize} | {100 * row.image_auroc:.1f} | {control} | "
+            f"{row.head_layer} | {row.normalize} | {precision} | {100 * row.image_auroc:.1f} | {control} | "
             f"{100 * row.image_auprc:.1f} |"
         )
     return "\n".join(lines)

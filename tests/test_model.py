@@ -350,3 +350,13 @@ def test_weights_with_one_missing(tmp_path, torchvision_state):
     state = {name: value for name, value in torchvision_state.items() if name != "layer3.1.bn2.running_var"}
     torch.save(state, tmp_path / "weights.pth")
     assert_refused(tmp_path / "weights.pth", "layer3.1.bn2.running_var")
+
+
+def test_under_autocast_only_the_backbone_is_in_bf16():
+    network = make()
+    seen = []
+    network.backbone.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, embeddings = network(torch.rand(4, 3, 32, 32))
+    assert seen == [torch.bfloat16]
+    assert logits.dtype == embeddings.dtype == torch.float32
