@@ -1,8 +1,9 @@
 """CutPaste augmentations, batched on tensors of any device.
 
-Owns the base augmentation (translation, colour jitter), CutPaste and CutPaste-Scar, and the table ``VARIANTS``.
-``make_params`` draws every random number, on the CPU; ``apply`` acts on the images' device and changes no input.
-Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, A.1 and A.2.
+Owns the base augmentation (translation, colour jitter), the crops of a patch model, CutPaste and CutPaste-Scar, and the
+table ``VARIANTS``. ``make_params`` draws every random number, on the CPU; ``apply`` acts on the images' device and
+changes no input. For a patch model ``augment``, ``crop`` and ``cut_paste`` are the three parts of ``apply``.
+Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, 2.4, A.1, A.2 and A.5.
 """
 
 from dataclasses import dataclass, fields
@@ -85,13 +86,16 @@ class ViewParams:
     shift: Tensor | None  # (B, 2) int64, pixels down and right
     jitter: JitterParams | None
     pastes: tuple[PasteParams, ...]  # one for each view after the first
+    corner: Tensor | None = None  # (B, 2) int64, top and left of the square crop that the pastes lie in
+    patch_size: int | None = None  # its side
 
     def rows(self, part: slice) -> "ViewParams":
         """Of some images of the batch."""
         shift = None if self.shift is None else self.shift[part]
         jitter = None if self.jitter is None else self.jitter.rows(part)
         pastes = tuple(paste.rows(part) for paste in self.pastes)
-        return ViewParams(self.variant, self.height, self.width, shift, jitter, pastes)
+        corner = None if self.corner is None else self.corner[part]
+        return ViewParams(self.variant, self.height, self.width, shift, jitter, pastes, corner, self.patch_size)
 
 
 # Drawing ----------------------------------------------------------------------------------------------------------
@@ -107,12 +111,14 @@ def make_params(
     translate: float = 0.04,
     jitter: float = 0.1,
     patch_jitter: float = 0.1,
+    patch_size: int | None = None,
 ) -> ViewParams:
     """Draw the parameters of one batch of views.
 
     translate: largest shift of the base augmentation, a fraction of height and width. jitter, patch_jitter: largest
     change of brightness, contrast, saturation (around 1) and hue (in turns; at most 0.5) of the whole image and of
-    the patch. The paper gives 0.1 for the patch and no amount for the base augmentation.
+    the patch. The paper gives 0.1 for the patch and no amount for the base augmentation. patch_size: side of a square
+    crop of each image, at a random place, that CutPaste then acts in (None: in the whole image).
     generator: on the CPU, so that a seed gives the same parameters whatever the device.
     """
     if variant not in VARIANTS:
@@ -122,21 +128,28 @@ def make_params(
     for name, value in (("jitter", jitter), ("patch_jitter", patch_jitter)):
         if not 0 <= value <= 0.5:
             raise ValueError(f"{name} lies in [0, 0.5], not {value}")
+    if patch_size is not None and not 1 <= patch_size <= min(height, width):
+        raise ValueError(f"patch_size lies in [1, {min(height, width)}], the image's shorter side, not {patch_size}")
     shift = _draw_shift(batch_size, height, width, translate, generator) if translate else None
     base = _draw_jitter(batch_size, jitter, generator) if jitter else None
+    corner, size, scar_scale = None, (height, width), min(height, width) / SCAR_IMAGE_SIZE
+    if patch_size is not None:
+        corner = torch.stack([_whole(torch.full((batch_size,), side - patch_size), generator) for side in size], 1)
+        corner, size = corner.long(), (patch_size, patch_size)  # a scar in it is as long as in the whole image
     pastes = []
     for view in VARIANTS[variant].views[1:]:
         if view == "patch":
-            box = _draw_patch(batch_size, height, width, generator)
+            box = _draw_patch(batch_size, *size, generator)
         elif view == "scar":
-            box = _draw_scar(batch_size, height, width, generator)
+            box = _draw_scar(batch_size, *size, scar_scale, generator)
         else:  # "patch or scar": one class of both in equal parts, so that the two classes stay balanced
-            patch, scar = (draw(batch_size, height, width, generator) for draw in (_draw_patch, _draw_scar))
+            patch = _draw_patch(batch_size, *size, generator)
+            scar = _draw_scar(batch_size, *size, scar_scale, generator)
             is_scar = torch.rand(batch_size, generator=generator) < 0.5
             box = {name: torch.where(is_scar, scar[name], patch[name]) for name in patch}
         colors = _draw_jitter(batch_size, patch_jitter, generator) if patch_jitter else None
         pastes.append(PasteParams(**box, jitter=colors))
-    return ViewParams(variant, height, width, shift, base, tuple(pastes))
+    return ViewParams(variant, height, width, shift, base, tuple(pastes), corner, patch_size)
 
 
 def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -184,9 +197,8 @@ def _draw_patch(count: int, height: int, width: int, generator: torch.Generator)
     }
 
 
-def _draw_scar(count: int, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """A thin rotated rectangle whose bounding box lies inside the image. Sizes scale with the shorter side."""
-    scale = min(height, width) / SCAR_IMAGE_SIZE
+def _draw_scar(count: int, height: int, width: int, scale: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """A thin rotated rectangle whose bounding box lies inside the image. scale: 1 means the paper's pixels."""
     scar_w = (_uniform(*SCAR_WIDTH, count, generator) * scale).round().clamp(1, width)
     scar_h = (_uniform(*SCAR_LENGTH, count, generator) * scale).round().clamp(1, height)
     angle = _uniform(-SCAR_ANGLE, SCAR_ANGLE, count, generator)
@@ -217,27 +229,66 @@ def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
 
     images: (B, 3, H, W), uint8 in 0..255 or float in [0, 1], never changed.
     Returns views (V*B, 3, H, W), float32 in [0, 1] and channels_last, view after view in the variant's order, and
-    labels (V*B,) int64. Raises ValueError if images and params do not fit each other.
+    labels (V*B,) int64; of parameters with a patch size P views (V*B, 3, P, P). Raises ValueError if images and params
+    do not fit each other.
     """
+    if params.corner is not None:
+        return cut_paste(crop(augment(images, params), params), params)
+    _check(images, params)
+    views = _empty_views(images, params)
+    augment(images, params, views[: len(images)])
+    return _pasted(views, params)
+
+
+def augment(images: Tensor, params: ViewParams, out: Tensor | None = None) -> Tensor:
+    """The base augmentation alone, of whole images (B, 3, H, W): float32 in [0, 1], channels_last; ``out`` if given."""
+    _check(images, params)
+    if out is None:
+        out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+    for part in _parts(len(images), BASES_AT_ONCE, images.device):
+        base = to_float(images[part] if params.shift is None else translate(images[part], params.shift[part]))
+        out[part] = base if params.jitter is None else color_jitter(base, params.jitter.rows(part))
+    return out
+
+
+def crop(images: Tensor, params: ViewParams) -> Tensor:
+    """The square that was drawn for each image (B, 3, H, W): (B, 3, P, P) (section 2.4)."""
+    windows = images.unfold(2, params.patch_size, 1).unfold(3, params.patch_size, 1)  # (B, 3, H-P+1, W-P+1, P, P)
+    top, left = params.corner.to(images.device, non_blocking=True).unbind(1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def cut_paste(base: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
+    """Views and labels, as ``apply`` gives them, of images or crops that the base augmentation has seen."""
+    views = _empty_views(base, params)
+    views[: len(base)] = base
+    return _pasted(views, params)
+
+
+def _check(images: Tensor, params: ViewParams) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-    count = len(images)
     drawn_for = (len(params.pastes[0].width), 3, params.height, params.width)
     if tuple(images.shape) != drawn_for:
         raise ValueError(f"parameters drawn for images {drawn_for}, got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
-    device, shape = images.device, (len(VARIANTS[params.variant].views) * count, *images.shape[1:])
-    views = torch.empty(shape, dtype=torch.float32, device=device, memory_format=torch.channels_last)
-    for part in _parts(count, BASES_AT_ONCE, device):
-        base = to_float(images[part] if params.shift is None else translate(images[part], params.shift[part]))
-        views[part] = base if params.jitter is None else color_jitter(base, params.jitter.rows(part))
+
+
+def _empty_views(base: Tensor, params: ViewParams) -> Tensor:
+    shape = ((1 + len(params.pastes)) * len(base), *base.shape[1:])
+    return torch.empty(shape, dtype=torch.float32, device=base.device, memory_format=torch.channels_last)
+
+
+def _pasted(views: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
+    """Make the further views, in place, of the first one, which is there already; the labels of all."""
+    count = len(views) // (1 + len(params.pastes))
     base = views[:count]
     for number, boxes in enumerate(params.pastes, 1):
         view = views[number * count : (number + 1) * count].copy_(base)
-        for part in _parts(count, PASTES_AT_ONCE, device):
+        for part in _parts(count, PASTES_AT_ONCE, views.device):
             paste_(view[part], base[part], boxes.rows(part))
-    labels = torch.arange(1 + len(params.pastes), device=device).repeat_interleave(count)
+    labels = torch.arange(1 + len(params.pastes), device=views.device).repeat_interleave(count)
     return views, labels
 
 

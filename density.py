@@ -100,21 +100,27 @@ DENSITIES = {"torch": GaussianTorch, "sklearn": GaussianSklearn, "kde": KernelDe
 
 
 def ledoit_wolf(centered: Tensor) -> tuple[Tensor, Tensor]:
-    """Shrunk covariance of centred data X (N, D): (1 - s) S + s m I, with S = X'X / N and m = tr(S) / D.
+    """Shrunk covariance of centred data X (N, D): (D, D), and the shrinkage as a 0-d tensor; see ``shrunk``."""
+    n = len(centered)
+    return shrunk(centered.T @ centered / n, centered.square().sum(1).square().sum(), n)
 
+
+def shrunk(sample: Tensor, fourth: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Ledoit and Wolf's covariances (1 - s) S + s m I, with m = tr(S) / D, and their shrinkages s in [0, 1].
+
+    sample: S (..., D, D) = X'X / n of centred data X (n, D); fourth: (...,), the sum of |x_k|^4 over the data.
     s = min(b, d) / d is Ledoit and Wolf's estimate of the best shrinkage: d = |S - m I|^2 is how far S is from the
-    target, b = sum_k |x_k x_k' - S|^2 / N^2 how much S itself is in error. Returns ((D, D), s as a 0-d tensor).
+    target, b = sum_k |x_k x_k' - S|^2 / n^2 how much S itself is in error.
     """
-    n, dim = centered.shape
-    sample = centered.T @ centered / n
-    scale = sample.trace() / dim
-    eye = torch.eye(dim, dtype=centered.dtype, device=centered.device)
-    distance = (sample - scale * eye).square().sum()
-    # sum_k |x_k x_k' - S|^2 = sum_k |x_k|^4 - N |S|^2, for the x_k x_k' average to S
-    error = (centered.square().sum(1).square().sum() / n - sample.square().sum()) / n
-    error = error.clamp(min=0)
+    dim = sample.shape[-1]
+    scale = (sample.diagonal(dim1=-2, dim2=-1).sum(-1) / dim)[..., None, None]
+    eye = torch.eye(dim, dtype=sample.dtype, device=sample.device)
+    distance = (sample - scale * eye).square().sum((-2, -1))
+    # sum_k |x_k x_k' - S|^2 = sum_k |x_k|^4 - n |S|^2, for the x_k x_k' average to S
+    error = ((fourth / n - sample.square().sum((-2, -1))) / n).clamp(min=0)
     shrinkage = torch.where(distance > 0, torch.minimum(error, distance) / distance, torch.ones_like(distance))
-    return (1 - shrinkage) * sample + shrinkage * scale * eye, shrinkage
+    weight = shrinkage[..., None, None]
+    return (1 - weight) * sample + weight * scale * eye, shrinkage
 
 
 def held_out_scores(kind: str, embeddings: Tensor, folds: int = 5) -> Tensor:

@@ -7,20 +7,23 @@ images or of training.
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cache import release
+from cache import blocks, release
 from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES, held_out_scores
-from model import BACKBONES, NORMALIZATIONS, CutPasteNet, embed, load_backbone_weights
+from gradcam import GradCAM
+from localization import LOCATIONS, Grid, PatchGaussian, embedding_blocks, upsample
+from model import BACKBONES, NORMALIZATIONS, SHARED_STAGES, CutPasteNet, embed, load_backbone_weights
 
 FORMAT = "cutpaste-detector"
-VERSION = 1  # raise it when an older program could no longer read the file rightly
+VERSION = 2  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 
 # The density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well, and neither
@@ -42,10 +45,19 @@ CONFIG_KEYS = {
     "seed": int,
     "pretrained": bool,
 }
+PATCH_KEYS = {
+    "window": int,
+    "stride": int,
+    "share": SHARED_STAGES,
+    "location": LOCATIONS,
+    "sigma": float,
+}  # with a patch_size
+CAM_AT_ONCE = 32
 
 
 class Detector(nn.Module):
-    """Images in, anomaly scores out.
+    """Images in, anomaly scores out, and anomaly maps. With a ``patch_size`` in its configuration it is a patch model:
+    its density is one of patches, and its score the maximum of its map.
 
     config: plain values, CONFIG_KEYS at least. made: plain values that say how it was made (command, versions, ...).
     threshold: score above which an image is called anomalous, the (1 - false_alarm_rate) quantile of the scores that
@@ -57,7 +69,7 @@ class Detector(nn.Module):
         self.config = dict(config)
         self.made: dict = {}
         self.network = network if network is not None else build_network(config)
-        self.density = DENSITIES[config["density"]]()
+        self.density = PatchGaussian() if self.grid else DENSITIES[config["density"]]()
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
 
@@ -66,20 +78,62 @@ class Detector(nn.Module):
         """(H, W) of the images it takes."""
         return self.config["height"], self.config["width"]
 
+    @property
+    def grid(self) -> Grid | None:
+        """The windows of a patch model; None of an image-level model."""
+        if self.config.get("patch_size") is None:
+            return None
+        return Grid(*self.size, *(self.config[name] for name in ("window", "stride", "share")))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
     def forward(self, images: Tensor) -> Tensor:
         """Anomaly scores (M,) float64 of images (M, 3, H, W), uint8 or float in [0, 1], on any device.
 
         Higher is more anomalous: the Mahalanobis distance (not squared, dimensionless), or with the density "kde" the
-        negative log density. An image's score does not depend on the others.
+        negative log density; of a patch model the maximum of the map. An image's score does not depend on the others.
         """
+        if self.grid:
+            return torch.cat([scores for scores, _ in self.maps(images)])
         return self.density.score(self.embed(images))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (M, D) as the density takes them: pooled features, brought to length 1 where config says l2."""
+    def maps(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scores (m,) float64 and anomaly maps (m, H, W) float32 of images (M, 3, H, W), some at a time.
+
+        Of a patch model Mahalanobis distances around each pixel, whose maximum is the score; of an image-level model
+        Grad-CAM of the score (see gradcam.py). Higher is more anomalous. Raises InputError with the density "kde",
+        which has no gradient.
+        """
+        self.check(images)
+        if self.grid:
+            for embeddings in embedding_blocks(self.network, images, self.grid, self.config["l2"], self.device):
+                maps = self.map_of(self.density.score(embeddings))
+                yield maps.amax((1, 2)).double(), maps
+            return
+        if self.config["density"] == "kde":
+            raise InputError("Grad-CAM needs the gradient of the score, which the density kde has not; use torch")
+        with GradCAM(self.network) as cam:
+            for block in blocks(images, CAM_AT_ONCE):
+                yield cam(block.to(self.device), lambda embeddings: self.density.score(self.scaled(embeddings)))
+
+    def map_of(self, scores: Tensor) -> Tensor:
+        """Maps (m, H, W) float32 of a patch model's scores (m, L)."""
+        return upsample(scores.view(-1, *self.grid.shape), self.grid, self.config["sigma"]).float()
+
+    def check(self, images: Tensor) -> None:
         if tuple(images.shape[1:]) != (3, *self.size):
             raise ValueError(f"images must be (M, 3, {self.size[0]}, {self.size[1]}), got {tuple(images.shape)}")
-        embeddings = embed(self.network, images, next(self.network.parameters()).device).double()
-        return functional.normalize(embeddings, dim=1) if self.config["l2"] else embeddings
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings (M, D) of whole images, as the density of an image-level model takes them: pooled features,
+        brought to length 1 where config says l2."""
+        self.check(images)
+        return self.scaled(embed(self.network, images, self.device))
+
+    def scaled(self, embeddings: Tensor) -> Tensor:
+        return functional.normalize(embeddings.double(), dim=1) if self.config["l2"] else embeddings.double()
 
     def embed_sample(self, images: Tensor, most: int) -> Tensor:
         """Embeddings of all images (N, 3, H, W), or of ``most`` evenly spaced ones: (min(N, most), D)."""
@@ -97,6 +151,8 @@ class Detector(nn.Module):
         Of more than DENSITY_IMAGES, that many are taken, evenly spaced.
         Raises InputError if no density fits, for embeddings that are not finite or all equal.
         """
+        if self.grid:
+            return self._fit_patches(images, threshold)
         embeddings = self.embed_sample(images, DENSITY_IMAGES)
         try:
             self.density = DENSITIES[self.config["density"]]().fit(embeddings)
@@ -108,9 +164,33 @@ class Detector(nn.Module):
             self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
         return self
 
-    def refit(self, images: Tensor, density: str, l2: bool) -> "Detector":
-        """The same network with another density, fitted to ``images``; this detector stays as it is."""
-        other = Detector(self.config | {"density": density, "l2": l2}, self.network)
+    def _fit_patches(self, images: Tensor, threshold: bool) -> "Detector":
+        """``fit`` of a patch model: its images are read several times instead of their embeddings being held."""
+
+        def passes(most: int) -> Iterator[Tensor]:
+            arguments = self.grid, self.config["l2"], self.device
+            if len(images) <= most:
+                yield from embedding_blocks(self.network, images, *arguments)
+                return
+            for chosen in (torch.arange(most) * len(images) // most).split(64):
+                yield from embedding_blocks(self.network, images[chosen.to(images.device)], *arguments)
+                release(images)
+
+        self.density = PatchGaussian()
+        try:
+            scores = self.density.fit(passes, self.config["location"], held_out=threshold)
+        except ValueError as error:
+            category = self.config["category"]
+            raise InputError(f"{category}: {error}; no density can be fitted, train anew with a lower --lr") from error
+        if threshold:
+            self.normal_scores = self.map_of(scores).amax((1, 2)).double()
+            self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
+        return self
+
+    def refit(self, images: Tensor, **changes) -> "Detector":
+        """The same network with another density, fitted to ``images``, where ``changes`` says how its configuration
+        differs; this detector stays as it is."""
+        other = Detector(self.config | changes, self.network)
         other.made = dict(self.made)
         return other.fit(images)
 
@@ -181,7 +261,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
             f"{path}: detector format {content.get('version')}, this program reads up to {VERSION}; update the program"
         )
     config = content.get("config")
-    for key, allowed in CONFIG_KEYS.items():
+    patches = isinstance(config, dict) and config.get("patch_size") is not None
+    for key, allowed in (CONFIG_KEYS | PATCH_KEYS if patches else CONFIG_KEYS).items():
         value = config.get(key) if isinstance(config, dict) else None
         if not (value in allowed if isinstance(allowed, tuple) else isinstance(value, allowed)):
             raise InputError(f"{path}: damaged detector file ({key} is {value!r}); train it again")

@@ -1,7 +1,7 @@
 """Score the test images of each category and say how well the detectors tell normal from anomalous.
 
-Reads detectors from --model_dir and images from --data_dir; writes tables and plots to --eval_dir/<name of
-model_dir>/ and one AUC line per category to stdout. Trains nothing, changes no detector.
+Reads detectors from --model_dir and images and masks from --data_dir; writes tables, plots and anomaly maps to
+--eval_dir/<name of model_dir>/ and the AUC lines of each category to stdout. Trains nothing, changes no detector.
 """
 
 import argparse
@@ -11,18 +11,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 import options
 import ranks
-from dataset import InputError, TestSet, choose_categories, load_test, load_train
-from detector import SUFFIX, Detector, detector_path, load, write_files
-from metrics import auroc, image_metrics
+from dataset import InputError, TestSet, choose_categories, load_masks, load_test, load_train, read_size
+from detector import PATCH_KEYS, SUFFIX, Detector, detector_path, load, write_file, write_files
+from localization import Grid
+from metrics import image_metrics, pixel_metrics
 from options import say
 
 if TYPE_CHECKING:
     from plots import Figure
 
+# Lines on stdout for columns of results.csv
+LINES = {
+    "image_auroc": "AUC",
+    "pixel_auroc": "pixel AUROC",
+    "aupro": "AUPRO",
+    "control_auroc": "control AUC",
+    "control_pixel_auroc": "control pixel AUROC",
+}
 SAMPLE_VIEWS = 60  # normal test images whose augmented views enter the t-SNE plot, at most
+WORST = 2  # normal images with the highest and anomalous ones with the lowest scores on a sheet of heat maps
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,6 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     options.add_data_flags(parser)
     options.add_density_flags(parser, density=None, l2=None)
+    options.add_map_flags(parser, dict.fromkeys(PATCH_KEYS, "given: fit the density anew; default: the detector's own"))
     options.add_network_flags(parser, defaults=None)
     parser.add_argument("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
     parser.add_argument("--save_plots", type=options.zero_or_one, default=True, metavar="0|1", help="default: 1")
@@ -41,6 +53,20 @@ def get_parser() -> argparse.ArgumentParser:
         default=False,
         metavar="0|1",
         help="also score the network as training found it, with the same density (default: 0)",
+    )
+    parser.add_argument(
+        "--heatmaps",
+        type=options.zero_or_one,
+        default=False,
+        metavar="0|1",
+        help="anomaly maps of image-level models too, by Grad-CAM (default: 0; patch models always make maps)",
+    )
+    parser.add_argument(
+        "--save_maps",
+        type=options.zero_or_one,
+        default=False,
+        metavar="0|1",
+        help="write every anomaly map as a 16-bit TIFF of its image's size (default: 0)",
     )
     return parser
 
@@ -120,18 +146,48 @@ def open_detector(args: argparse.Namespace, category: str, device: torch.device)
         if value is not None and value != own:
             flag = "size" if name in ("height", "width") else name
             raise InputError(f"--{flag}: {name} {value} was asked for, but {path} has {own}; leave the flag out")
+    changes = changed(args)
+    if detector.grid is None:
+        if patch_only := [name for name in changes if name in PATCH_KEYS]:
+            raise InputError(f"--{patch_only[0]}: {path} is no patch model; leave the flag out or choose with --type")
+        if args.heatmaps and changes.get("density", detector.config["density"]) == "kde":
+            raise InputError(f"{path}: --heatmaps 1 needs a gradient, which the density kde has not; take torch")
+    else:
+        if changes.get("density", "torch") != "torch":
+            raise InputError(f"--density {args.density}: {path} is a patch model, whose density is torch")
+        try:
+            Grid(*detector.size, *((detector.config | changes)[name] for name in ("window", "stride", "share")))
+        except ValueError as error:
+            raise InputError(f"--{error} ({path})") from error
     return detector
+
+
+def changed(args: argparse.Namespace) -> dict:
+    """The settings of the density that were asked for on the command line."""
+    return {name: value for name in ("density", "l2", *PATCH_KEYS) if (value := getattr(args, name)) is not None}
 
 
 # Evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(detector: Detector, test: TestSet) -> tuple[np.ndarray, dict[str, float]]:
-    """Scores (M,) float64 of the test images, higher is more anomalous, and the image metrics (empty if the test
-    images are all normal or all anomalous)."""
-    scores = detector(test.images).cpu().numpy()
-    both = 0 < test.labels.sum() < len(test.labels)
-    return scores, image_metrics(test.labels, scores) if both else {}
+def evaluate(
+    detector: Detector, test: TestSet, masks: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, float]]:
+    """Scores (M,) float64 of the test images, anomaly maps (M, H, W) float32 if there are masks (M, H, W) to hold them
+    against, and the metrics: of images only if there are both normal and anomalous ones, of pixels only if a mask marks
+    some."""
+    if masks is None:
+        scores, maps = detector(test.images).cpu().numpy(), None
+    else:
+        blocks = [(scores.cpu().numpy(), maps.cpu().numpy()) for scores, maps in detector.maps(test.images)]
+        scores, maps = (np.concatenate(parts) for parts in zip(*blocks))
+    metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
+    if masks is not None:
+        # An anomalous image without a mask would count as all normal
+        known = [path is not None or not label for path, label in zip(test.mask_paths, test.labels)]
+        if masks[known].any():
+            metrics |= pixel_metrics(masks[known], maps[known])
+    return scores, maps, metrics
 
 
 @dataclass(frozen=True)
@@ -145,50 +201,81 @@ class Result:
 
 def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
     """Score and draw one category."""
-    category = detector.config["category"]
+    category, changes = detector.config["category"], changed(args)
     train = None
-    if args.density is not None or args.l2 is not None or args.control:
+    if changes or args.control:
         train = load_train(args.data_dir, category, detector.size, args.workers, options.storage(args))
-    if args.density is not None or args.l2 is not None:
-        density = args.density or detector.config["density"]
-        l2 = detector.config["l2"] if args.l2 is None else args.l2
-        detector = detector.refit(train, density, l2)
+    if changes:
+        detector = detector.refit(train, **changes)
     test = load_test(args.data_dir, category, detector.size, args.workers, options.storage(args))
-    scores, metrics = evaluate(detector, test)
-    if not metrics:
+    with_maps = detector.grid is not None or args.heatmaps
+    masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
+    scores, maps, metrics = evaluate(detector, test, masks)
+    if "image_auroc" not in metrics:
         kind = "anomalous" if not test.labels.any() else "normal"
         say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
     control = None
     if args.control:
-        control, _ = evaluate(detector.untrained().fit(train), test)
-    row = result_row(detector, test, scores, metrics, control)
+        control, _, control_metrics = evaluate(detector.untrained().fit(train), test, masks)
+        metrics |= {f"control_{name}": value for name, value in control_metrics.items()}
+    if with_maps:
+        tell_of_masks(category, test)
+    if args.save_maps and with_maps:
+        folder = Path(args.eval_dir) / options.folder_name(args.model_dir) / "maps"
+        save_maps(folder, Path(args.data_dir), test, maps)
+    row = result_row(detector, test, scores, metrics)
     plots = as_png(draw(detector, test, scores, control)) if args.save_plots else {}
+    if args.save_plots and with_maps:
+        plots |= as_png(draw_maps(detector, test, scores, masks, maps))
     return Result(row, score_table(args.data_dir, detector, test, scores), plots)
+
+
+def tell_of_masks(category: str, test: TestSet) -> None:
+    """Say where the pixel metrics are missing, or of fewer images."""
+    missing = sum(label and path is None for label, path in zip(test.labels, test.mask_paths))
+    if missing and missing == test.labels.sum():
+        say(f"{category}: no masks in ground_truth, so image metrics only")
+    elif missing:
+        say(f"{category}: {missing} anomalous images without a mask, left out of the pixel metrics")
+
+
+def save_maps(folder: Path, data_dir: Path, test: TestSet, maps: np.ndarray) -> None:
+    """Write maps (M, H, W) as float16 TIFF files of their images' sizes, as MVTec's evaluation script reads them:
+    <folder>/<category>/test/<defect type>/<name>.tiff."""
+    import io
+
+    import tifffile
+
+    for path, values in zip(test.paths, maps):
+        size = read_size(path)
+        values = functional.interpolate(torch.from_numpy(values)[None, None], size, mode="bilinear")[0, 0]
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, values.clamp(max=torch.finfo(torch.float16).max).half().numpy())
+        write_file(buffer.getbuffer(), (folder / path.relative_to(data_dir)).with_suffix(".tiff"))
 
 
 def print_lines(row: dict) -> None:
     """The lines of one category on stdout."""
-    for column, name in (("image_auroc", "AUC"), ("control_auroc", "control AUC")):
+    for column, name in LINES.items():
         if row[column] is not None:
             print(f"{row['category']} {name}: {row[column]}", flush=True)
 
 
 def print_average(rows: list[dict]) -> None:
-    for column, name in (("image_auroc", "average AUC"), ("control_auroc", "average control AUC")):
-        values = [row[column] for row in rows if row.get(column) is not None]
+    for column, name in LINES.items():
+        values = [row[column] for row in rows if row[column] is not None]
         if values:
-            print(f"{name}: {float(np.mean(values))}", flush=True)
+            print(f"average {name}: {float(np.mean(values))}", flush=True)
 
 
-def result_row(
-    detector: Detector, test: TestSet, scores: np.ndarray, metrics: dict, control: np.ndarray | None
-) -> dict:
+def result_row(detector: Detector, test: TestSet, scores: np.ndarray, metrics: dict) -> dict:
     """One row of results.csv: figures as fractions, counts, and how detector and figures were made."""
     normal, anomalous = test.labels == 0, test.labels == 1
     above = scores > detector.threshold.item()
     row = {"category": detector.config["category"]}
     row |= {name: metrics.get(name) for name in ("image_auroc", "image_auprc", "best_f1")}
-    row["control_auroc"] = None if control is None or not metrics else auroc(test.labels, control)
+    row["control_auroc"] = metrics.get("control_image_auroc")
+    row |= {name: metrics.get(name) for name in ("pixel_auroc", "aupro", "control_pixel_auroc")}
     row |= {
         "test_normal": int(normal.sum()),
         "test_anomalous": int(anomalous.sum()),
@@ -197,6 +284,8 @@ def result_row(
         "anomalous_above_threshold": int(above[anomalous].sum()),
     }
     row |= {name: value for name, value in detector.config.items() if name not in row}
+    if detector.grid is not None:
+        row["location_chosen"] = detector.density.location
     made = {("train_command" if name == "command" else name): value for name, value in detector.made.items()}
     return row | made | {"eval_command": options.command_line(), "eval_torch": str(torch.__version__)}
 
@@ -242,10 +331,44 @@ def draw(detector: Detector, test: TestSet, scores: np.ndarray, control: np.ndar
     threshold, rate = detector.threshold.item(), detector.config["false_alarm_rate"]
     histogram = plots.score_histogram(category, scores, test.defect_types, threshold, rate, unit)
     figures[f"{category}/histogram.png"] = histogram
-    embeddings, groups = sample_views(detector, test)
-    if len(embeddings) > 3:
-        figures[f"{category}/tsne.png"] = plots.tsne(category, embeddings, groups)
+    if detector.grid is None:
+        embeddings, groups = sample_views(detector, test)
+        if len(embeddings) > 3:
+            figures[f"{category}/tsne.png"] = plots.tsne(category, embeddings, groups)
     return figures
+
+
+def draw_maps(
+    detector: Detector, test: TestSet, scores: np.ndarray, masks: np.ndarray, maps: np.ndarray
+) -> dict[str, "Figure"]:
+    """A sheet of images, masks and heat maps."""
+    import plots
+
+    cases = []
+    for index, role in choose_cases(test, scores):
+        name = "normal" if not test.labels[index] else test.defect_types[index].replace("_", " ")
+        known = test.mask_paths[index] is not None or not test.labels[index]
+        image = test.images[index].permute(1, 2, 0).numpy() / 255
+        title = f"{name}, {role}\n{test.paths[index].name}: score {scores[index]:.3g}"
+        cases.append((title, image, masks[index] if known else None, maps[index]))
+    category = detector.config["category"]
+    if detector.grid is None:
+        figure = plots.heat_sheet(category, cases, None, "Grad-CAM of the score (no unit)")
+    else:
+        figure = plots.heat_sheet(category, cases, detector.threshold.item(), "Mahalanobis distance")
+    return {f"{category}/heatmaps.png": figure}
+
+
+def choose_cases(test: TestSet, scores: np.ndarray) -> list[tuple[int, str]]:
+    """What a sheet shows, by number, and why: of each kind the image with the median score, and the worst mistakes."""
+    cases = []
+    for kind in dict.fromkeys(test.defect_types):
+        own = np.flatnonzero(np.array(test.defect_types) == kind)
+        cases.append((own[np.argsort(scores[own])[len(own) // 2]], "median"))
+    normal, anomalous = np.flatnonzero(test.labels == 0), np.flatnonzero(test.labels == 1)
+    cases += [(index, "highest") for index in normal[np.argsort(-scores[normal])][:WORST]]
+    cases += [(index, "lowest") for index in anomalous[np.argsort(scores[anomalous])][:WORST]]
+    return [(int(index), role) for index, role in cases]
 
 
 def draw_summary(rows: list[dict]) -> dict[str, "Figure"]:

@@ -1,9 +1,11 @@
 """Figures of merit: labels and scores in, floats out. Higher scores mean more anomalous; label 1 is anomalous.
 
-Owns image AUROC, AUPRC and best F1, each from scikit-learn's curves.
+Owns image AUROC, AUPRC and best F1, each from scikit-learn's curves, and of anomaly maps pixel AUROC and AUPRO.
 """
 
 import numpy as np
+
+AUPRO_LIMIT = 0.3  # largest false-positive rate that enters the AUPRO: the field's standard
 
 
 def image_metrics(labels, scores) -> dict[str, float]:
@@ -50,3 +52,57 @@ def _check(labels, scores) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(scores).all():
         raise ValueError("a score is not finite")
     return labels, scores
+
+
+# Pixels -----------------------------------------------------------------------------------------------------------
+
+
+def pixel_metrics(masks, maps) -> dict[str, float]:
+    """pixel_auroc and aupro, fractions in [0, 1], of all pixels of all test images together.
+
+    masks: (M, H, W) of 0 (normal) and 1 (defective); maps: (M, H, W) float32, finite.
+    AUPRO is the area under the per-region overlap (the mean over defects, connected with their diagonal neighbours, of
+    the share found) over false-positive rates up to AUPRO_LIMIT, divided by it.
+    Exact, equal scores sharing a threshold: the curves rise only at scores of defective pixels, so the normal ones need
+    but be sorted and counted. Raises ValueError if all pixels are of one kind or a score is not finite.
+    """
+    from sklearn.metrics import auc
+
+    masks, maps = np.asarray(masks) > 0, np.asarray(maps, dtype=np.float32)
+    if masks.shape != maps.shape or masks.ndim != 3:
+        raise ValueError(f"masks {masks.shape} and maps {maps.shape} must be two arrays (M, H, W)")
+    if masks.all() or not masks.any():
+        raise ValueError("both normal and defective pixels are needed")
+    if not np.isfinite(maps).all():
+        raise ValueError("a score is not finite")
+    normal = np.sort(maps[~masks])
+    levels, place = np.unique(maps[masks], return_inverse=True)
+    # (2, K) each, from the highest score down: just above it, and with it
+    false = len(normal) - np.stack([np.searchsorted(normal, levels, side) for side in ("right", "left")])[:, ::-1]
+    fpr = np.concatenate([[0], false.T.reshape(-1), [len(normal)]]) / len(normal)
+
+    def curve(weights: np.ndarray | None) -> np.ndarray:
+        found = np.concatenate([[0], np.cumsum(np.bincount(place, weights)[::-1])])
+        rising = np.stack([found[:-1], found[1:]], 1).reshape(-1)
+        return np.concatenate([[0], rising, found[-1:]]) / found[-1]
+
+    weights = np.concatenate([region_weights(mask) for mask in masks])
+    return {"pixel_auroc": float(auc(fpr, curve(None))), "aupro": area_to(AUPRO_LIMIT, fpr, curve(weights))}
+
+
+def region_weights(mask: np.ndarray) -> np.ndarray:
+    """1 / size of the region that each defective pixel of a mask (H, W) belongs to, row by row: (P,) float64."""
+    from scipy.ndimage import label
+
+    regions, _ = label(mask, np.ones((3, 3), dtype=int))  # diagonal neighbours too, as in MVTec's evaluation
+    regions = regions[mask]
+    return 1 / np.bincount(regions)[regions] if len(regions) else np.zeros(0)
+
+
+def area_to(limit: float, x: np.ndarray, y: np.ndarray) -> float:
+    """The area under a curve of rising x from 0 to ``limit``, divided by it; straight lines between points."""
+    from sklearn.metrics import auc
+
+    inside = x <= limit
+    end = np.interp(limit, x, y)
+    return float(auc(np.append(x[inside], limit), np.append(y[inside], end)) / limit)

@@ -19,6 +19,7 @@ PROJECTION = 128  # width of the layer before the output
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZATIONS = ("imagenet", "image")
+SHARED_STAGES = (0, 1, 2, 3)  # of the backbone, that windows can share
 
 
 class WeightsError(RuntimeError):
@@ -32,6 +33,7 @@ class Backbone:
     build: Callable[[], nn.Module]
     embedding_dim: int
     weights: str  # torchvision's name of the ImageNet weights
+    last_stage: str  # the module whose output is pooled
 
 
 def _resnet18() -> nn.Module:
@@ -42,7 +44,7 @@ def _resnet18() -> nn.Module:
     return network
 
 
-BACKBONES = {"resnet18": Backbone(_resnet18, 512, "ResNet18_Weights.IMAGENET1K_V1")}
+BACKBONES = {"resnet18": Backbone(_resnet18, 512, "ResNet18_Weights.IMAGENET1K_V1", "layer4")}
 
 
 class CutPasteNet(nn.Module):
@@ -57,7 +59,7 @@ class CutPasteNet(nn.Module):
         super().__init__()
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"unknown normalization {normalize!r}: choose one of {', '.join(NORMALIZATIONS)}")
-        self.normalize = normalize
+        self.normalize, self._last_stage = normalize, BACKBONES[backbone].last_stage
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
         self.backbone = BACKBONES[backbone].build()
@@ -69,8 +71,14 @@ class CutPasteNet(nn.Module):
             width = out
         self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings = self.embed(images)
+    @property
+    def last_stage(self) -> nn.Module:
+        """The last convolutional stage, whose output (B, D, h, w) is pooled to the embedding."""
+        return self.backbone.get_submodule(self._last_stage)
+
+    def forward(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """statistics: mean and deviation to normalise by, if not the images' own; see ``statistics``."""
+        embeddings = self.backbone(self.normalized(images, statistics))
         if embeddings.dtype in (torch.bfloat16, torch.float16):
             embeddings = embeddings.float()
         with torch.autocast(images.device.type, enabled=False):  # small, and its logits deserve more than 8 bits
@@ -80,12 +88,17 @@ class CutPasteNet(nn.Module):
         """The pooled features (B, D) that the density is fitted on; the head is not run."""
         return self.backbone(self.normalized(images))
 
-    def normalized(self, images: Tensor) -> Tensor:
+    def normalized(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Images in [0, 1] as the backbone wants them. A flat image becomes zeros under "image"."""
+        mean, std = self.statistics(images) if statistics is None else statistics
+        return (images - mean) / std
+
+    def statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that images (B, 3, H, W) are normalised by: (3, 1, 1), or under "image" (B, 1, 1, 1)."""
         if self.normalize == "imagenet":
-            return (images - self.mean) / self.std
+            return self.mean, self.std
         std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
-        return (images - mean) / std.clamp(min=1e-3)  # a quarter of a grey level: less is noise
+        return mean, std.clamp(min=1e-3)  # a quarter of a grey level: less is noise
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Stop (or let go on) every change of the backbone: gradients, and BatchNorm's running statistics too."""
@@ -158,3 +171,27 @@ def embed(network: CutPasteNet, images: Tensor, device: torch.device, batch_size
 
 def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
+
+
+# In parts, for windows that share the first stages ----------------------------------------------------------------
+
+
+def shared_stride(stages: int) -> int:
+    """Pixels between two features after the first ``stages`` stages of a ResNet, stem included; 1 for no stage."""
+    return 2 ** (stages + 1) if stages else 1
+
+
+def first_stages(backbone: nn.Module, images: Tensor, stages: int) -> Tensor:
+    """Stem and the first ``stages`` (1 to 3) stages of a ResNet: (B, 3, H, W) -> (B, C, H / s, W / s), rounded up."""
+    x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
+    for number in range(1, stages + 1):
+        x = backbone.get_submodule(f"layer{number}")(x)
+    return x
+
+
+def last_stages(backbone: nn.Module, features: Tensor, stages: int) -> Tensor:
+    """What ``first_stages`` leaves, and pooling: (B, C, h, w) -> embeddings (B, D)."""
+    x = features
+    for number in range(stages + 1, 5):
+        x = backbone.get_submodule(f"layer{number}")(x)
+    return backbone.avgpool(x).flatten(1)

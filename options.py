@@ -18,7 +18,8 @@ import cache
 from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES
-from model import NORMALIZATIONS, WeightsError
+from localization import LOCATIONS
+from model import NORMALIZATIONS, SHARED_STAGES, WeightsError
 from ranks import RankError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -84,6 +85,21 @@ def add_density_flags(parser: argparse.ArgumentParser, density: str | None, l2: 
     shown = "" if l2 is None else f" (default: {int(l2)})"
     parser.add_argument(
         "--l2", type=zero_or_one, default=l2, metavar="0|1", help=f"bring embeddings to length 1 first{again}{shown}"
+    )
+
+
+def add_map_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
+    """How a patch model makes its maps. Every flag is None unless given; defaults: what --help says of each."""
+
+    def add(flag: str, help: str, **kwargs) -> None:
+        parser.add_argument(f"--{flag}", help=f"patch models: {help} ({defaults[flag]})", **kwargs)
+
+    add("window", "side of the windows that are scored", type=whole(8), metavar="P")
+    add("stride", "pixels between them", type=whole(1), metavar="P")
+    add("share", "first stages that run once per image; faster, maps less sharp", type=int, choices=SHARED_STAGES)
+    add("location", "one Gaussian for all locations, or one for each", choices=LOCATIONS)
+    add(
+        "sigma", "of the Gaussian that brings scores to the image's size, in pixels", type=number(0.1, 1e3), metavar="P"
     )
 
 

@@ -14,6 +14,7 @@ NORMAL_COLOR = "#2a6fbb"
 ANOMALY_COLOR = "#c8402f"
 VIEW_COLORS = ("#e8a33d", "#6aa84f")
 DPI = 120
+CASES_ACROSS = 6  # on a sheet of heat maps
 
 
 def png(figure: Figure) -> bytes:
@@ -97,6 +98,53 @@ def score_histogram(
     figure.suptitle(f"{category}: scores of the test images\n{threshold_line}", fontsize=11)
     grid[-1].set_xlabel(unit)
     figure.supylabel("images", fontsize=10)
+    return figure
+
+
+def heat_sheet(
+    category: str,
+    cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray]],
+    threshold: float | None,
+    unit: str,
+) -> Figure:
+    """Images over their masks over their heat maps, CASES_ACROSS side by side, in one scale of colours.
+
+    cases: title, image (H, W, 3) in [0, 1], mask (H, W) of {0, 1} or None if it is missing, map (H, W). threshold: the
+    level that an image's maximum is held against, drawn as an outline; None draws none.
+    """
+    height, width = cases[0][1].shape[:2]
+    across = min(CASES_ACROSS, len(cases))
+    bands = -(-len(cases) // across)
+    side = 1.75
+    figure = Figure(
+        figsize=(side * across + 1.2, bands * (3 * side * height / width + 0.5) + 0.5), layout="constrained"
+    )
+    grid = figure.subplots(3 * bands, across, squeeze=False)
+    maps = np.stack([case[3] for case in cases])
+    low, high = np.quantile(maps, [0.02, 0.998])
+    high = max(high, low + 1e-9, low if threshold is None else 1.05 * threshold)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for number, (title, image, mask, heat) in enumerate(cases):
+        band, column = divmod(number, across)
+        top, middle, bottom = grid[3 * band : 3 * band + 3, column]
+        top.imshow(image.clip(0, 1))
+        top.set_title(title, fontsize=7.5)
+        if mask is None:
+            middle.text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=9, color="0.4")
+        else:
+            middle.imshow(mask, cmap="gray", vmin=0, vmax=1)
+        bottom.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
+        colors = bottom.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.75)
+        if threshold is not None and heat.min() < threshold < heat.max():
+            bottom.contour(heat, [threshold], colors="#3fd0ff", linewidths=1)
+    note = "" if threshold is None else "; blue outline: above the threshold"
+    figure.suptitle(f"{category}: image, defect as marked, heat map{note}", fontsize=11)
+    bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
+    bar.solids.set_alpha(1)
+    bar.set_label(f"{unit}, higher is more anomalous", fontsize=9)
+    if threshold is not None:
+        bar.ax.axhline(threshold, color="#3fd0ff", linewidth=2)
     return figure
 
 

@@ -16,6 +16,7 @@ import options
 import ranks
 from dataset import InputError, TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from detector import Detector, detector_path, load, remove_file, save, write_file
+from localization import Grid
 from model import BACKBONES
 from options import say
 from ranks import Ranks
@@ -32,6 +33,7 @@ from training import (
 
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 DEFAULTS = {"variant": "3way", "head_layer": 1, "size": (256, 256), "normalize": "image"}
+MAP_DEFAULTS = {"window": 32, "stride": 8, "share": 0, "location": "auto", "sigma": 8.0}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -61,6 +63,13 @@ def get_parser() -> argparse.ArgumentParser:
         type=whole(0),
         metavar="N",
     )
+    add(
+        "patch_size",
+        "train a patch model, which makes anomaly maps: side of the crops that it sees, such as 64 (default: none)",
+        type=whole(16),
+        metavar="P",
+    )
+    options.add_map_flags(parser, {name: f"default: {value}" for name, value in MAP_DEFAULTS.items()})
     add("epochs", "parameter updates (default: 10000)", type=whole(1), default=10000, metavar="N")
     add("batch_size", "images read per update; each gives 2 or 3 views (default: 32)", type=whole(2), default=32)
     add("optim", "optimiser (default: sgd)", choices=tuple(LEARNING_RATES), default="sgd")
@@ -77,9 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add(
         "test_epochs",
-        "updates between two looks at the test AUROC; -1: none (default: 256)",
+        "updates between two looks at the test AUROC; -1: none (default: 256, or with --patch_size none)",
         type=whole(-1),
-        default=256,
     )
     add(
         "threads",
@@ -116,6 +124,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if args.weights is not None and not args.pretrained:
         raise argparse.ArgumentTypeError("--weights and --no-pretrained contradict each other")
+    check_patch_flags(args)
+    if args.test_epochs is None:
+        args.test_epochs = 256 if args.patch_size is None else -1
     here = ranks.from_environment()
     device = options.choose_device(args.cuda, here.local)
     categories = choose_categories(args.data_dir, args.type)
@@ -155,13 +166,40 @@ def main(args: argparse.Namespace) -> None:
 # Settings and what is on disk -------------------------------------------------------------------------------------
 
 
+def check_patch_flags(args: argparse.Namespace) -> None:
+    """Raises ArgumentTypeError for flags that do not go with --patch_size, or its absence."""
+    given = [name for name in MAP_DEFAULTS if getattr(args, name) is not None]
+    if args.patch_size is None:
+        if given:
+            raise argparse.ArgumentTypeError(f"--{given[0]}: goes with --patch_size, which makes a patch model")
+        return
+    if args.patch_size > min(args.size):
+        height, width = args.size
+        raise argparse.ArgumentTypeError(f"--patch_size {args.patch_size}: larger than the image, {width}x{height}")
+    if args.density != "torch":
+        raise argparse.ArgumentTypeError(f"--density {args.density}: a patch model has the density torch")
+    settings = map_settings(args)
+    try:
+        Grid(*args.size, settings["window"], settings["stride"], settings["share"])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"--{error}") from error
+
+
+def map_settings(args: argparse.Namespace) -> dict:
+    """What the flags of the maps come to; nothing for an image-level model."""
+    if args.patch_size is None:
+        return dict.fromkeys(MAP_DEFAULTS)
+    given = {name: getattr(args, name) for name in MAP_DEFAULTS}
+    return {name: MAP_DEFAULTS[name] if value is None else value for name, value in given.items()}
+
+
 def make_config(args: argparse.Namespace, category: str) -> dict:
     """Everything that decides what the detector of a category will be, as plain values; stored in its file."""
     height, width = args.size
     freeze = args.freeze_resnet if args.freeze_resnet is not None else (20 if args.pretrained else 0)
     copied = (
         "backbone variant head_layer normalize density l2 false_alarm_rate seed pretrained weights epochs batch_size "
-        "optim jitter patch_jitter translate"
+        "optim jitter patch_jitter translate patch_size"
     )
     return {
         "category": category,
@@ -170,6 +208,7 @@ def make_config(args: argparse.Namespace, category: str) -> dict:
         **{name: getattr(args, name) for name in copied.split()},
         "lr": LEARNING_RATES[args.optim] if args.lr is None else args.lr,
         "freeze_resnet": freeze,
+        **map_settings(args),
     }
 
 
@@ -266,9 +305,21 @@ def train_category(
         "ranks": together.count,
         "torch": str(torch.__version__),
     }
+    if detector.grid:
+        kind = "for each location" if detector.density.location == "each" else "for all locations"
+        say(f"{category}: one Gaussian {kind}{why(detector)}")
     save(detector, path)
     remove_file(state_path)
     say(f"{category}: wrote {path}")
+
+
+def why(detector: Detector) -> str:
+    """What decided for the Gaussians of a patch model, if it was decided."""
+    likelihoods = detector.density.likelihoods
+    if len(likelihoods) < 2:
+        return ""
+    found = ", ".join(f"{kind} {value:.1f}" for kind, value in likelihoods.items())
+    return f" (mean log likelihood of held-out normal images: {found})"
 
 
 def saved_state(args: argparse.Namespace, path: Path, digest: str, category: str) -> dict | None:
@@ -287,7 +338,7 @@ def saved_state(args: argparse.Namespace, path: Path, digest: str, category: str
 def test_auroc(detector: Detector, test: TestSet) -> float:
     from eval import evaluate
 
-    return evaluate(detector, test)[1]["image_auroc"]
+    return evaluate(detector, test)[-1]["image_auroc"]
 
 
 def load_watched_test(args: argparse.Namespace, config: dict) -> TestSet | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cache import is_mapped, release
-from cutpaste import VARIANTS, ViewParams, apply, make_params, to_float
+from cutpaste import VARIANTS, ViewParams, apply, augment, crop, cut_paste, make_params, to_float
 from dataset import InputError
 from detector import Detector, category_seed, initial_network, load_file, save_file
 from options import say
@@ -203,16 +203,28 @@ class Run:
         release(self.images)  # pages that were read count as memory of this process
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
+    def make_views(self, images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Views and labels, and the statistics to normalise them by if not their own: a crop is normalised as the whole
+        image that it is from, as a window of a test image will be."""
+        if params.corner is None:
+            return *apply(images, params), None
+        base = augment(images, params)
+        views, labels = cut_paste(crop(base, params), params)
+        mean, std = self.network.statistics(base)
+        if mean.ndim == 4:  # of each image
+            mean, std = (each.repeat(len(views) // len(base), 1, 1, 1) for each in (mean, std))
+        return views, labels, (mean, std)
+
     def update(self) -> tuple[Tensor, Tensor]:
         """One parameter update. Returns loss and hits of its batch, each as a share of the batch of all ranks: 0-d
         tensors on the device."""
         if self.network.frozen and self.step >= self.config["freeze_resnet"]:
             self.freeze(False)
         chosen, params = self.draw()
-        views, labels = apply(self.batch(chosen), params)
+        views, labels, statistics = self.make_views(self.batch(chosen), params)
         precision = PRECISIONS[self.arithmetic.amp]
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
-            logits, _ = self.forward(views)
+            logits, _ = self.forward(views, statistics)
         share = len(chosen) / self.batch_size
         loss = functional.cross_entropy(logits, labels) * share
         self.optimizer.zero_grad(set_to_none=True)
@@ -327,7 +339,7 @@ def new_optimizer(config: dict, network: torch.nn.Module) -> torch.optim.Optimiz
 
 
 def amounts(config: dict) -> dict:
-    return {name: config[name] for name in ("translate", "jitter", "patch_jitter")}
+    return {name: config.get(name) for name in ("translate", "jitter", "patch_jitter", "patch_size")}
 
 
 def preview(images: Tensor, names: list[str], config: dict) -> "Figure":
@@ -338,9 +350,12 @@ def preview(images: Tensor, names: list[str], config: dict) -> "Figure":
     generator = torch.Generator().manual_seed(category_seed(config["seed"], config["category"]))
     params = make_params(config["variant"], len(images), *images.shape[2:], generator, **amounts(config))
     augmented, _ = apply(images, params)
-    cells = torch.stack([to_float(images), *augmented.split(len(images))], 1)  # (R, 1 + V, 3, H, W)
+    shown = to_float(images)
+    if params.corner is not None:
+        shown = functional.interpolate(shown, augmented.shape[2:], mode="area")
+    cells = torch.stack([shown, *augmented.split(len(images))], 1)  # (R, 1 + V, 3, H, W)
     titles = {
-        "image": "image view (0)",
+        "image": "image view (0)" if params.corner is None else "crop (0)",
         "patch": "CutPaste",
         "scar": "CutPaste-Scar",
         "patch or scar": "CutPaste or Scar",
