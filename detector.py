@@ -19,8 +19,8 @@ from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES, held_out_scores
 from gradcam import GradCAM
-from localization import LOCATIONS, Grid, PatchGaussian, embedding_blocks, upsample
-from model import BACKBONES, NORMALIZATIONS, SHARED_STAGES, CutPasteNet, embed, load_backbone_weights
+from localization import GRID_KEYS, LOCATIONS, Grid, PatchGaussian, embedding_blocks, upsample
+from model import BACKBONES, LEVELS, NORMALIZATIONS, CutPasteNet, embed, load_backbone_weights
 
 FORMAT = "cutpaste-detector"
 VERSION = 2  # raise it when an older program could no longer read the file rightly
@@ -48,7 +48,8 @@ CONFIG_KEYS = {
 PATCH_KEYS = {
     "window": int,
     "stride": int,
-    "share": SHARED_STAGES,
+    "level": LEVELS,
+    "dense": bool,
     "location": LOCATIONS,
     "sigma": float,
 }  # with a patch_size
@@ -83,7 +84,7 @@ class Detector(nn.Module):
         """The windows of a patch model; None of an image-level model."""
         if self.config.get("patch_size") is None:
             return None
-        return Grid(*self.size, *(self.config[name] for name in ("window", "stride", "share")))
+        return Grid(*self.size, *(self.config[name] for name in GRID_KEYS))
 
     @property
     def device(self) -> torch.device:

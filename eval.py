@@ -17,7 +17,7 @@ import options
 import ranks
 from dataset import InputError, TestSet, choose_categories, load_masks, load_test, load_train, read_size
 from detector import PATCH_KEYS, SUFFIX, Detector, detector_path, load, write_file, write_files
-from localization import Grid
+from localization import GRID_KEYS, Grid
 from metrics import image_metrics, pixel_metrics
 from options import say
 
@@ -156,7 +156,7 @@ def open_detector(args: argparse.Namespace, category: str, device: torch.device)
         if changes.get("density", "torch") != "torch":
             raise InputError(f"--density {args.density}: {path} is a patch model, whose density is torch")
         try:
-            Grid(*detector.size, *((detector.config | changes)[name] for name in ("window", "stride", "share")))
+            Grid(*detector.size, *((detector.config | changes)[name] for name in GRID_KEYS))
         except ValueError as error:
             raise InputError(f"--{error} ({path})") from error
     return detector
@@ -216,7 +216,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
         say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
     control = None
     if args.control:
-        control, _, control_metrics = evaluate(detector.untrained().fit(train), test, masks)
+        control, _, control_metrics = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
         metrics |= {f"control_{name}": value for name, value in control_metrics.items()}
     if with_maps:
         tell_of_masks(category, test)

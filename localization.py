@@ -15,15 +15,16 @@ from torch.nn import functional
 from cache import blocks
 from cutpaste import to_float
 from density import shrunk
-from model import CutPasteNet, first_stages, last_stages, shared_stride
+from model import CutPasteNet, stage_features, stage_stride
 
+GRID_KEYS = ("window", "stride", "level", "dense")  # settings that a Grid is made of, beside the image's size
 LOCATIONS = ("auto", "shared", "each")
 EACH_DIMS = 64  # of the projection that one Gaussian per location is fitted in: the file stays small
 IMAGES_AT_ONCE = 4
 WINDOWS_AT_ONCE = 512
 PROJECTION_IMAGES = 32  # normal images that the projection is taken from
-DENSITY_IMAGES = 1000  # that the Gaussians are fitted to, at most
-HELD_OUT_IMAGES = 200  # that are scored without themselves, at most; divides DENSITY_IMAGES
+DENSITY_IMAGES = 1000  # that the Gaussians are fitted to, and scored under those of the other folds, at most
+FOLDS = 5
 POOLED = 0.05  # share of the mean covariance in each location's
 EACH_LEAST = 8  # images that one Gaussian per location needs
 
@@ -35,16 +36,18 @@ EACH_LEAST = 8  # images that one Gaussian per location needs
 class Grid:
     """Windows of ``window`` x ``window`` pixels, ``stride`` apart, in images of ``height`` x ``width``.
 
-    share: how many of the backbone's first stages are evaluated once for the whole image instead of for each window (0:
-    none, each window goes through the network alone, as in the paper). What does not divide by the stride is left over
-    at the borders.
+    A window's embedding is the mean of what stage ``level`` of the backbone makes of it. dense: the network runs once
+    over the whole image, so that a feature near a window's border has seen beyond it; else each window goes through the
+    network alone, as in the paper (with the last stage). What does not divide by the stride is left over at the
+    borders.
     """
 
     height: int
     width: int
     window: int
     stride: int
-    share: int
+    level: int
+    dense: bool
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= min(self.height, self.width):
@@ -54,12 +57,12 @@ class Grid:
         for name in ("window", "stride"):
             if getattr(self, name) % self.unit:
                 value = getattr(self, name)
-                raise ValueError(f"{name} {value}: a multiple of {self.unit} is needed with --share {self.share}")
+                raise ValueError(f"{name} {value}: a multiple of {self.unit} is needed with --level {self.level}")
 
     @property
     def unit(self) -> int:
         """Windows begin at multiples of that many pixels."""
-        return shared_stride(self.share)
+        return stage_stride(self.level) if self.dense else 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,16 +89,18 @@ def embed_windows(network: CutPasteNet, images: Tensor, grid: Grid) -> Tensor:
 
     The image is normalised as a whole, as in training. The network must be in evaluation mode.
     """
-    backbone, features = network.backbone, network.normalized(images)
-    if grid.share:
-        features = first_stages(backbone, features, grid.share)
-    size, step = grid.window // grid.unit, grid.stride // grid.unit
-    (y, x), (rows, cols) = (corner // grid.unit for corner in grid.corner), grid.shape
-    windows = features[:, :, y:, x:].unfold(2, size, step).unfold(3, size, step)[:, :, :rows, :cols]
+    images = network.normalized(images)
+    if grid.dense:
+        features = stage_features(network.backbone, images, grid.level)
+        (y, x), (h, w) = (corner // grid.unit for corner in grid.corner), grid.shape
+        means = functional.avg_pool2d(features[:, :, y:, x:], grid.window // grid.unit, grid.stride // grid.unit)
+        return means[:, :, :h, :w].flatten(2).mT.float()
+    y, x = grid.corner
+    windows = images[:, :, y:, x:].unfold(2, grid.window, grid.stride).unfold(3, grid.window, grid.stride)
     parts = []
-    for part in windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).split(WINDOWS_AT_ONCE):  # (n, C, size, size)
+    for part in windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).split(WINDOWS_AT_ONCE):  # (n, 3, window, window)
         part = part.contiguous(memory_format=torch.channels_last)
-        parts.append(last_stages(backbone, part, grid.share) if grid.share else backbone(part))
+        parts.append(stage_features(network.backbone, part, grid.level).mean((2, 3)))
     return torch.cat(parts).view(len(images), -1, parts[0].shape[1]).float()
 
 
@@ -196,40 +201,46 @@ class PatchGaussian(nn.Module):
         """Fit to normal images. passes(n) gives the embeddings (m, L, D) of n evenly spaced ones (all, if there are no
         more), some images at a time, anew at each call.
 
-        location "auto": the kind under which an image is more likely when the Gaussians are fitted to the others, in
+        location "auto": the kind under which images are likelier when the Gaussians are fitted to the other folds, in
         the projection; "shared" with fewer than EACH_LEAST images.
-        Returns the scores (n, L) of up to HELD_OUT_IMAGES images, each under Gaussians fitted to the others; None with
-        held_out False. Raises ValueError if no Gaussian can be fitted.
+        Returns the scores (n, L) of the images, each under Gaussians fitted to the other folds (image i is in fold i
+        modulo FOLDS); None with held_out False. Raises ValueError if no Gaussian can be fitted.
         """
         basis = principal_axes(passes(PROJECTION_IMAGES))
         projections = {"shared": basis, "each": basis[:, :EACH_DIMS]}
         kinds = ("shared", "each") if location == "auto" else (location,)
-        moments: dict[str, Moments] = {}
+        folds: dict[str, list[Moments]] = {kind: [] for kind in kinds}
         images = 0
-        for block in passes(DENSITY_IMAGES):
-            images += len(block)
-            for kind in kinds:
-                own = Moments.of(arranged(block.double() @ projections[kind], kind))
-                moments[kind] = moments[kind] + own if kind in moments else own
+        for x in _one_by_one(passes(DENSITY_IMAGES)):
+            for kind, own in folds.items():
+                new = Moments.of(arranged(x @ projections[kind], kind))
+                if images < FOLDS:
+                    own.append(new)
+                else:
+                    own[images % FOLDS] += new
+            images += 1
         if images < EACH_LEAST:
             if location == "each":
                 raise ValueError(f"{images} images, one Gaussian for each location needs {EACH_LEAST}")
             kinds = ("shared",)
         if len(kinds) > 1:
-            self.likelihoods = compare(passes(HELD_OUT_IMAGES), moments["each"], projections["each"])
+            pooled = [fold.pooled() for fold in folds["each"]]
+            self.likelihoods = {"shared": likelihood(pooled), "each": likelihood(folds["each"])}
             kinds = (max(self.likelihoods, key=self.likelihoods.get),)
         (kind,) = kinds
+        total = sum(folds[kind][1:], folds[kind][0])
         self.projection = projections[kind].float()
-        self.mean, self.factor = (x.float() for x in gaussians(moments[kind]))
+        self.mean, self.factor = (x.float() for x in gaussians(total))
         if not held_out:
             return None
-        scores = []
-        for block in passes(HELD_OUT_IMAGES):
-            for x in block.double() @ projections[kind]:
-                x = arranged(x[None], kind)
-                others = moments[kind] - Moments.of(x) if images >= 4 else moments[kind]
-                scores.append(distances(x, *gaussians(others)).reshape(-1))
-        return torch.stack(scores)
+        few = images < 4  # the others of so few are no distribution
+        others = [gaussians(total if few else total - fold) for fold in folds.pop(kind)]
+        return torch.stack(
+            [
+                distances(arranged(x @ projections[kind], kind), *others[number % FOLDS]).reshape(-1)
+                for number, x in enumerate(_one_by_one(passes(DENSITY_IMAGES)))
+            ]
+        )
 
     def score(self, embeddings: Tensor) -> Tensor:
         """Mahalanobis distance (not squared, dimensionless) of embeddings (m, L, D): (m, L), higher is more
@@ -239,19 +250,25 @@ class PatchGaussian(nn.Module):
         return found.view(len(embeddings), -1) if self.location == "shared" else found.T
 
 
-def compare(blocks: Iterator[Tensor], each: Moments, projection: Tensor) -> dict[str, float]:
-    """Mean log likelihood (natural logarithm, per window, without the constant) of normal images under one Gaussian for
-    all locations and one for each, each image under those fitted to the others. each: moments of the latter."""
-    pooled, sums, images = each.pooled(), {"shared": 0.0, "each": 0.0}, 0
+def _one_by_one(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Embeddings (m, L, D) image by image: (1, L, D) float64."""
     for block in blocks:
-        for x in block.double() @ projection:
-            images += 1
-            for kind, all_moments in (("shared", pooled), ("each", each)):
-                own = arranged(x[None], kind)
-                mean, factor = gaussians(all_moments - Moments.of(own))
-                logdet = factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
-                sums[kind] += (logdet - distances(own, mean, factor).square() / 2).mean().item()
-    return {kind: value / images for kind, value in sums.items()}
+        yield from block.double().split(1)
+
+
+def likelihood(folds: list[Moments]) -> float:
+    """Mean log likelihood (natural logarithm, per embedding, without the constant) of each fold's embeddings under the
+    Gaussians of the other folds; the moments say it, no embedding is needed."""
+    total, sums = sum(folds[1:], folds[0]), 0.0
+    for fold in folds:
+        mean, factor = gaussians(total - fold)
+        shift = fold.first / fold.count - mean
+        spread = fold.second / fold.count - (fold.first[:, :, None] * fold.first[:, None]) / fold.count**2
+        # the mean of (x - mean)' W'W (x - mean) over the fold
+        squared = ((factor @ spread) * factor).sum((1, 2)) + (factor @ shift[:, :, None]).square().sum((1, 2))
+        logdet = factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        sums += fold.count * (logdet - squared / 2).mean().item()
+    return sums / total.count
 
 
 def gaussians(moments: Moments) -> tuple[Tensor, Tensor]:

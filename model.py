@@ -19,7 +19,7 @@ PROJECTION = 128  # width of the layer before the output
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZATIONS = ("imagenet", "image")
-SHARED_STAGES = (0, 1, 2, 3)  # of the backbone, that windows can share
+LEVELS = (1, 2, 3, 4)  # stages of a backbone after its stem; the embedding is the last one's
 
 
 class WeightsError(RuntimeError):
@@ -173,25 +173,18 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-# In parts, for windows that share the first stages ----------------------------------------------------------------
+# Features of a stage ----------------------------------------------------------------------------------------------
 
 
-def shared_stride(stages: int) -> int:
-    """Pixels between two features after the first ``stages`` stages of a ResNet, stem included; 1 for no stage."""
-    return 2 ** (stages + 1) if stages else 1
+def stage_stride(level: int) -> int:
+    """Pixels between two features of stage ``level``."""
+    return 2 ** (level + 1)
 
 
-def first_stages(backbone: nn.Module, images: Tensor, stages: int) -> Tensor:
-    """Stem and the first ``stages`` (1 to 3) stages of a ResNet: (B, 3, H, W) -> (B, C, H / s, W / s), rounded up."""
+def stage_features(backbone: nn.Module, images: Tensor, level: int) -> Tensor:
+    """What stage ``level`` (one of LEVELS) of a ResNet gives for images as ``normalized`` gives them: (B, 3, H, W) ->
+    (B, C, h, w), a feature every ``stage_stride(level)`` pixels. The mean over the last stage's is the embedding."""
     x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
-    for number in range(1, stages + 1):
+    for number in range(1, level + 1):
         x = backbone.get_submodule(f"layer{number}")(x)
     return x
-
-
-def last_stages(backbone: nn.Module, features: Tensor, stages: int) -> Tensor:
-    """What ``first_stages`` leaves, and pooling: (B, C, h, w) -> embeddings (B, D)."""
-    x = features
-    for number in range(stages + 1, 5):
-        x = backbone.get_submodule(f"layer{number}")(x)
-    return backbone.avgpool(x).flatten(1)

@@ -19,7 +19,7 @@ from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES
 from localization import LOCATIONS
-from model import NORMALIZATIONS, SHARED_STAGES, WeightsError
+from model import LEVELS, NORMALIZATIONS, WeightsError
 from ranks import RankError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -96,7 +96,8 @@ def add_map_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
 
     add("window", "side of the windows that are scored", type=whole(8), metavar="P")
     add("stride", "pixels between them", type=whole(1), metavar="P")
-    add("share", "first stages that run once per image; faster, maps less sharp", type=int, choices=SHARED_STAGES)
+    add("level", "stage of the network whose features are embedded", type=int, choices=LEVELS)
+    add("dense", "run the network once per image, 0: for each window alone", type=zero_or_one, metavar="0|1")
     add("location", "one Gaussian for all locations, or one for each", choices=LOCATIONS)
     add(
         "sigma", "of the Gaussian that brings scores to the image's size, in pixels", type=number(0.1, 1e3), metavar="P"

@@ -16,7 +16,7 @@ import options
 import ranks
 from dataset import InputError, TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from detector import Detector, detector_path, load, remove_file, save, write_file
-from localization import Grid
+from localization import GRID_KEYS, Grid
 from model import BACKBONES
 from options import say
 from ranks import Ranks
@@ -33,7 +33,7 @@ from training import (
 
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 DEFAULTS = {"variant": "3way", "head_layer": 1, "size": (256, 256), "normalize": "image"}
-MAP_DEFAULTS = {"window": 32, "stride": 8, "share": 0, "location": "auto", "sigma": 8.0}
+MAP_DEFAULTS = {"window": 16, "stride": 8, "level": 1, "dense": True, "location": "auto", "sigma": 8.0}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -69,7 +69,8 @@ def get_parser() -> argparse.ArgumentParser:
         type=whole(16),
         metavar="P",
     )
-    options.add_map_flags(parser, {name: f"default: {value}" for name, value in MAP_DEFAULTS.items()})
+    shown = {name: int(value) if value is True else value for name, value in MAP_DEFAULTS.items()}
+    options.add_map_flags(parser, {name: f"default: {value}" for name, value in shown.items()})
     add("epochs", "parameter updates (default: 10000)", type=whole(1), default=10000, metavar="N")
     add("batch_size", "images read per update; each gives 2 or 3 views (default: 32)", type=whole(2), default=32)
     add("optim", "optimiser (default: sgd)", choices=tuple(LEARNING_RATES), default="sgd")
@@ -180,7 +181,7 @@ def check_patch_flags(args: argparse.Namespace) -> None:
         raise argparse.ArgumentTypeError(f"--density {args.density}: a patch model has the density torch")
     settings = map_settings(args)
     try:
-        Grid(*args.size, settings["window"], settings["stride"], settings["share"])
+        Grid(*args.size, *(settings[name] for name in GRID_KEYS))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"--{error}") from error
 

@@ -24,7 +24,7 @@ from localization import (
     principal_axes,
     upsample,
 )
-from model import CutPasteNet, first_stages, last_stages
+from model import CutPasteNet, stage_features, stage_stride
 
 CPU = torch.device("cpu")
 
@@ -45,11 +45,13 @@ def network(normalize="image"):
 
 
 class MeanColor(nn.Module):
-    """A network whose map is known: the embedding of a window is its mean colour."""
+    """A network whose map is known: it hands pixels on, so that the embedding of a window is its mean colour."""
 
     def __init__(self):
         super().__init__()
-        self.backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.backbone = nn.Module()
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1"):
+            self.backbone.add_module(name, nn.Identity())
 
     def normalized(self, images):
         return images
@@ -59,34 +61,34 @@ class MeanColor(nn.Module):
 
 
 def test_the_papers_grid():
-    grid = Grid(256, 256, 32, 4, 0)
+    grid = Grid(256, 256, 32, 4, 4, False)
     assert grid.shape == (57, 57)
     down, across = grid.centers
     assert down[0] == across[0] == 16
     assert down[-1] == across[-1] == 240
 
 
-@pytest.mark.parametrize("share", [0, 1, 2])
+@pytest.mark.parametrize(("level", "dense", "unit"), [(4, False, 1), (1, True, 4), (2, True, 8)])
 @pytest.mark.parametrize(("height", "width", "window", "stride"), [(64, 96, 32, 8), (70, 101, 32, 8), (45, 64, 16, 16)])
-def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, stride, share):
-    grid = Grid(height, width, window, stride, share)
+def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, stride, level, dense, unit):
+    grid = Grid(height, width, window, stride, level, dense)
     assert grid.shape == tuple(1 + math.floor((side - window) / stride) for side in (height, width))
     for side, centers, corner in zip((height, width), grid.centers, grid.corner):
         assert (centers.diff() == stride).all()
         assert centers[0] - window / 2 == corner
         assert 0 <= corner < stride
-        assert corner % (1, 4, 8)[share] == 0
-        assert 0 <= side - (centers[-1] + window / 2) < stride + 8
+        assert corner % unit == 0
+        assert 0 <= side - (centers[-1] + window / 2) < stride
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((64, 48, 49, 4, 0), "window 49"),
-        ((64, 64, 32, 0, 0), "stride 0"),
-        ((64, 64, 32, 2, 1), "stride 2: a multiple of 4"),
-        ((64, 64, 30, 4, 1), "window 30: a multiple of 4"),
-        ((64, 64, 32, 4, 2), "stride 4: a multiple of 8"),
+        ((64, 48, 49, 4, 4, False), "window 49"),
+        ((64, 64, 32, 0, 4, False), "stride 0"),
+        ((64, 64, 32, 2, 1, True), "stride 2: a multiple of 4"),
+        ((64, 64, 30, 4, 1, True), "window 30: a multiple of 4"),
+        ((64, 64, 32, 4, 2, True), "stride 4: a multiple of 8"),
     ],
 )
 def test_grids_that_cannot_be(arguments, words):
@@ -99,7 +101,7 @@ def test_grids_that_cannot_be(arguments, words):
 
 @pytest.mark.parametrize("normalize", ["image", "imagenet"])
 def test_plain_windows_against_a_loop(normalize):
-    net, images, grid = network(normalize), torch.rand(2, 3, 50, 71, generator=seeded(1)), Grid(50, 71, 32, 8, 0)
+    net, images, grid = network(normalize), torch.rand(2, 3, 50, 71, generator=seeded(1)), Grid(50, 71, 32, 8, 4, False)
     with torch.no_grad():
         found = embed_windows(net, images, grid)
         whole = net.normalized(images)
@@ -113,29 +115,39 @@ def test_plain_windows_against_a_loop(normalize):
             assert torch.allclose(found[image, row * 5 + col], net.backbone(window)[0], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("share", "unit"), [(1, 4), (2, 8), (3, 16)])
-def test_windows_that_share_stages_against_a_loop(share, unit):
-    net, images, grid = network(), torch.rand(2, 3, 64, 97, generator=seeded(2)), Grid(64, 97, 32, 16, share)
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize(("height", "width"), [(64, 97), (80, 64)])
+def test_dense_windows_against_a_loop(level, height, width):
+    net, images = network(), torch.rand(2, 3, height, width, generator=seeded(2))
+    grid, unit = Grid(height, width, 32, 16, level, True), (4, 8, 16)[level - 1]
     with torch.no_grad():
         found = embed_windows(net, images, grid)
-        features = first_stages(net.backbone, net.normalized(images), share)
+        features = stage_features(net.backbone, net.normalized(images), level)
         for row, col in itertools.product(*map(range, grid.shape)):
             top, left = (corner + 16 * n for corner, n in zip(grid.corner, (row, col)))
             part = features[:, :, top // unit : (top + 32) // unit, left // unit : (left + 32) // unit]
-            expected = last_stages(net.backbone, part, share)
+            assert part.shape[2:] == (32 // unit, 32 // unit)
+            expected = part.mean((2, 3))
             assert torch.allclose(found[:, row * grid.shape[1] + col], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_parts_of_a_backbone_are_the_whole():
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_the_stages_are_those_of_the_backbone(level):
     net, images = network(), torch.rand(2, 3, 64, 96, generator=seeded(3))
+    kept = []
+    hook = net.backbone.get_submodule(f"layer{level}").register_forward_hook(lambda m, i, output: kept.append(output))
     with torch.no_grad():
-        for stages in (1, 2, 3):
-            found = last_stages(net.backbone, first_stages(net.backbone, images, stages), stages)
-            assert torch.allclose(found, net.backbone(images), rtol=1e-5, atol=1e-6)
+        embeddings = net.backbone(images)
+        hook.remove()
+        found = stage_features(net.backbone, images, level)
+        assert torch.allclose(found, kept[0], rtol=1e-5, atol=1e-6)
+        assert found.shape[2:] == (64 // stage_stride(level), 96 // stage_stride(level))
+        if level == 4:
+            assert torch.allclose(found.mean((2, 3)), embeddings, rtol=1e-4, atol=1e-6)
 
 
 def test_blocks_are_all_images_in_order_and_the_network_is_left_as_it_was():
-    net, grid = network().train(), Grid(48, 64, 32, 16, 0)
+    net, grid = network().train(), Grid(48, 64, 32, 16, 4, False)
     images = torch.randint(0, 256, (9, 3, 48, 64), generator=seeded(4), dtype=torch.uint8)
     before = images.clone()
     blocks = list(embedding_blocks(net, images, grid, True, CPU))
@@ -215,18 +227,20 @@ def test_principal_axes_are_those_of_scikit_learn():
     assert np.allclose(np.abs((found * expected).sum(0)), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("images", [13, 4])
 @pytest.mark.parametrize("location", ["shared", "each"])
-def test_held_out_scores_are_those_of_a_fit_without_the_image(location):
-    x = embeddings(10, 4, 5)
+def test_held_out_scores_are_those_of_a_fit_without_the_fold(monkeypatch, location, images):
+    monkeypatch.setattr(localization, "EACH_LEAST", 4)
+    x = embeddings(images, 4, 5)
     whole = PatchGaussian()
     found = whole.fit(passes(x), location)
     basis = principal_axes(passes(x)(32))
-    assert found.shape == (10, 4)
-    for left_out in range(10):
-        others = torch.cat([x[:left_out], x[left_out + 1 :]]) @ basis
+    assert found.shape == (images, 4)
+    for image in range(images):
+        others = x[torch.arange(images) % 5 != image % 5] @ basis
         fitted = gaussians(Moments.of(arranged(others, location)))
-        expected = distances(arranged(x[left_out : left_out + 1] @ basis, location), *fitted).reshape(-1)
-        assert torch.allclose(found[left_out], expected, rtol=1e-6)
+        expected = distances(arranged(x[image : image + 1] @ basis, location), *fitted).reshape(-1)
+        assert torch.allclose(found[image], expected, rtol=1e-6)
     assert found.mean() > whole.score(x).mean()
 
 
@@ -245,13 +259,13 @@ def test_auto_takes_the_likelier():
 def test_likelihoods_are_those_of_scipy():
     from scipy.stats import multivariate_normal
 
-    x = embeddings(9, 3, 4)
+    x = embeddings(13, 3, 4)
     density = PatchGaussian()
     density.fit(passes(x), "auto")
     y = (x @ principal_axes(passes(x)(32))).numpy()
     sums = {"shared": 0.0, "each": 0.0}
-    for image in range(9):
-        others = np.delete(y, image, axis=0)
+    for image in range(13):
+        others = y[np.arange(13) % 5 != image % 5]
         one = LedoitWolf().fit(others.reshape(-1, 4))
         fits = [LedoitWolf().fit(others[:, location]) for location in range(3)]
         pooled = np.mean([fit.covariance_ for fit in fits], axis=0)
@@ -261,7 +275,7 @@ def test_likelihoods_are_those_of_scipy():
             sums["shared"] += multivariate_normal(one.location_, one.covariance_).logpdf(y[image, location])
     constant = 4 / 2 * math.log(2 * math.pi)
     for kind, total in sums.items():
-        assert density.likelihoods[kind] - constant == pytest.approx(total / 27, rel=1e-6)
+        assert density.likelihoods[kind] - constant == pytest.approx(total / (13 * 3), rel=1e-6)
 
 
 @pytest.mark.parametrize("location", ["shared", "each", "auto"])
@@ -290,7 +304,6 @@ def test_moments_add_and_subtract():
 def test_no_image_is_held_twice(monkeypatch):
     """Neither more images than were asked for, nor more than a block of embeddings at once."""
     monkeypatch.setattr(localization, "DENSITY_IMAGES", 20)
-    monkeypatch.setattr(localization, "HELD_OUT_IMAGES", 10)
     asked = []
     x = embeddings(50, 3, 4)
 
@@ -299,8 +312,8 @@ def test_no_image_is_held_twice(monkeypatch):
         return passes(x)(most)
 
     density = PatchGaussian()
-    assert density.fit(counted, "shared").shape == (10, 3)
-    assert asked == [localization.PROJECTION_IMAGES, 20, 10]
+    assert density.fit(counted, "shared").shape == (20, 3)
+    assert asked == [localization.PROJECTION_IMAGES, 20, 20]
     expected = LedoitWolf().fit(x[torch.arange(20) * 50 // 20].reshape(-1, 4).numpy())
     assert np.allclose(
         density.score(x[:2]).numpy(),
@@ -357,7 +370,7 @@ def slow_upsampling(scores, grid, sigma):
 @pytest.mark.parametrize("sigma", [3.0, 8.0])
 @pytest.mark.parametrize(("height", "width"), [(40, 40), (40, 57)])
 def test_upsampling_against_a_loop(height, width, sigma):
-    grid = Grid(height, width, 16, 8, 0)
+    grid = Grid(height, width, 16, 8, 1, False)
     scores = torch.rand(2, *grid.shape, generator=seeded(5))
     found = upsample(scores, grid, sigma)
     assert found.shape == (2, height, width)
@@ -367,7 +380,7 @@ def test_upsampling_against_a_loop(height, width, sigma):
 
 def test_upsampling_against_a_transposed_convolution():
     """Well inside the image, where a kernel cut off at four deviations is all there is."""
-    grid, sigma = Grid(128, 96, 32, 4, 0), 3.0
+    grid, sigma = Grid(128, 96, 32, 4, 4, False), 3.0
     scores = torch.rand(1, 1, *grid.shape, generator=seeded(6))
     around = torch.arange(32, dtype=torch.float32) + 0.5 - 16
     kernel = torch.exp(-(around[:, None] ** 2 + around**2) / (2 * sigma**2))[None, None]
@@ -381,7 +394,7 @@ def test_upsampling_against_a_transposed_convolution():
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0, 8.0, 100.0])
 def test_upsampling_keeps_a_flat_map_flat_for_any_sigma(sigma):
-    grid = Grid(45, 70, 32, 8, 0)
+    grid = Grid(45, 70, 32, 8, 4, False)
     found = upsample(torch.full((1, *grid.shape), 7.0), grid, sigma)
     assert torch.allclose(found, torch.full_like(found, 7.0), rtol=1e-5)
 
@@ -390,7 +403,7 @@ def test_a_map_by_hand():
     """Windows of mean colours: a window half covered by a red square is half as far from black, in every direction."""
     images = torch.zeros(1, 3, 64, 96)
     images[0, 0, 32:48, 64:80] = 1  # covers one window of the grid exactly
-    grid = Grid(64, 96, 16, 8, 0)
+    grid = Grid(64, 96, 16, 8, 1, False)
     (found,) = embedding_blocks(MeanColor(), images, grid, False, CPU)
     density = PatchGaussian()
     density.projection, density.mean = torch.eye(3), torch.zeros(1, 3)
