@@ -42,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
         "The AUROC needs normal and anomalous images in test/. Nothing here chooses a model or a threshold.",
     )
     options.add_data_flags(parser)
-    options.add_density_flags(parser, density=None, l2=None)
+    options.add_density_flags(parser, None, "the detector's own")
     options.add_map_flags(parser, dict.fromkeys(PATCH_KEYS, "given: fit the density anew; default: the detector's own"))
     options.add_network_flags(parser, defaults=None)
     parser.add_argument("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
@@ -361,14 +361,14 @@ def draw_maps(
 
 def choose_cases(test: TestSet, scores: np.ndarray) -> list[tuple[int, str]]:
     """What a sheet shows, by number, and why: of each kind the image with the median score, and the worst mistakes."""
-    cases = []
+    cases = {}
     for kind in dict.fromkeys(test.defect_types):
         own = np.flatnonzero(np.array(test.defect_types) == kind)
-        cases.append((own[np.argsort(scores[own])[len(own) // 2]], "median"))
-    normal, anomalous = np.flatnonzero(test.labels == 0), np.flatnonzero(test.labels == 1)
-    cases += [(index, "highest") for index in normal[np.argsort(-scores[normal])][:WORST]]
-    cases += [(index, "lowest") for index in anomalous[np.argsort(scores[anomalous])][:WORST]]
-    return [(int(index), role) for index, role in cases]
+        cases[own[np.argsort(scores[own])[len(own) // 2]]] = "median"
+    for label, sign, role in ((0, -1, "highest"), (1, 1, "lowest")):
+        own = np.flatnonzero(test.labels == label)
+        cases |= dict.fromkeys(own[np.argsort(sign * scores[own])][:WORST], role)
+    return [(int(index), role) for index, role in cases.items()]
 
 
 def draw_summary(rows: list[dict]) -> dict[str, "Figure"]:

@@ -78,13 +78,15 @@ def add_network_flags(parser: argparse.ArgumentParser, defaults: dict | None) ->
     add("normalize", "input normalisation: ImageNet's statistics, or each image's own", choices=NORMALIZATIONS)
 
 
-def add_density_flags(parser: argparse.ArgumentParser, density: str | None, l2: bool | None) -> None:
-    again = "; given: fit it anew to train/good (default: the detector's own)" if density is None else ""
-    shown = "" if density is None else f" (default: {density})"
-    parser.add_argument("--density", choices=tuple(DENSITIES), default=density, help=f"density{again}{shown}")
-    shown = "" if l2 is None else f" (default: {int(l2)})"
+def add_density_flags(parser: argparse.ArgumentParser, density: str | None, l2: str) -> None:
+    """density: its default; None keeps the detector's own unless given. l2: what --help says of its default (None)."""
+    again = "; given: fit it anew to train/good" if density is None else ""
+    shown = density or "the detector's own"
     parser.add_argument(
-        "--l2", type=zero_or_one, default=l2, metavar="0|1", help=f"bring embeddings to length 1 first{again}{shown}"
+        "--density", choices=tuple(DENSITIES), default=density, help=f"density{again} (default: {shown})"
+    )
+    parser.add_argument(
+        "--l2", type=zero_or_one, metavar="0|1", help=f"bring embeddings to length 1 first{again} (default: {l2})"
     )
 
 

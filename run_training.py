@@ -33,7 +33,7 @@ from training import (
 
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 DEFAULTS = {"variant": "3way", "head_layer": 1, "size": (256, 256), "normalize": "image"}
-MAP_DEFAULTS = {"window": 16, "stride": 8, "level": 1, "dense": True, "location": "auto", "sigma": 8.0}
+MAP_DEFAULTS = {"window": 16, "stride": 8, "level": 1, "dense": True, "location": "auto", "sigma": 4.0}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     options.add_data_flags(parser)
     options.add_network_flags(parser, DEFAULTS)
-    options.add_density_flags(parser, density="torch", l2=True)
+    options.add_density_flags(parser, "torch", "1, or with --patch_size 0")
     whole, number = options.whole, options.number
 
     def add(flag: str, help: str, **kwargs) -> None:
@@ -66,7 +66,8 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "patch_size",
         "train a patch model, which makes anomaly maps: side of the crops that it sees, such as 64 (default: none)",
-        type=whole(16),
+        # of 16 the last stage would get single features, where oneDNN's bfloat16 takes gradients of memory at random
+        type=whole(32),
         metavar="P",
     )
     shown = {name: int(value) if value is True else value for name, value in MAP_DEFAULTS.items()}
@@ -199,7 +200,7 @@ def make_config(args: argparse.Namespace, category: str) -> dict:
     height, width = args.size
     freeze = args.freeze_resnet if args.freeze_resnet is not None else (20 if args.pretrained else 0)
     copied = (
-        "backbone variant head_layer normalize density l2 false_alarm_rate seed pretrained weights epochs batch_size "
+        "backbone variant head_layer normalize density false_alarm_rate seed pretrained weights epochs batch_size "
         "optim jitter patch_jitter translate patch_size"
     )
     return {
@@ -209,6 +210,8 @@ def make_config(args: argparse.Namespace, category: str) -> dict:
         **{name: getattr(args, name) for name in copied.split()},
         "lr": LEARNING_RATES[args.optim] if args.lr is None else args.lr,
         "freeze_resnet": freeze,
+        # the length of a patch's features says how much there is to see in it
+        "l2": args.patch_size is None if args.l2 is None else args.l2,
         **map_settings(args),
     }
 

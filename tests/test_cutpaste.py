@@ -19,7 +19,10 @@ from cutpaste import (
     PasteParams,
     ViewParams,
     apply,
+    augment,
     color_jitter,
+    crop,
+    cut_paste,
     make_params,
     paste,
     rotate_hue_,
@@ -609,10 +612,12 @@ def test_to_float_scales_uint8_alone():
     assert to_float(torch.tensor([0.25, 1])).tolist() == [0.25, 1]
 
 
+@pytest.mark.parametrize("patch_size", [None, 40])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_image_does_not_depend_on_its_batch(variant):
+def test_image_does_not_depend_on_its_batch(variant, patch_size):
     images = noise(6, 3, 50, 70)
-    params = make_params(variant, 6, 50, 70, seeded(), translate=0.2, jitter=0.3, patch_jitter=0.3)
+    amounts = {"translate": 0.2, "jitter": 0.3, "patch_jitter": 0.3}
+    params = make_params(variant, 6, 50, 70, seeded(), **amounts, patch_size=patch_size)
     views = apply(images, params)[0].unflatten(0, (-1, 6))
     for b in range(6):
         alone, _ = apply(images[b : b + 1], of_image(params, b))
@@ -638,6 +643,75 @@ def test_variants_start_with_the_image():
     assert set(VARIANTS) == {"normal", "scar", "union", "3way"}
     assert [v.num_classes for v in VARIANTS.values()] == [2, 2, 2, 3]
     assert all(v.views[0] == "image" for v in VARIANTS.values())
+
+
+# Crops of a patch model --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(256, 256), (64, 100), (100, 64), (40, 130)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pastes_lie_inside_the_crop_and_the_crop_inside_the_image(variant, size):
+    params = make_params(variant, MANY // 10, *size, seeded(), patch_size=40)
+    top, left = params.corner.unbind(1)
+    for first, side in ((top, size[0]), (left, size[1])):
+        assert first.dtype == torch.int64
+        assert (first.min(), first.max()) == (0, side - 40)
+        assert first.double().mean() == pytest.approx((side - 40) / 2, abs=0.05 * (side - 40))
+    for p in params.pastes:
+        assert (p.source_x >= 0).all()
+        assert (p.source_y >= 0).all()
+        assert (p.source_x + p.width <= 40).all()
+        assert (p.source_y + p.height <= 40).all()
+        target = corners(p)
+        assert min(target.real.min(), target.imag.min()) > -1e-3
+        assert max(target.real.max(), target.imag.max()) < 40 + 1e-3
+
+
+def test_a_patch_scales_with_the_crop_and_a_scar_with_the_image():
+    patch, scar = make_params("3way", MANY, 256, 256, seeded(), patch_size=64).pastes
+    area = patch.width * patch.height / 64**2
+    assert area.mean() == pytest.approx((0.02 + 0.15) / 2, rel=0.03)
+    assert (scar.width.min(), scar.width.max()) == (2, 16)
+    assert (scar.height.min(), scar.height.max()) == (10, 25)
+
+
+@pytest.mark.parametrize("size", [(60, 60), (48, 90), (90, 48)])
+def test_views_of_a_crop_are_cut_from_the_augmented_image(size):
+    """Against slices: the base augmentation sees the whole image, CutPaste the crop alone."""
+    images = noise(6, 3, *size)
+    params = make_params("3way", 6, *size, seeded(1), translate=0.1, patch_size=32)
+    base = images if params.shift is None else translate(images, params.shift)
+    base = color_jitter(to_float(base), params.jitter)
+    cut = torch.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(base, params.corner.tolist())])
+    views, labels = apply(images, params)
+    assert views.shape == (18, 3, 32, 32)
+    assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert torch.allclose(views[:6], cut, atol=1e-6)
+    for number, boxes in enumerate(params.pastes, 1):
+        assert torch.allclose(views[6 * number : 6 * number + 6], paste(cut, boxes), atol=1e-5)
+
+
+def test_the_parts_of_apply_are_the_whole():
+    images = noise(5, 3, 50, 70)
+    params = make_params("3way", 5, 50, 70, seeded(), patch_size=24)
+    views, labels = cut_paste(crop(augment(images, params), params), params)
+    together = apply(images, params)
+    assert torch.equal(views, together[0])
+    assert torch.equal(labels, together[1])
+
+
+def test_a_crop_of_the_whole_image_is_the_image():
+    images = noise(4, 3, 32, 32)
+    params = make_params("normal", 4, 32, 32, seeded(), patch_size=32)
+    assert (params.corner == 0).all()
+    whole = replace(params, corner=None, patch_size=None)
+    assert torch.equal(apply(images, params)[0], apply(images, whole)[0])
+
+
+@pytest.mark.parametrize("patch_size", [0, 49, 64])
+def test_bad_patch_size(patch_size):
+    with pytest.raises(ValueError, match=rf"patch_size lies in \[1, 48\].*not {patch_size}"):
+        make_params("normal", 2, 64, 48, seeded(), patch_size=patch_size)
 
 
 # Errors -----------------------------------------------------------------------------------------------------------

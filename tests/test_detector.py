@@ -64,7 +64,7 @@ def test_scores_do_not_depend_on_the_batch(fitted, images):
 
 def test_l2_brings_embeddings_to_length_one(fitted, images):
     assert torch.allclose(fitted.embed(images).norm(dim=1), torch.ones(12, dtype=torch.float64))
-    plain = fitted.refit(images, "torch", l2=False)
+    plain = fitted.refit(images, l2=False)
     assert plain.embed(images).norm(dim=1).std() > 0
     assert fitted.config["l2"]
     assert not plain.config["l2"]
@@ -175,5 +175,5 @@ def test_a_detector_trained_by_the_script_scores_the_test_images(data, models):
     assert torch.isfinite(scores).all()
     assert (scores > 0).all()
     assert made.made["train_images"] == 8
-    again = made.refit(train, "torch", made.config["l2"])
+    again = made.refit(train)
     assert torch.allclose(again(test.images), scores, rtol=1e-9)

@@ -1,5 +1,6 @@
 """eval.py: the lines on stdout, the tables, the plots, and what it refuses."""
 
+import re
 import resource
 import shutil
 
@@ -7,12 +8,15 @@ import matplotlib.image
 import numpy as np
 import pandas
 import pytest
+import tifffile
 import torch
-from conftest import one_line, run
+from conftest import one_line, run, train
+from PIL import Image
 
-from dataset import load_test
+from dataset import load_masks, load_test
 from detector import load
-from eval import evaluate
+from eval import choose_cases, evaluate
+from metrics import pixel_metrics
 
 
 def lines(done):
@@ -80,7 +84,7 @@ def test_tables_say_what_stdout_says(evaluated, data, models):
     assert scores.path[0] == "brick/test/good/000.png"
     assert (data / scores.path.iloc[-1]).is_file()
     test = load_test(data, "brick", (32, 32), 0)
-    expected, _ = evaluate(load(models / "brick.pt"), test)
+    expected, _, _ = evaluate(load(models / "brick.pt"), test)
     assert np.allclose(scores[scores.category == "brick"].score, expected, rtol=1e-4)
 
 
@@ -213,6 +217,141 @@ def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tm
     photo.write_bytes(photo.read_bytes()[:100])
     one_line(run("eval.py", *where), "hole/000.png", "not a readable image")
     assert {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()} == before
+
+
+# Maps -------------------------------------------------------------------------------------------------------------
+
+
+def all_lines(done):
+    """stdout as {(category, metric): value}."""
+    assert done.code == 0, done.err
+    found = (re.fullmatch(r"(\S+) (.+): (\S+)", line).groups() for line in done.out.splitlines())
+    return {(category, metric): float(value) for category, metric, value in found}
+
+
+@pytest.fixture(scope="module")
+def patch_models(data, tmp_path_factory):
+    """Patch models of brick and grass."""
+    folder = tmp_path_factory.mktemp("patches") / "patch_models"
+    more = ("--type", "brick,grass", "--patch_size", 32, "--window", 8, "--stride", 4, "--sigma", 3)
+    done = train(data, folder, *more)
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mapped(data, patch_models, tmp_path_factory):
+    """A patch model's evaluation with everything on, in a process of its own."""
+    folder = tmp_path_factory.mktemp("mapped")
+    where = ("--data_dir", data, "--model_dir", patch_models, "--eval_dir", folder)
+    return run("eval.py", *where, "--control", 1, "--save_maps", 1), folder / "patch_models"
+
+
+def test_a_patch_model_prints_pixel_lines_beside_the_auc(mapped):
+    done, folder = mapped
+    values = all_lines(done)
+    metrics = ["AUC", "pixel AUROC", "AUPRO", "control AUC", "control pixel AUROC"]
+    assert list(values) == [(name, metric) for name in ("brick", "grass", "average") for metric in metrics]
+    assert all(0 <= value <= 1 for value in values.values())
+    assert [line.split(" AUC")[0] for line in done.out.splitlines() if "AUC" in line] == [
+        *["brick", "brick control", "grass", "grass control", "average", "average control"]
+    ]
+    results = pandas.read_csv(folder / "results.csv").set_index("category")
+    columns = ["image_auroc", "pixel_auroc", "aupro", "control_auroc", "control_pixel_auroc"]
+    for name in ("brick", "grass"):
+        assert results.loc[name, columns].tolist() == [values[name, metric] for metric in metrics]
+    assert set(results.location_chosen) <= {"shared", "each"}
+    assert {p.name for p in folder.rglob("*.png")} == {"roc.png", "histogram.png", "heatmaps.png", "summary.png"}
+
+
+def test_saved_maps_are_those_that_were_measured(mapped, data, patch_models):
+    """16-bit files in the layout of MVTec's evaluation; the metrics and image scores follow from them alone."""
+    done, folder = mapped
+    scores = pandas.read_csv(folder / "scores.csv").set_index("path").score
+    files = sorted((folder / "maps/brick").rglob("*.tiff"))
+    test = load_test(data, "brick", (32, 32), 0)
+    names = [path.relative_to(data).with_suffix(".tiff") for path in test.paths]
+    assert files == sorted(folder / "maps" / name for name in names)
+    maps = [tifffile.imread(folder / "maps" / name) for name in names]
+    assert all(values.dtype == np.float16 and values.shape == (32, 32) for values in maps)
+    for path, values in zip(test.paths, maps):
+        assert values.max() == pytest.approx(scores[path.relative_to(data).as_posix()], rel=2e-3)
+    masks = load_masks(test, (32, 32), 0).numpy()
+    found = pixel_metrics(masks, np.stack(maps).astype(np.float32))
+    for metric, name in (("pixel AUROC", "pixel_auroc"), ("AUPRO", "aupro")):
+        assert found[name] == pytest.approx(all_lines(done)["brick", metric], abs=5e-3)
+
+
+def test_maps_are_saved_in_the_size_of_their_images(data, patch_models, tmp_path, script):
+    shutil.copytree(data / "brick", tmp_path / "Data/brick")
+    path = tmp_path / "Data/brick/test/good/000.png"
+    with Image.open(path) as image:
+        image.resize((50, 70)).save(path)
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
+    done = script("eval", *where, "--save_maps", 1, "--save_plots", 0)
+    assert done.code == 0, done.err
+    saved = tifffile.imread(tmp_path / "Eval/patch_models/maps/brick/test/good/000.tiff")
+    assert saved.shape == (70, 50)
+
+
+def test_other_settings_of_maps_are_fitted_anew(data, patch_models, tmp_path, script):
+    where = ["--data_dir", data, "--model_dir", patch_models, "--eval_dir", tmp_path, "--type", "brick"]
+    before = (patch_models / "brick.pt").read_bytes()
+    more = ["--window", 16, "--stride", 8, "--level", 4, "--dense", 0, "--location", "shared", "--sigma", 5]
+    assert ("brick", "pixel AUROC") in all_lines(script("eval", *where, *more, "--save_plots", 0))
+    row = pandas.read_csv(tmp_path / "patch_models/results.csv").iloc[0]
+    assert (row.window, row.stride, row.level, row.dense) == (16, 8, 4, False)
+    assert (row.location, row.location_chosen, row.sigma) == ("shared", "shared", 5)
+    assert (patch_models / "brick.pt").read_bytes() == before
+
+
+def test_heatmaps_of_an_image_level_model(where, tmp_path, script):
+    done = script("eval", *where, "--type", "brick", "--heatmaps", 1, "--save_maps", 1)
+    values = all_lines(done)
+    assert [metric for name, metric in values if name == "brick"] == ["AUC", "pixel AUROC", "AUPRO"]
+    without = all_lines(script("eval", *where, "--type", "brick", "--save_plots", 0))
+    assert without["brick", "AUC"] == pytest.approx(values["brick", "AUC"], abs=1e-9)
+    folder = tmp_path / "Eval/models"
+    assert (folder / "brick/heatmaps.png").is_file()
+    assert len(list((folder / "maps/brick/test").rglob("*.tiff"))) == 12
+
+
+def test_where_masks_are_missing(data, patch_models, tmp_path, script):
+    """Without any: image metrics only. Of some images: those images are left out of the pixel metrics."""
+    shutil.copytree(data / "brick", tmp_path / "Data/brick")
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
+    whole = all_lines(script("eval", *where, "--save_plots", 0))
+    (tmp_path / "Data/brick/ground_truth/hole/000_mask.png").unlink()
+    done = script("eval", *where)
+    some = all_lines(done)
+    assert "brick: 1 anomalous images without a mask" in done.err
+    assert some["brick", "AUC"] == whole["brick", "AUC"]
+    assert some["brick", "pixel AUROC"] != whole["brick", "pixel AUROC"]
+    shutil.rmtree(tmp_path / "Data/brick/ground_truth")
+    done = script("eval", *where)
+    assert all_lines(done) == {("brick", "AUC"): whole["brick", "AUC"], ("average", "AUC"): whole["average", "AUC"]}
+    assert "no masks in ground_truth, so image metrics only" in done.err
+    assert (tmp_path / "Eval/patch_models/brick/heatmaps.png").is_file()
+
+
+def test_flags_that_do_not_fit_the_kind_of_model(data, where, patch_models, script):
+    one_line(script("eval", *where, "--sigma", 4), "--sigma", "no patch model")
+    one_line(script("eval", *where, "--heatmaps", 1, "--density", "kde"), "--heatmaps 1", "kde")
+    patches = [*where, "--model_dir", patch_models]
+    one_line(script("eval", *patches, "--density", "kde"), "--density kde", "patch model")
+    one_line(script("eval", *patches, "--window", 64), "--window 64", "larger than the image")
+    one_line(script("eval", *patches, "--stride", 6), "--stride 6", "multiple of 4")
+
+
+def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data, patch_models):
+    test = load_test(data, "brick", (32, 32), 0)
+    scores = np.arange(len(test.labels), dtype=float)[::-1]  # the first image, a normal one, has the highest
+    cases = choose_cases(test, scores)
+    kinds = [test.defect_types[index] for index, _ in cases]
+    assert set(kinds) == set(test.defect_types)
+    assert (0, "highest") in cases
+    assert (len(scores) - 1, "lowest") in cases
+    assert len({index for index, _ in cases}) == len(cases)
 
 
 def test_wrong_usage_exits_with_2(script):

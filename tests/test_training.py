@@ -1,6 +1,7 @@
 """run_training.py: what it writes, that it continues exactly, that nothing beside the seed matters."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, one_line, same_weights, train
 from PIL import Image
+from torch.nn import functional
 
 from cache import digest
 from dataset import InputError
@@ -238,6 +240,62 @@ def test_a_finished_category_is_skipped_and_other_settings_are_named(data, model
     assert load(path).config["epochs"] == 2
 
 
+PATCHES = ("--size", 48, "--patch_size", 32, "--window", 8, "--stride", 8)
+
+
+def test_a_patch_model_trains_and_continues_bit_for_bit(data, tmp_path, script):
+    more = (*PATCHES, "--location", "each", "--save_minutes", 0)
+    done = script("run_training", *flags(data, tmp_path / "whole", *more))
+    assert done.code == 0, done.err
+    made = load(tmp_path / "whole/models/brick.pt")
+    assert made.config["patch_size"] == 32
+    assert made.grid.shape == (6, 6)
+    assert made.density.mean.shape == (36, 64)
+    assert made.normal_scores.shape == (8,)
+    folder = tmp_path / "cut/models"
+    process = start(data, folder, "--type", "brick", *more)
+    wait_for_step(process, folder / "brick.checkpoint", 3)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = train(data, folder, "--type", "brick", *more)
+    assert "brick: continuing at step" in done.err
+    assert same_weights(folder / "brick.pt", tmp_path / "whole/models/brick.pt")
+
+
+def test_location_auto_says_what_it_chose(data, tmp_path, script):
+    done = script("run_training", *flags(data, tmp_path, *PATCHES, "--epochs", 1))
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if "one Gaussian" in line]
+    found = dict(re.findall(r"(shared|each) (-?[\d.]+)", line))
+    assert set(found) == {"shared", "each"}
+    each = float(found["each"]) > float(found["shared"])
+    assert ("for each location" in line) == each
+    made = load(tmp_path / "models/brick.pt")
+    assert made.density.location == ("each" if each else "shared")
+    assert made.config["location"] == "auto"
+
+
+def test_a_crop_is_normalised_as_the_image_that_it_is_from():
+    args = get_parser().parse_args([*TINY, *map(str, PATCHES), "--translate", "0", "--jitter", "0"])
+    images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = functional.pad(images, (0, 16, 0, 16))
+    images[4:] //= 3  # dark ones
+    run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), Arithmetic(1, "off", False))
+    chosen, params = run.draw()
+    views, _, (mean, std) = run.make_views(run.batch(chosen), params)
+    found = run.network.normalized(views, (mean, std))
+    whole = run.network.normalized(images[chosen].float() / 255)
+    assert found.shape == (12, 3, 32, 32)
+    for image, (y, x) in enumerate(params.corner.tolist()):
+        assert torch.allclose(found[image], whole[image, :, y : y + 32, x : x + 32], atol=1e-5)
+
+
+def test_preview_of_a_patch_model(data, tmp_path, script):
+    done = script("run_training", *flags(data, tmp_path, *PATCHES, "--preview", tmp_path / "sheet.png"))
+    assert done.code == 0, done.err
+    assert matplotlib.image.imread(tmp_path / "sheet.png")[..., :3].std() > 0.1
+
+
 def test_defaults_are_the_papers():
     config = make_config(get_parser().parse_args([]), "bottle")
     assert (config["lr"], config["optim"], config["epochs"], config["batch_size"]) == (0.03, "sgd", 10000, 32)
@@ -304,16 +362,20 @@ def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path, monkeypatch):
         chosen(saved=saved)
 
 
-def test_the_loss_of_bf16_follows_that_of_float32():
-    """On the same batches: near for the first steps, and not the same."""
+def test_a_step_in_bf16_follows_one_in_float32():
+    """From the same weights and batch: nearly the same loss, and an update in much the same direction; not the same."""
     args = get_parser().parse_args([*TINY, "--epochs", "3", "--lr", "0.001"])
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    losses = {}
+    losses, updates = {}, {}
     for amp in ("off", "bf16"):
         run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), Arithmetic(1, amp, False))
-        losses[amp] = torch.stack([run.update()[0] for _ in range(3)])
-    assert not torch.equal(losses["off"], losses["bf16"])
-    torch.testing.assert_close(losses["bf16"], losses["off"], rtol=0.05, atol=0.02)
+        before = torch.cat([weight.detach().flatten() for weight in run.network.parameters()])
+        losses[amp] = run.update()[0]
+        updates[amp] = torch.cat([weight.detach().flatten() for weight in run.network.parameters()]) - before
+    assert losses["off"] != losses["bf16"]
+    torch.testing.assert_close(losses["bf16"], losses["off"], rtol=0.05, atol=0)
+    assert torch.cosine_similarity(updates["off"], updates["bf16"], dim=0) > 0.5
+    assert 0.8 < updates["off"].norm() / updates["bf16"].norm() < 1.25
 
 
 def test_a_mapped_folder_trains_the_same(tmp_path):
@@ -429,6 +491,14 @@ def test_without_test_images_it_trains_all_the_same(data, tmp_path, script):
         ["--type", "../brick"],
         ["surplus"],
         ["--no-pretrained", "--weights", "resnet18.pth"],
+        ["--window", "32"],
+        ["--patch_size", "16"],
+        ["--patch_size", "64", "--size", "96x48"],
+        ["--patch_size", "64", "--density", "kde"],
+        ["--patch_size", "64", "--window", "512"],
+        ["--patch_size", "64", "--level", "3", "--stride", "8"],
+        ["--patch_size", "64", "--location", "all"],
+        ["--patch_size", "64", "--sigma", "0"],
     ],
 )
 def test_wrong_usage_exits_with_2(script, wrong):
