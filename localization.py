@@ -311,8 +311,8 @@ def upsample(scores: Tensor, grid: Grid, sigma: float) -> Tensor:
     Gaussian of ``sigma`` pixels around it.
 
     It is the paper's transposed convolution with a Gaussian kernel, divided by the sum of weights (without which maps
-    are darker at the border and striped for small sigma). The kernel is separable, so it comes to a matrix for each
-    side.
+    are darker at the border and striped for small sigma). Pixels further out than the centres of the outermost windows
+    continue the map as it is there. The kernel is separable, so it comes to a matrix for each side.
     """
     down, across = (
         weights(side, centers.to(scores.device), sigma).to(scores)
@@ -324,4 +324,6 @@ def upsample(scores: Tensor, grid: Grid, sigma: float) -> Tensor:
 def weights(side: int, centers: Tensor, sigma: float) -> Tensor:
     """Of each window (h) for each pixel of a side: (side, h) float64, rows that sum to 1."""
     pixels = torch.arange(side, dtype=torch.float64, device=centers.device) + 0.5
+    # From pixels without a window on either side the nearest score alone would be seen, less smoothed than any other
+    pixels = pixels.clamp(centers[0], centers[-1])
     return (-(pixels[:, None] - centers).square() / (2 * sigma**2)).softmax(1)

@@ -166,6 +166,98 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, fitted):
     assert path.read_bytes() == before
 
 
+# Patch models -----------------------------------------------------------------------------------------------------
+
+PATCHES = CONFIG | {
+    **{"height": 64, "width": 96, "l2": False, "patch_size": 32},
+    **{"window": 16, "stride": 8, "level": 1, "dense": True, "location": "each", "sigma": 4.0},
+}
+PLAIN = {"level": 4, "dense": False, "window": 32}
+
+
+def pictures(count, seed=0):
+    """Waves with some noise, all different: (N, 3, 64, 96) uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    phase = 6.3 * torch.rand(count, 1, 1, 1, generator=generator)
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(96.0), indexing="ij")
+    waves = 0.5 + 0.2 * (x / 7 + phase).sin() + 0.1 * (y / 5).cos()
+    noise = 0.05 * torch.randn(count, 3, 64, 96, generator=generator)
+    return (255 * (waves + noise)).clamp(0, 255).byte()
+
+
+@pytest.fixture(scope="module")
+def patch_model():
+    return Detector(PATCHES, initial_network(PATCHES)).eval().fit(pictures(20))
+
+
+@pytest.mark.parametrize("changes", [{}, {"location": "shared"}, PLAIN, PLAIN | {"location": "shared"}, {"l2": True}])
+def test_a_defect_is_the_maximum_of_the_map_where_it_was_drawn(patch_model, changes):
+    """Images that are not square, a defect far from where height and width swapped would put it."""
+    made = patch_model.refit(pictures(20), **changes).eval()
+    images = pictures(3, seed=1)
+    for image, (top, left) in zip(images, ((8, 70), (40, 12), (28, 80))):
+        image[:, top : top + 10, left : left + 10] = torch.tensor([250, 10, 120], dtype=torch.uint8)[:, None, None]
+    (scores, maps) = next(iter(made.maps(images)))
+    assert maps.shape == (3, 64, 96)
+    for values, (top, left) in zip(maps, ((8, 70), (40, 12), (28, 80))):
+        y, x = divmod(int(values.argmax()), 96)
+        assert abs(y + 0.5 - (top + 5)) <= 10
+        assert abs(x + 0.5 - (left + 5)) <= 10
+    assert torch.equal(scores, maps.amax((1, 2)).double())
+    assert (scores > made(pictures(20, seed=2)).max()).all()
+
+
+@pytest.mark.parametrize("location", ["each", "shared", "auto"])
+def test_round_trip_of_a_patch_model(tmp_path, patch_model, location):
+    one = patch_model.refit(pictures(20), location=location)
+    save(one, tmp_path / "brick.pt")
+    other = load(tmp_path / "brick.pt")
+    images = pictures(6, seed=1)
+    assert torch.equal(one.eval()(images), other(images))
+    assert other.config == PATCHES | {"location": location}
+    assert other.density.location == one.density.location
+    assert torch.equal(one.normal_scores, other.normal_scores)
+
+
+def test_a_map_does_not_depend_on_the_batch(patch_model):
+    images = pictures(9, seed=1)
+    together = torch.cat([maps for _, maps in patch_model.maps(images)])
+    alone = torch.cat([maps for image in images for _, maps in patch_model.maps(image[None])])
+    assert torch.allclose(together, alone, rtol=1e-3)
+    assert torch.allclose(patch_model(images), together.amax((1, 2)).double())
+
+
+def test_threshold_of_a_patch_model_is_the_quantile_of_held_out_maxima(patch_model):
+    assert patch_model.normal_scores.shape == (20,)
+    assert patch_model.threshold == patch_model.normal_scores.quantile(0.8)
+    # what the other folds have not seen is further away than what the density was fitted to
+    assert (patch_model.normal_scores > patch_model(pictures(20))).float().mean() > 0.9
+
+
+def test_a_damaged_patch_model_is_named(tmp_path, patch_model):
+    path = tmp_path / "brick.pt"
+    save(patch_model, path)
+    content = torch.load(path, weights_only=True)
+    for key, value in (("window", None), ("level", 7), ("location", "all"), ("dense", 1.5)):
+        torch.save(content | {"config": content["config"] | {key: value}}, path)
+        with pytest.raises(InputError, match=f"damaged detector file \\({key} is"):
+            load(path)
+
+
+def test_equal_images_fit_no_patch_density(patch_model):
+    flat = torch.full((9, 3, 64, 96), 128, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"brick: .*no density can be fitted"):
+        Detector(PATCHES, patch_model.network).fit(flat)
+
+
+def test_grad_cam_has_the_scores_of_the_detector(fitted, images):
+    scores, maps = (torch.cat(parts) for parts in zip(*fitted.maps(images)))
+    assert torch.allclose(scores, fitted(images), rtol=1e-4)
+    assert maps.shape == (12, 32, 48)
+    with pytest.raises(InputError, match="kde"):
+        next(iter(fitted.refit(images, density="kde").maps(images)))
+
+
 def test_a_detector_trained_by_the_script_scores_the_test_images(data, models):
     made = load(models / "brick.pt")
     test = load_test(data, "brick", made.size, 0)

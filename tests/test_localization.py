@@ -355,16 +355,27 @@ def test_the_papers_grid_fits_into_a_file(tmp_path):
 
 def slow_upsampling(scores, grid, sigma):
     """Every score spreads a Gaussian around its window's centre, as a transposed convolution does; then every pixel
-    is divided by what it would have got from scores of 1."""
+    is divided by what it would have got from scores of 1. Pixels further out than all centres are as those there."""
+    down, across = (centers.tolist() for centers in grid.centers)
     sums, ones = np.zeros((2, grid.height, grid.width))
-    for row, y in enumerate(grid.centers[0].tolist()):
-        for col, x in enumerate(grid.centers[1].tolist()):
+    for row, y in enumerate(down):
+        for col, x in enumerate(across):
             for i in range(grid.height):
                 for j in range(grid.width):
-                    weight = math.exp(-((i + 0.5 - y) ** 2 + (j + 0.5 - x) ** 2) / (2 * sigma**2))
+                    at_y, at_x = min(max(i + 0.5, down[0]), down[-1]), min(max(j + 0.5, across[0]), across[-1])
+                    weight = math.exp(-((at_y - y) ** 2 + (at_x - x) ** 2) / (2 * sigma**2))
                     sums[i, j] += weight * float(scores[row, col])
                     ones[i, j] += weight
     return sums / ones
+
+
+def test_a_score_at_the_border_is_smoothed_as_any_other():
+    """Else the maximum of a map, an image's score, would lean towards the border."""
+    grid = Grid(64, 96, 16, 8, 1, False)
+    scores = torch.zeros(2, *grid.shape)
+    scores[0, 3, 5] = scores[1, 3, -1] = 1
+    inner, outer = upsample(scores, grid, 4.0).amax((1, 2)).tolist()
+    assert inner < outer < 1.2 * inner
 
 
 @pytest.mark.parametrize("sigma", [3.0, 8.0])
