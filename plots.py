@@ -107,14 +107,14 @@ def heat_sheet(
     threshold: float | None,
     unit: str,
 ) -> Figure:
-    """Images over their masks over their heat maps, CASES_ACROSS side by side, in one scale of colours.
+    """Images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colours.
 
     cases: title, image (H, W, 3) in [0, 1], mask (H, W) of {0, 1} or None if it is missing, map (H, W). threshold: the
     level that an image's maximum is held against, drawn as an outline; None draws none.
     """
     height, width = cases[0][1].shape[:2]
-    across = min(CASES_ACROSS, len(cases))
-    bands = -(-len(cases) // across)
+    bands = -(-len(cases) // CASES_ACROSS)
+    across = -(-len(cases) // bands)  # bands of about the same length
     side = 1.75
     figure = Figure(
         figsize=(side * across + 1.2, bands * (3 * side * height / width + 0.5) + 0.5), layout="constrained"
@@ -122,7 +122,9 @@ def heat_sheet(
     grid = figure.subplots(3 * bands, across, squeeze=False)
     maps = np.stack([case[3] for case in cases])
     low, high = np.quantile(maps, [0.02, 0.998])
-    high = max(high, low + 1e-9, low if threshold is None else 1.05 * threshold)
+    high = max(high, low + 1e-9)
+    if threshold is not None:  # never out of sight, and not below the middle of the colours: faint defects show too
+        high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
     for axes in grid.flat:
         axes.set_axis_off()
     for number, (title, image, mask, heat) in enumerate(cases):
