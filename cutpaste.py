@@ -17,6 +17,7 @@ SCAR_WIDTH = (2.0, 16.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
 SCAR_LENGTH = (10.0, 25.0)  # likewise
 SCAR_ANGLE = 45.0  # degrees, either way (A.2)
 SCAR_IMAGE_SIZE = 256
+CROP_SIZE = 64  # the paper's crops of a patch model, of images of SCAR_IMAGE_SIZE (2.4)
 BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that a processor's cache holds with all that is computed of them
 GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision's rgb_to_grayscale
 
@@ -135,7 +136,9 @@ def make_params(
     corner, size, scar_scale = None, (height, width), min(height, width) / SCAR_IMAGE_SIZE
     if patch_size is not None:
         corner = torch.stack([_whole(torch.full((batch_size,), side - patch_size), generator) for side in size], 1)
-        corner, size = corner.long(), (patch_size, patch_size)  # a scar in it is as long as in the whole image
+        corner, size = corner.long(), (patch_size, patch_size)
+        # A scar in a crop is as long as in the whole image, but no longer against the crop than in the paper's
+        scar_scale = min(scar_scale, patch_size / CROP_SIZE)
     pastes = []
     for view in VARIANTS[variant].views[1:]:
         if view == "patch":

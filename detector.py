@@ -6,6 +6,7 @@ images or of training.
 
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,16 @@ from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES, held_out_scores
 from gradcam import GradCAM
-from localization import GRID_KEYS, LOCATIONS, Grid, PatchGaussian, embedding_blocks, upsample
+from localization import (
+    GRID_KEYS,
+    IMAGES_AT_ONCE,
+    LOCATIONS,
+    Grid,
+    PatchGaussian,
+    TooFewImages,
+    embedding_blocks,
+    upsample,
+)
 from model import BACKBONES, LEVELS, NORMALIZATIONS, CutPasteNet, embed, load_backbone_weights
 
 FORMAT = "cutpaste-detector"
@@ -149,7 +159,8 @@ class Detector(nn.Module):
     def fit(self, images: Tensor, threshold: bool = True) -> "Detector":
         """Fit the density to normal images (N, 3, H, W); with ``threshold``, choose that too, from them alone.
 
-        Of more than DENSITY_IMAGES, that many are taken, evenly spaced.
+        Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model localization's
+        PATCH_DENSITY_IMAGES.
         Raises InputError if no density fits, for embeddings that are not finite or all equal.
         """
         if self.grid:
@@ -180,11 +191,14 @@ class Detector(nn.Module):
         self.density = PatchGaussian()
         try:
             scores = self.density.fit(passes, self.config["location"], held_out=threshold)
+        except TooFewImages as error:
+            raise InputError(f"{self.config['category']}: {error}; use --location shared or auto") from error
         except ValueError as error:
             category = self.config["category"]
             raise InputError(f"{category}: {error}; no density can be fitted, train anew with a lower --lr") from error
         if threshold:
-            self.normal_scores = self.map_of(scores).amax((1, 2)).double()
+            maxima = [self.map_of(some).amax((1, 2)) for some in scores.split(IMAGES_AT_ONCE)]
+            self.normal_scores = torch.cat(maxima).double()
             self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
         return self
 
@@ -196,9 +210,9 @@ class Detector(nn.Module):
         return other.fit(images)
 
     def untrained(self) -> "Detector":
-        """The control: the same configuration on the network as training found it (not fitted yet)."""
-        network = initial_network(self.config).to(next(self.network.parameters()).device)
-        return Detector(self.config, network)
+        """The control: the network as training found it, to be fitted (it is not yet) with the same kind of density."""
+        chosen = {"location": self.density.location} if self.grid else {}
+        return Detector(self.config | chosen, initial_network(self.config).to(self.device))
 
 
 def build_network(config: dict) -> CutPasteNet:
@@ -279,10 +293,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
         for name, value in content["density"].items():
             detector.density.get_buffer(name)  # AttributeError for a name that the density does not have
             setattr(detector.density, name, value)
+        if detector.grid and len(detector.density.mean) not in (1, math.prod(detector.grid.shape)):
+            raise ValueError(f"{len(detector.density.mean)} Gaussians for {detector.grid.shape} windows")
         detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
         detector.made = dict(content["made"])
         return detector.to(device).eval()
-    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
 

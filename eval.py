@@ -66,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
         type=options.zero_or_one,
         default=False,
         metavar="0|1",
-        help="write every anomaly map as a 16-bit TIFF of its image's size (default: 0)",
+        help="write every anomaly map as a 16-bit TIFF of its image's size, in place of earlier ones (default: 0)",
     )
     return parser
 
@@ -94,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
         for row in rows:
             print_lines(row)
     print_average(rows)
-    # Only now, all at once: a bad image in the last category leaves earlier results as they were
+    # Only now, all at once: a bad image in the last category leaves earlier results (but maps, too large to be kept
+    # until now) as they were
     contents = {
         "results.csv": as_csv(rows),
         "scores.csv": as_csv([row for result in results for row in result.score_rows]),
@@ -150,8 +151,9 @@ def open_detector(args: argparse.Namespace, category: str, device: torch.device)
     if detector.grid is None:
         if patch_only := [name for name in changes if name in PATCH_KEYS]:
             raise InputError(f"--{patch_only[0]}: {path} is no patch model; leave the flag out or choose with --type")
-        if args.heatmaps and changes.get("density", detector.config["density"]) == "kde":
-            raise InputError(f"{path}: --heatmaps 1 needs a gradient, which the density kde has not; take torch")
+        if (args.heatmaps or args.save_maps) and changes.get("density", detector.config["density"]) == "kde":
+            flag = "--heatmaps" if args.heatmaps else "--save_maps"
+            raise InputError(f"{path}: {flag} 1 needs a gradient, which the density kde has not; take torch")
     else:
         if changes.get("density", "torch") != "torch":
             raise InputError(f"--density {args.density}: {path} is a patch model, whose density is torch")
@@ -179,15 +181,24 @@ def evaluate(
     if masks is None:
         scores, maps = detector(test.images).cpu().numpy(), None
     else:
-        blocks = [(scores.cpu().numpy(), maps.cpu().numpy()) for scores, maps in detector.maps(test.images)]
-        scores, maps = (np.concatenate(parts) for parts in zip(*blocks))
+        scores, maps = np.empty(len(masks)), np.empty(masks.shape, dtype=np.float32)
+        done = 0
+        for some, their_maps in detector.maps(test.images):
+            part = slice(done, done := done + len(some))
+            scores[part], maps[part] = some.cpu().numpy(), their_maps.cpu().numpy()
     metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
     if masks is not None:
-        # An anomalous image without a mask would count as all normal
-        known = [path is not None or not label for path, label in zip(test.mask_paths, test.labels)]
-        if masks[known].any():
-            metrics |= pixel_metrics(masks[known], maps[known])
+        known = with_truth(test)
+        truth = masks[known]
+        if truth.any() and not truth.all():
+            metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
     return scores, maps, metrics
+
+
+def with_truth(test: TestSet) -> np.ndarray:
+    """(M,) bool: the test images whose pixels are known. An anomalous image without a mask would count as all
+    normal."""
+    return np.array([path is not None or not label for path, label in zip(test.mask_paths, test.labels)])
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
     if changes:
         detector = detector.refit(train, **changes)
     test = load_test(args.data_dir, category, detector.size, args.workers, options.storage(args))
-    with_maps = detector.grid is not None or args.heatmaps
+    with_maps = detector.grid is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
     scores, maps, metrics = evaluate(detector, test, masks)
     if "image_auroc" not in metrics:
@@ -219,10 +230,10 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
         control, _, control_metrics = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
         metrics |= {f"control_{name}": value for name, value in control_metrics.items()}
     if with_maps:
-        tell_of_masks(category, test)
-    if args.save_maps and with_maps:
+        tell_of_masks(category, test, masks)
+    if args.save_maps:
         folder = Path(args.eval_dir) / options.folder_name(args.model_dir) / "maps"
-        save_maps(folder, Path(args.data_dir), test, maps)
+        save_maps(folder / category, Path(args.data_dir) / category, test, maps)
     row = result_row(detector, test, scores, metrics)
     plots = as_png(draw(detector, test, scores, control)) if args.save_plots else {}
     if args.save_plots and with_maps:
@@ -230,28 +241,41 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
     return Result(row, score_table(args.data_dir, detector, test, scores), plots)
 
 
-def tell_of_masks(category: str, test: TestSet) -> None:
+def tell_of_masks(category: str, test: TestSet, masks: np.ndarray) -> None:
     """Say where the pixel metrics are missing, or of fewer images."""
-    missing = sum(label and path is None for label, path in zip(test.labels, test.mask_paths))
+    missing = int((~with_truth(test)).sum())
     if missing and missing == test.labels.sum():
         say(f"{category}: no masks in ground_truth, so image metrics only")
-    elif missing:
+        return
+    if missing:
         say(f"{category}: {missing} anomalous images without a mask, left out of the pixel metrics")
+    share = masks[with_truth(test)].mean()
+    if share in (0, 1) and test.labels.any():
+        say(f"{category}: the masks mark {'every' if share else 'no'} pixel, so image metrics only")
 
 
-def save_maps(folder: Path, data_dir: Path, test: TestSet, maps: np.ndarray) -> None:
-    """Write maps (M, H, W) as float16 TIFF files of their images' sizes, as MVTec's evaluation script reads them:
-    <folder>/<category>/test/<defect type>/<name>.tiff."""
+def save_maps(folder: Path, images: Path, test: TestSet, maps: np.ndarray) -> None:
+    """Write maps (M, H, W) as float16 TIFF files of their images' sizes, in place of those in the folder, as MVTec's
+    evaluation script reads them: <folder>/test/<defect type>/<name>.tiff. images: folder of the category's images."""
     import io
+    import shutil
 
     import tifffile
 
-    for path, values in zip(test.paths, maps):
+    targets = [(folder / path.relative_to(images)).with_suffix(".tiff") for path in test.paths]
+    for target, path in zip(targets, test.paths):
+        if targets.count(target) > 1:
+            raise InputError(
+                f"{path}: another image of that name beside it, --save_maps 1 would mix them up; rename it"
+            )
+    if folder.is_dir():
+        shutil.rmtree(folder)  # maps of images that may have gone
+    for path, target, values in zip(test.paths, targets, maps):
         size = read_size(path)
         values = functional.interpolate(torch.from_numpy(values)[None, None], size, mode="bilinear")[0, 0]
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, values.clamp(max=torch.finfo(torch.float16).max).half().numpy())
-        write_file(buffer.getbuffer(), (folder / path.relative_to(data_dir)).with_suffix(".tiff"))
+        write_file(buffer.getbuffer(), target)
 
 
 def print_lines(row: dict) -> None:

@@ -47,6 +47,7 @@ class GradCAM:
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
 
+    @torch.inference_mode(False)
     @torch.enable_grad()
     def __call__(self, images: Tensor, score) -> tuple[Tensor, Tensor]:
         """Scores (M,) of images (M, 3, H, W), uint8 or float in [0, 1], on the network's device, and their maps.

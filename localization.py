@@ -23,7 +23,7 @@ EACH_DIMS = 64  # of the projection that one Gaussian per location is fitted in:
 IMAGES_AT_ONCE = 4
 WINDOWS_AT_ONCE = 512
 PROJECTION_IMAGES = 32  # normal images that the projection is taken from
-DENSITY_IMAGES = 1000  # that the Gaussians are fitted to, and scored under those of the other folds, at most
+PATCH_DENSITY_IMAGES = 1000  # that the Gaussians are fitted to, and scored under those of the other folds, at most
 FOLDS = 5
 POOLED = 0.05  # share of the mean covariance in each location's
 EACH_LEAST = 8  # images that one Gaussian per location needs
@@ -77,9 +77,13 @@ class Grid:
 
     @property
     def centers(self) -> tuple[Tensor, Tensor]:
-        """Of the windows, down (h,) and across (w,): pixels, float64; a pixel's own centre is at +0.5."""
+        """Of the windows, down (h,) and across (w,): pixels, float64; a pixel's own centre is at +0.5.
+
+        dense: of what the features have seen. The stem and each halving are padded alike on both sides, which puts
+        feature i at pixel unit * i, not in the middle of unit pixels.
+        """
         return tuple(
-            first + self.window / 2 + self.stride * torch.arange(count, dtype=torch.float64)
+            first + self.window / 2 - (self.unit - 1) / 2 + self.stride * torch.arange(count, dtype=torch.float64)
             for first, count in zip(self.corner, self.shape)
         )
 
@@ -96,11 +100,12 @@ def embed_windows(network: CutPasteNet, images: Tensor, grid: Grid) -> Tensor:
         means = functional.avg_pool2d(features[:, :, y:, x:], grid.window // grid.unit, grid.stride // grid.unit)
         return means[:, :, :h, :w].flatten(2).mT.float()
     y, x = grid.corner
-    windows = images[:, :, y:, x:].unfold(2, grid.window, grid.stride).unfold(3, grid.window, grid.stride)
     parts = []
-    for part in windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).split(WINDOWS_AT_ONCE):  # (n, 3, window, window)
-        part = part.contiguous(memory_format=torch.channels_last)
-        parts.append(stage_features(network.backbone, part, grid.level).mean((2, 3)))
+    for image in images:  # one at a time: their windows overlap, a copy of all is many times the image
+        windows = image[:, y:, x:].unfold(1, grid.window, grid.stride).unfold(2, grid.window, grid.stride)
+        for part in windows.permute(1, 2, 0, 3, 4).flatten(0, 1).split(WINDOWS_AT_ONCE):  # (n, 3, window, window)
+            part = part.contiguous(memory_format=torch.channels_last)
+            parts.append(stage_features(network.backbone, part, grid.level).mean((2, 3)))
     return torch.cat(parts).view(len(images), -1, parts[0].shape[1]).float()
 
 
@@ -176,6 +181,10 @@ def distances(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     return ((x.to(mean) - mean[:, None]) @ factor.mT).norm(dim=2)
 
 
+class TooFewImages(ValueError):
+    """Fewer images than one Gaussian per location needs."""
+
+
 class PatchGaussian(nn.Module):
     """The density of a patch model: one Gaussian for all locations, or one for each.
 
@@ -204,14 +213,15 @@ class PatchGaussian(nn.Module):
         location "auto": the kind under which images are likelier when the Gaussians are fitted to the other folds, in
         the projection; "shared" with fewer than EACH_LEAST images.
         Returns the scores (n, L) of the images, each under Gaussians fitted to the other folds (image i is in fold i
-        modulo FOLDS); None with held_out False. Raises ValueError if no Gaussian can be fitted.
+        modulo FOLDS); None with held_out False. Raises ValueError if no Gaussian can be fitted, TooFewImages where a
+        shared one could.
         """
         basis = principal_axes(passes(PROJECTION_IMAGES))
         projections = {"shared": basis, "each": basis[:, :EACH_DIMS]}
         kinds = ("shared", "each") if location == "auto" else (location,)
         folds: dict[str, list[Moments]] = {kind: [] for kind in kinds}
         images = 0
-        for x in _one_by_one(passes(DENSITY_IMAGES)):
+        for x in _one_by_one(passes(PATCH_DENSITY_IMAGES)):
             for kind, own in folds.items():
                 new = Moments.of(arranged(x @ projections[kind], kind))
                 if images < FOLDS:
@@ -221,24 +231,29 @@ class PatchGaussian(nn.Module):
             images += 1
         if images < EACH_LEAST:
             if location == "each":
-                raise ValueError(f"{images} images, one Gaussian for each location needs {EACH_LEAST}")
+                raise TooFewImages(f"{images} images, one Gaussian for each location needs {EACH_LEAST}")
             kinds = ("shared",)
         if len(kinds) > 1:
             pooled = [fold.pooled() for fold in folds["each"]]
             self.likelihoods = {"shared": likelihood(pooled), "each": likelihood(folds["each"])}
             kinds = (max(self.likelihoods, key=self.likelihoods.get),)
         (kind,) = kinds
-        total = sum(folds[kind][1:], folds[kind][0])
+        own = folds.pop(kind)
+        folds.clear()  # memory: with one Gaussian per location the largest thing here
+        total = sum(own[1:], own[0])
         self.projection = projections[kind].float()
         self.mean, self.factor = (x.float() for x in gaussians(total))
         if not held_out:
             return None
         few = images < 4  # the others of so few are no distribution
-        others = [gaussians(total if few else total - fold) for fold in folds.pop(kind)]
+        others = []
+        while own:
+            fold = own.pop(0)
+            others.append(gaussians(total if few else total - fold))
         return torch.stack(
             [
                 distances(arranged(x @ projections[kind], kind), *others[number % FOLDS]).reshape(-1)
-                for number, x in enumerate(_one_by_one(passes(DENSITY_IMAGES)))
+                for number, x in enumerate(_one_by_one(passes(PATCH_DENSITY_IMAGES)))
             ]
         )
 
@@ -283,7 +298,7 @@ def gaussians(moments: Moments) -> tuple[Tensor, Tensor]:
         covariance = (1 - POOLED) * covariance + POOLED * covariance.mean(0)
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if failed.any() or not torch.isfinite(lower).all():
-        raise ValueError("the embeddings are all equal or not finite")
+        raise ValueError("the embeddings are all equal")
     eye = torch.eye(mean.shape[1], dtype=mean.dtype, device=mean.device)
     return mean, torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
 
@@ -299,6 +314,8 @@ def principal_axes(embeddings: Iterator[Tensor]) -> Tensor:
     for block in embeddings:
         own = Moments.of(block.flatten(0, 1)[None])
         total = own if total is None else total + own
+    if not torch.isfinite(total.fourth).all():  # eigh may raise an error of another kind, or go on
+        raise ValueError("the embeddings are not finite")
     mean = total.first[0] / total.count
     return torch.linalg.eigh(total.second[0] / total.count - mean[:, None] * mean)[1].flip(1)
 

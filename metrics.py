@@ -75,7 +75,8 @@ def pixel_metrics(masks, maps) -> dict[str, float]:
         raise ValueError("both normal and defective pixels are needed")
     if not np.isfinite(maps).all():
         raise ValueError("a score is not finite")
-    normal = np.sort(maps[~masks])
+    normal = maps[~masks]
+    normal.sort()  # in place: it is nearly as large as all maps
     levels, place = np.unique(maps[masks], return_inverse=True)
     # (2, K) each, from the highest score down: just above it, and with it
     false = len(normal) - np.stack([np.searchsorted(normal, levels, side) for side in ("right", "left")])[:, ::-1]

@@ -16,7 +16,7 @@ import options
 import ranks
 from dataset import InputError, TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from detector import Detector, detector_path, load, remove_file, save, write_file
-from localization import GRID_KEYS, Grid
+from localization import EACH_LEAST, GRID_KEYS, Grid
 from model import BACKBONES
 from options import say
 from ranks import Ranks
@@ -43,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     options.add_data_flags(parser)
     options.add_network_flags(parser, DEFAULTS)
-    options.add_density_flags(parser, "torch", "1, or with --patch_size 0")
+    options.add_density_flags(parser, "torch", "1; 0 for patch models")
     whole, number = options.whole, options.number
 
     def add(flag: str, help: str, **kwargs) -> None:
@@ -88,7 +88,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     add(
         "test_epochs",
-        "updates between two looks at the test AUROC; -1: none (default: 256, or with --patch_size none)",
+        "updates between two looks at the test AUROC; -1: none (default: 256; none for patch models)",
         type=whole(-1),
     )
     add(
@@ -279,6 +279,11 @@ def train_category(
         raise InputError(f"{Path(args.data_dir) / category}: all training images are equal; nothing can be learned")
     if len(images) < together.count:
         raise InputError(f"{category}: {len(images)} training images for {together.count} ranks; start fewer of them")
+    if config["location"] == "each" and len(images) < EACH_LEAST:
+        raise InputError(
+            f"{category}: {len(images)} training images, one Gaussian for each location needs {EACH_LEAST}; "
+            "use --location shared or auto"
+        )
     if len(images) < config["batch_size"] and together.first:
         say(f"{category}: {len(images)} training images, so {len(images)} per update (--batch_size)")
     test = load_watched_test(args, config) if args.test_epochs > 0 and together.first else None

@@ -109,7 +109,7 @@ def pixel_table() -> str:
         control = "" if pandas.isna(row.control_pixel_auroc) else f"{100 * row.control_pixel_auroc:.1f}"
         lines.append(
             f"| {row.category} | {maps} | {row.width} | {row.epochs} | {row.seed} | {gaussian} | "
-            f"{100 * row.pixel_auroc:.1f} | {control} | {PAPER_PIXEL[row.category] if patches else ''} | "
+            f"{100 * row.pixel_auroc:.1f} | {control} | {PAPER_PIXEL.get(row.category, '') if patches else ''} | "
             f"{100 * row.aupro:.1f} | {100 * row.image_auroc:.1f} |"
         )
     return "\n".join(lines)
@@ -118,23 +118,26 @@ def pixel_table() -> str:
 def maps_table() -> str:
     """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings."""
     rows = pandas.read_csv(ROOT / "results/maps.csv")
-    rows = rows[rows.trained]
+    rows = rows[rows.trained].copy()
     rows["network"] = rows.dense.map({True: "once", False: "per window"})
-    settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma"]
+    rows["length"] = rows.l2.map({True: "1", False: "kept"})
+    settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma", "length"]
+    if (again := rows.duplicated([*settings, "category"])).any():
+        sys.exit(f"results/maps.csv: more than one row for {rows[again].iloc[0][[*settings, 'category']].to_dict()}")
     pixels = rows.pivot_table("pixel_auroc", settings, "category", sort=False)
     costs = rows.groupby(settings, sort=False)[["seconds_per_image", "peak_mb", "file_mb"]].median()
     categories = [name for name in PAPER_PIXEL if name in pixels.columns]
     lines = [
-        f"| stage | network | window | stride | Gaussian | dims | sigma | {' | '.join(categories)} "
+        f"| stage | network | window | stride | Gaussian | dims | sigma | length | {' | '.join(categories)} "
         "| s per image | peak MB | file MB |",
-        "|---" * (10 + len(categories)) + "|",
+        "|---" * (11 + len(categories)) + "|",
     ]
     for key, values in pixels.iterrows():
-        level, network, window, stride, location, dims, sigma = key
+        level, network, window, stride, location, dims, sigma, length = key
         found = " | ".join("" if pandas.isna(values[name]) else f"{100 * values[name]:.1f}" for name in categories)
         cost = costs.loc[key]
         lines.append(
-            f"| {level:.0f} | {network} | {window:.0f} | {stride:.0f} | {location} | {dims:.0f} | {sigma:g} "
+            f"| {level:.0f} | {network} | {window:.0f} | {stride:.0f} | {location} | {dims:.0f} | {sigma:g} | {length} "
             f"| {found} | {cost.seconds_per_image:.3g} | {cost.peak_mb:,.0f} | {cost.file_mb:,.0f} |"
         )
     return "\n".join(lines)

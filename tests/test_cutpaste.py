@@ -675,6 +675,14 @@ def test_a_patch_scales_with_the_crop_and_a_scar_with_the_image():
     assert (scar.height.min(), scar.height.max()) == (10, 25)
 
 
+@pytest.mark.parametrize(
+    ("size", "patch_size", "length"), [(256, 32, 12), (512, 64, 25), (512, 128, 50), (128, 64, 12)]
+)
+def test_a_scar_stays_in_proportion_to_its_crop(size, patch_size, length):
+    _, scar = make_params("3way", MANY, size, size, seeded(), patch_size=patch_size).pastes
+    assert scar.height.max() == length
+
+
 @pytest.mark.parametrize("size", [(60, 60), (48, 90), (90, 48)])
 def test_views_of_a_crop_are_cut_from_the_augmented_image(size):
     """Against slices: the base augmentation sees the whole image, CutPaste the crop alone."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import detector
+import localization
 from dataset import InputError, load_test, load_train
 from density import held_out_scores
 from detector import Detector, initial_network, load, save
@@ -242,6 +243,40 @@ def test_a_damaged_patch_model_is_named(tmp_path, patch_model):
         torch.save(content | {"config": content["config"] | {key: value}}, path)
         with pytest.raises(InputError, match=f"damaged detector file \\({key} is"):
             load(path)
+
+
+def test_gaussians_of_other_windows_than_the_files_are_named(tmp_path, patch_model):
+    path = tmp_path / "brick.pt"
+    for changes in ({"window": 18}, {"window": 32}, {"stride": 16}):
+        save(patch_model, path)
+        content = torch.load(path, weights_only=True)
+        torch.save(content | {"config": content["config"] | changes}, path)
+        with pytest.raises(InputError, match="damaged detector file"):
+            load(path)
+
+
+def test_the_papers_grid_fits_into_a_file(tmp_path):
+    """One Gaussian for each of 57 x 57 locations: 512 dimensions would make gigabytes of them."""
+    config = PATCHES | PLAIN | {"height": 256, "width": 256, "stride": 4}
+    made = Detector(config, initial_network(config))
+    assert made.grid.shape == (57, 57)
+    dims = localization.EACH_DIMS
+    made.density.projection, made.density.mean = torch.zeros(512, dims), torch.zeros(57 * 57, dims)
+    made.density.factor = torch.zeros(57 * 57, dims, dims)
+    save(made, tmp_path / "brick.pt")
+    assert load(tmp_path / "brick.pt").density.location == "each"
+    assert (tmp_path / "brick.pt").stat().st_size < 200e6
+
+
+def test_the_control_of_a_patch_model_has_the_kind_of_its_density(patch_model):
+    made = patch_model.refit(pictures(20), location="auto")
+    assert made.untrained().fit(pictures(20), threshold=False).density.location == made.density.location
+    assert made.untrained().config["location"] == made.density.location
+
+
+def test_too_few_images_for_a_gaussian_each(patch_model):
+    with pytest.raises(InputError, match=r"brick: 5 images, .*needs 8; use --location shared or auto"):
+        Detector(PATCHES, patch_model.network).fit(pictures(5))
 
 
 def test_equal_images_fit_no_patch_density(patch_model):

@@ -292,6 +292,23 @@ def test_maps_are_saved_in_the_size_of_their_images(data, patch_models, tmp_path
     assert done.code == 0, done.err
     saved = tifffile.imread(tmp_path / "Eval/patch_models/maps/brick/test/good/000.tiff")
     assert saved.shape == (70, 50)
+    path.unlink()
+    assert script("eval", *where, "--save_maps", 1, "--save_plots", 0).code == 0
+    assert len(list((tmp_path / "Eval/patch_models/maps").rglob("*.tiff"))) == 11
+    shutil.copy(path.with_name("001.png"), path.with_name("001.bmp"))
+    one_line(script("eval", *where, "--save_maps", 1, "--save_plots", 0), "good/001", "rename it")
+
+
+@pytest.mark.parametrize(("grey", "word"), [(255, "every"), (0, "no")])
+def test_masks_that_mark_all_or_nothing(data, patch_models, tmp_path, script, grey, word):
+    shutil.copytree(data / "brick", tmp_path / "Data/brick")
+    shutil.rmtree(tmp_path / "Data/brick/test/good")
+    for path in (tmp_path / "Data/brick/ground_truth").rglob("*.png"):
+        Image.new("L", (32, 32), grey).save(path)
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
+    done = script("eval", *where)
+    assert all_lines(done) == {}
+    assert f"the masks mark {word} pixel" in done.err
 
 
 def test_other_settings_of_maps_are_fitted_anew(data, patch_models, tmp_path, script):
@@ -305,15 +322,16 @@ def test_other_settings_of_maps_are_fitted_anew(data, patch_models, tmp_path, sc
     assert (patch_models / "brick.pt").read_bytes() == before
 
 
-def test_heatmaps_of_an_image_level_model(where, tmp_path, script):
-    done = script("eval", *where, "--type", "brick", "--heatmaps", 1, "--save_maps", 1)
+@pytest.mark.parametrize("flag", ["--heatmaps", "--save_maps"])
+def test_maps_of_an_image_level_model(where, tmp_path, script, flag):
+    done = script("eval", *where, "--type", "brick", flag, 1)
     values = all_lines(done)
     assert [metric for name, metric in values if name == "brick"] == ["AUC", "pixel AUROC", "AUPRO"]
     without = all_lines(script("eval", *where, "--type", "brick", "--save_plots", 0))
     assert without["brick", "AUC"] == pytest.approx(values["brick", "AUC"], abs=1e-9)
     folder = tmp_path / "Eval/models"
     assert (folder / "brick/heatmaps.png").is_file()
-    assert len(list((folder / "maps/brick/test").rglob("*.tiff"))) == 12
+    assert len(list(folder.rglob("maps/brick/test/*/*.tiff"))) == (12 if flag == "--save_maps" else 0)
 
 
 def test_where_masks_are_missing(data, patch_models, tmp_path, script):
@@ -336,7 +354,8 @@ def test_where_masks_are_missing(data, patch_models, tmp_path, script):
 
 def test_flags_that_do_not_fit_the_kind_of_model(data, where, patch_models, script):
     one_line(script("eval", *where, "--sigma", 4), "--sigma", "no patch model")
-    one_line(script("eval", *where, "--heatmaps", 1, "--density", "kde"), "--heatmaps 1", "kde")
+    for flag in ("--heatmaps", "--save_maps"):
+        one_line(script("eval", *where, flag, 1, "--density", "kde"), f"{flag} 1", "kde")
     patches = [*where, "--model_dir", patch_models]
     one_line(script("eval", *patches, "--density", "kde"), "--density kde", "patch model")
     one_line(script("eval", *patches, "--window", 64), "--window 64", "larger than the image")

@@ -152,7 +152,8 @@ def test_a_distance_of_zero_has_an_empty_map():
     assert (maps == 0).all()
 
 
-def test_works_where_gradients_are_off():
-    with torch.no_grad(), GradCAM(make()) as cam:
-        _, maps = cam(IMAGES, length)
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_works_where_gradients_are_off(off):
+    with off(), GradCAM(make()) as cam:
+        _, maps = cam(IMAGES.clone(), length)
     assert maps.max() > 0

@@ -75,10 +75,10 @@ def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, 
     assert grid.shape == tuple(1 + math.floor((side - window) / stride) for side in (height, width))
     for side, centers, corner in zip((height, width), grid.centers, grid.corner):
         assert (centers.diff() == stride).all()
-        assert centers[0] - window / 2 == corner
+        assert centers[0] - window / 2 + (unit - 1) / 2 == corner
         assert 0 <= corner < stride
         assert corner % unit == 0
-        assert 0 <= side - (centers[-1] + window / 2) < stride
+        assert 0 <= side - (centers[-1] - centers[0] + corner + window) < stride
 
 
 @pytest.mark.parametrize(
@@ -161,6 +161,29 @@ def test_blocks_are_all_images_in_order_and_the_network_is_left_as_it_was():
         with torch.no_grad():
             alone = embed_windows(net, image[None].float() / 255, grid)[0]
         assert torch.allclose(functional.normalize(alone, dim=1), own, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("level", "window", "stride"), [(1, 16, 8), (1, 8, 4), (1, 4, 4), (2, 16, 16), (2, 8, 8), (3, 32, 16)]
+)
+def test_centers_are_in_the_middle_of_what_dense_windows_see(level, window, stride):
+    """By the gradient of windows in the middle of the image, of a network whose filters are all symmetric."""
+    grid, net = Grid(160, 192, window, stride, level, True), network("imagenet")
+    for module in net.backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    net.backbone.maxpool = nn.AvgPool2d(3, 2, 1)  # of equal pixels the largest is the first
+    images = torch.full((1, 3, 160, 192), 0.9, requires_grad=True)
+    embeddings = embed_windows(net, images, grid)
+    row, col = grid.shape[0] // 2, grid.shape[1] // 2
+    embeddings[0, row * grid.shape[1] + col].sum().backward()
+    seen = images.grad[0].sum(0).double()
+    for axis, center in ((1, grid.centers[0][row]), (0, grid.centers[1][col])):
+        weights = seen.sum(axis)
+        middle = ((torch.arange(len(weights)) + 0.5) * weights).sum() / weights.sum()
+        assert middle == pytest.approx(center.item(), abs=0.51)
 
 
 # Densities --------------------------------------------------------------------------------------------------------
@@ -301,9 +324,8 @@ def test_moments_add_and_subtract():
             assert torch.allclose(getattr(found, name), getattr(expected, name))
 
 
-def test_no_image_is_held_twice(monkeypatch):
-    """Neither more images than were asked for, nor more than a block of embeddings at once."""
-    monkeypatch.setattr(localization, "DENSITY_IMAGES", 20)
+def test_a_density_is_fitted_to_an_even_sample_of_many_images(monkeypatch):
+    monkeypatch.setattr(localization, "PATCH_DENSITY_IMAGES", 20)
     asked = []
     x = embeddings(50, 3, 4)
 
@@ -335,19 +357,14 @@ def test_densities_that_cannot_be():
         PatchGaussian().fit(passes(embeddings(3, 4, 5)), "each")
     with pytest.raises(ValueError, match="all equal"):
         PatchGaussian().fit(passes(torch.ones(9, 4, 5, dtype=torch.float64)), "shared")
+    for bad in (math.nan, math.inf):
+        x = embeddings(9, 4, 5)
+        x[3, 2, 1] = bad
+        with pytest.raises(ValueError, match="not finite"):
+            PatchGaussian().fit(passes(x), "shared")
     few = PatchGaussian()
     assert few.fit(passes(embeddings(3, 4, 5)), "auto").shape == (3, 4)
     assert few.location == "shared"
-
-
-def test_the_papers_grid_fits_into_a_file(tmp_path):
-    x = embeddings(9, 57 * 57, 2).float()
-    density = PatchGaussian()
-    density.fit(passes(x), "each", held_out=False)
-    per_location = sum(b.numel() for n, b in density.named_buffers() if n != "projection") / (57 * 57)
-    dims = localization.EACH_DIMS
-    assert per_location == 2 + 2 * 2  # a mean and a factor: so with all dimensions
-    assert 57 * 57 * (dims + dims**2) * 4 < 100e6
 
 
 # Maps -------------------------------------------------------------------------------------------------------------

@@ -275,6 +275,15 @@ def test_location_auto_says_what_it_chose(data, tmp_path, script):
     assert made.config["location"] == "auto"
 
 
+def test_too_few_images_for_a_gaussian_each_are_told_before_training(data, tmp_path, script):
+    shutil.copytree(data / "brick", tmp_path / "Data/brick")
+    for path in sorted((tmp_path / "Data/brick/train/good").iterdir())[5:]:
+        path.unlink()
+    done = script("run_training", *flags(tmp_path / "Data", tmp_path, *PATCHES, "--location", "each"))
+    one_line(done, "brick: 5 training images", "needs 8", "--location shared")
+    assert not (tmp_path / "logdirs").exists()
+
+
 def test_a_crop_is_normalised_as_the_image_that_it_is_from():
     args = get_parser().parse_args([*TINY, *map(str, PATCHES), "--translate", "0", "--jitter", "0"])
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
