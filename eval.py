@@ -218,6 +218,8 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
         train = load_train(args.data_dir, category, detector.size, args.workers, options.storage(args))
     if changes:
         detector = detector.refit(train, **changes)
+        if detector.grid is not None:
+            say(f"{category}: {detector.density.choice}")
     test = load_test(args.data_dir, category, detector.size, args.workers, options.storage(args))
     with_maps = detector.grid is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None

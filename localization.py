@@ -206,6 +206,15 @@ class PatchGaussian(nn.Module):
     def location(self) -> str:
         return "shared" if len(self.mean) == 1 else "each"
 
+    @property
+    def choice(self) -> str:
+        """Which kind it is, and what "auto" decided by, in words."""
+        words = "one Gaussian for each location" if self.location == "each" else "one Gaussian for all locations"
+        if self.likelihoods:
+            found = ", ".join(f"{kind} {value:.1f}" for kind, value in self.likelihoods.items())
+            words += f" (mean log likelihood of held-out normal images: {found})"
+        return words
+
     def fit(self, passes: Callable[[int], Iterator[Tensor]], location: str, held_out: bool = True) -> Tensor | None:
         """Fit to normal images. passes(n) gives the embeddings (m, L, D) of n evenly spaced ones (all, if there are no
         more), some images at a time, anew at each call.

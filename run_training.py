@@ -315,20 +315,10 @@ def train_category(
         "torch": str(torch.__version__),
     }
     if detector.grid:
-        kind = "for each location" if detector.density.location == "each" else "for all locations"
-        say(f"{category}: one Gaussian {kind}{why(detector)}")
+        say(f"{category}: {detector.density.choice}")
     save(detector, path)
     remove_file(state_path)
     say(f"{category}: wrote {path}")
-
-
-def why(detector: Detector) -> str:
-    """What decided for the Gaussians of a patch model, if it was decided."""
-    likelihoods = detector.density.likelihoods
-    if len(likelihoods) < 2:
-        return ""
-    found = ", ".join(f"{kind} {value:.1f}" for kind, value in likelihoods.items())
-    return f" (mean log likelihood of held-out normal images: {found})"
 
 
 def saved_state(args: argparse.Namespace, path: Path, digest: str, category: str) -> dict | None:

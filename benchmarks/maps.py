@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, category: str, changes: dict) -> dict | No
     masks = load_masks(test, trained.size, args.workers).numpy()
     network = trained.untrained().network if args.control else trained.network
     began = time.perf_counter()
-    detector = Detector(config, network).eval().fit(train)
+    detector = Detector(config, network).eval().fit(train, threshold=False)  # which would embed all once more
     fitted = time.perf_counter() - began
     _, _, metrics = evaluate(detector, test, masks)
     images = test.images[:TIMED].to(device)

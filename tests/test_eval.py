@@ -319,6 +319,8 @@ def test_other_settings_of_maps_are_fitted_anew(data, patch_models, tmp_path, sc
     row = pandas.read_csv(tmp_path / "patch_models/results.csv").iloc[0]
     assert (row.window, row.stride, row.level, row.dense) == (16, 8, 4, False)
     assert (row.location, row.location_chosen, row.sigma) == ("shared", "shared", 5)
+    done = script("eval", *where, "--location", "auto", "--save_plots", 0)
+    assert re.search(r"brick: one Gaussian for \w+ locations? \(mean log", done.err)
     assert (patch_models / "brick.pt").read_bytes() == before
 
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, one_line, run
+from conftest import ROOT, one_line, run, train
 
 README = (ROOT / "README.md").read_text()
 ORDER = [
@@ -211,3 +211,26 @@ def test_help_imports_nothing_heavy():
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.endswith("imported: []\n"), (path.name, done.stdout[-300:], done.stderr)
+
+
+def test_the_benchmark_of_maps_runs(data, tmp_path):
+    """Every combination that can be is a row; the others are left out."""
+    models, table = tmp_path / "models", tmp_path / "maps.csv"
+    done = train(data, models, "--type", "brick", "--patch_size", 32, "--window", 8, "--epochs", 1)
+    assert done.code == 0, done.err
+    flags = ["--data_dir", data, "--model_dir", models, "--results", table, "--workers", 0, "--repeats", 1]
+    done = run("benchmarks/maps.py", *flags, "--window", 8, 64, "--location", "shared", "each", "--dims", 16)
+    assert done.code == 0, done.err
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["window"], row["location_chosen"], row["dims"]) for row in rows] == [
+        ("8", "shared", "64"),
+        ("8", "each", "16"),
+    ]
+    assert done.err.count("cannot be; left out") == 2
+    for row in rows:
+        assert 0 < float(row["pixel_auroc"]) < 1
+        assert 0 < float(row["seconds_per_image"]) < 10
+        assert 40 < float(row["file_mb"]) < 60
+        assert 200 < float(row["peak_mb"]) < 10_000
+        assert row["bench_command"].startswith("python benchmarks/maps.py --data_dir")
