@@ -2,7 +2,6 @@
 
     python benchmarks/maps.py --model_dir patch_models                                     as the detectors are
     python benchmarks/maps.py --model_dir patch_models --level 1 2 --window 16 32          every combination
-    python benchmarks/maps.py --model_dir models --type bottle                             image-level: Grad-CAM
 
 Fits the density of each detector anew under each combination of settings, to the training images, and holds maps
 against the masks of the test images. Each combination runs in a process of its own, so that its peak memory is its own;
@@ -30,7 +29,7 @@ from speed import append, commit, device_name, peak_mb, wait  # noqa: E402
 
 import localization  # noqa: E402
 import options  # noqa: E402
-from dataset import load_masks, load_test, load_train  # noqa: E402
+from dataset import InputError, load_masks, load_test, load_train  # noqa: E402
 from detector import PATCH_KEYS, Detector, detector_path, load, save  # noqa: E402
 from eval import evaluate, find_work  # noqa: E402
 from localization import GRID_KEYS, LOCATIONS, Grid  # noqa: E402
@@ -51,7 +50,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--sigma", type=options.number(0.1, 1e3), nargs="+", metavar="P")
     add("--l2", type=options.zero_or_one, nargs="+", metavar="0|1")
     add("--dims", type=whole(1), nargs="+", metavar="N", help="of the projection for one Gaussian per location")
-    add("--control", type=options.zero_or_one, default=False, metavar="0|1", help="the untrained network instead")
     add("--repeats", type=whole(1), default=3, metavar="N", help="of the timing; the median counts (default: 3)")
     add("--results", default=ROOT / "results/maps.csv", type=Path, metavar="FILE")
     add("--note", default="", help="for the row: what else ran on the machine, say")
@@ -85,18 +83,18 @@ def measure(args: argparse.Namespace, category: str, changes: dict) -> dict | No
     localization.EACH_DIMS = changes.pop("dims", localization.EACH_DIMS)
     trained = load(detector_path(args.model_dir, category), device)
     config = trained.config | changes
-    if trained.grid is not None:
-        try:
-            Grid(*trained.size, *(config[name] for name in GRID_KEYS))
-        except ValueError:
-            return None
+    if trained.grid is None:
+        raise InputError(f"{args.model_dir}: the detector of {category} is no patch model")
+    try:
+        Grid(*trained.size, *(config[name] for name in GRID_KEYS))
+    except ValueError:
+        return None
     storage = options.storage(args)
     train = load_train(args.data_dir, category, trained.size, args.workers, storage)
     test = load_test(args.data_dir, category, trained.size, args.workers, storage)
     masks = load_masks(test, trained.size, args.workers).numpy()
-    network = trained.untrained().network if args.control else trained.network
     began = time.perf_counter()
-    detector = Detector(config, network).eval().fit(train, threshold=False)  # which would embed all once more
+    detector = Detector(config, trained.network).eval().fit(train, threshold=False)  # which would embed all once more
     fitted = time.perf_counter() - began
     _, _, metrics = evaluate(detector, test, masks)
     images = test.images[:TIMED].to(device)
@@ -107,13 +105,9 @@ def measure(args: argparse.Namespace, category: str, changes: dict) -> dict | No
         "fit_seconds": float(f"{fitted:.3g}"),
         "peak_mb": round(peak_mb(device)),
         "file_mb": float(f"{file_mb(detector):.3g}"),
-        "trained": not args.control,
     }
-    if detector.grid is not None:
-        row |= {"location_chosen": detector.density.location, "dims": detector.density.mean.shape[1]}
-        row |= {f"likelihood_{kind}": value for kind, value in detector.density.likelihoods.items()}
-    else:
-        row["location_chosen"] = "Grad-CAM"
+    row |= {"location_chosen": detector.density.location, "dims": detector.density.mean.shape[1]}
+    row |= {f"likelihood_{kind}": value for kind, value in detector.density.likelihoods.items()}
     row |= {name: value for name, value in config.items() if name not in row}
     made = {("train_command" if name == "command" else name): value for name, value in trained.made.items()}
     return row | made | {"cores": os.cpu_count(), "bench_device": device_name(device), "bench_torch": torch.__version__}

@@ -9,6 +9,7 @@ Reads and writes results/ and README.md, nothing else.
 
 import argparse
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas
@@ -19,24 +20,28 @@ PAPER_PIXEL = {"bottle": 97.6, "screw": 96.7, "grid": 97.5}  # its Table 2, 3-wa
 START, END = "<!-- table: {} -->", "<!-- end of table -->"
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A fraction in percent; nothing where there is none."""
+    return "" if pandas.isna(value) else f"{100 * value:.{digits}f}"
+
+
 def image_table() -> str:
     """Image AUROC, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/image.csv")
-    lines = [
-        "| category | variant | size | updates | batch | seed | head | normalize | precision | image AUROC | control "
-        "| AUPRC |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "category, variant, size, updates, batch, seed, head, normalize, precision, image AUROC, control, AUPRC"
+    cells = []
     for row in rows.itertuples():
         size = row.width if row.width == row.height else f"{row.width}x{row.height}"
         precision = "float32" if pandas.isna(row.amp) or row.amp == "off" else row.amp
-        control = "" if pandas.isna(row.control_auroc) else f"{100 * row.control_auroc:.1f}"
-        lines.append(
-            f"| {row.category} | {row.variant} | {size} | {row.epochs} | {row.batch_size} | {row.seed} | "
-            f"{row.head_layer} | {row.normalize} | {precision} | {100 * row.image_auroc:.1f} | {control} | "
-            f"{100 * row.image_auprc:.1f} |"
-        )
-    return "\n".join(lines)
+        setting = [row.category, row.variant, size, row.epochs, row.batch_size, row.seed, row.head_layer, row.normalize]
+        found = map(percent, (row.image_auroc, row.control_auroc, row.image_auprc))
+        cells.append([*setting, precision, *found])
+    return markdown(head.split(", "), cells)
 
 
 def density_table() -> str:
@@ -44,10 +49,8 @@ def density_table() -> str:
     rows = pandas.read_csv(ROOT / "results/density.csv")
     rows["kind"] = rows.density + rows.l2.map({True: ", length 1", False: ", as they are"})
     table = rows.pivot_table(index="category", columns="kind", values="image_auroc", sort=False)
-    lines = [f"| category | {' | '.join(table.columns)} |", "|---" * (1 + len(table.columns)) + "|"]
-    for name, values in table.iterrows():
-        lines.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in values)} |")
-    return "\n".join(lines)
+    cells = ([name, *(percent(value, 2) for value in values)] for name, values in table.iterrows())
+    return markdown(["category", *table.columns], cells)
 
 
 def speed_table() -> str:
@@ -73,52 +76,43 @@ def speed_table() -> str:
         "peak memory of training, MB": lambda r: f"{r.training_peak_mb:.0f}",
         "peak memory of scoring, MB": lambda r: f"{r.scoring_peak_mb:.0f}",
     }
-    lines = ["| |" + " |" * len(rows), "|---" * (1 + len(rows)) + "|"]
+    cells = []
     for name, cell in shown.items():
-        cells = ["" if (text := str(cell(row))) == "nan" else text for row in rows.itertuples()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells.append([name, *("" if (text := str(cell(row))) == "nan" else text for row in rows.itertuples())])
+    return markdown([""] * (1 + len(rows)), cells)
 
 
 def memory_table() -> str:
     """Peak memory and speed of training, one row a run."""
     rows = pandas.read_csv(ROOT / "results/memory.csv")
-    lines = [
-        "| images | decoded, MB | held | peak memory, MB | updates per second |",
-        "|---|---|---|---|---|",
-    ]
+    cells = []
     for row in rows.itertuples():
         held = "on disk" if row.decoded_mb > 1e3 * row.memory_gb else "in memory"
-        lines.append(
-            f"| {row.images:,} | {row.decoded_mb:,.0f} | {held} | {row.peak_mb:,.0f} | {row.steps_per_second:.2f} |"
-        )
-    return "\n".join(lines)
+        speed = f"{row.steps_per_second:.2f}"
+        cells.append([f"{row.images:,}", f"{row.decoded_mb:,.0f}", held, f"{row.peak_mb:,.0f}", speed])
+    return markdown(["images", "decoded, MB", "held", "peak memory, MB", "updates per second"], cells)
 
 
 def pixel_table() -> str:
     """Maps of patch models and by Grad-CAM, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/pixel.csv")
-    lines = [
-        "| category | maps | size | updates | seed | Gaussian | pixel AUROC | control | paper | AUPRO | image AUROC |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = "category, maps, size, updates, seed, Gaussian, pixel AUROC, control, paper, AUPRO, image AUROC"
+    cells = []
     for row in rows.itertuples():
-        patches = not pandas.isna(row.patch_size)
-        maps = f"patch model, {row.patch_size:.0f} px" if patches else "Grad-CAM"
-        gaussian = row.location_chosen if patches else "of images"
-        control = "" if pandas.isna(row.control_pixel_auroc) else f"{100 * row.control_pixel_auroc:.1f}"
-        lines.append(
-            f"| {row.category} | {maps} | {row.width} | {row.epochs} | {row.seed} | {gaussian} | "
-            f"{100 * row.pixel_auroc:.1f} | {control} | {PAPER_PIXEL.get(row.category, '') if patches else ''} | "
-            f"{100 * row.aupro:.1f} | {100 * row.image_auroc:.1f} |"
-        )
-    return "\n".join(lines)
+        maps, gaussian, paper = "Grad-CAM", "of images", ""
+        if not pandas.isna(row.patch_size):
+            maps, gaussian = f"patch model, {row.patch_size:.0f} px", row.location_chosen
+            paper = PAPER_PIXEL.get(row.category, "")
+        pixels = [percent(row.pixel_auroc), percent(row.control_pixel_auroc), paper]
+        setting = [row.category, maps, row.width, row.epochs, row.seed, gaussian]
+        cells.append([*setting, *pixels, percent(row.aupro), percent(row.image_auroc)])
+    return markdown(head.split(", "), cells)
 
 
 def maps_table() -> str:
-    """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings."""
+    """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings, and what it
+    costs, the median over the categories."""
     rows = pandas.read_csv(ROOT / "results/maps.csv")
-    rows = rows[rows.trained].copy()
     rows["network"] = rows.dense.map({True: "once", False: "per window"})
     rows["length"] = rows.l2.map({True: "1", False: "kept"})
     settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma", "length"]
@@ -127,20 +121,15 @@ def maps_table() -> str:
     pixels = rows.pivot_table("pixel_auroc", settings, "category", sort=False)
     costs = rows.groupby(settings, sort=False)[["seconds_per_image", "peak_mb", "file_mb"]].median()
     categories = [name for name in PAPER_PIXEL if name in pixels.columns]
-    lines = [
-        f"| stage | network | window | stride | Gaussian | dims | sigma | length | {' | '.join(categories)} "
-        "| s per image | peak MB | file MB |",
-        "|---" * (11 + len(categories)) + "|",
-    ]
+    head = ["stage", "network", "window", "stride", "Gaussian", "dims", "sigma", "length"]
+    cells = []
     for key, values in pixels.iterrows():
         level, network, window, stride, location, dims, sigma, length = key
-        found = " | ".join("" if pandas.isna(values[name]) else f"{100 * values[name]:.1f}" for name in categories)
         cost = costs.loc[key]
-        lines.append(
-            f"| {level:.0f} | {network} | {window:.0f} | {stride:.0f} | {location} | {dims:.0f} | {sigma:g} | {length} "
-            f"| {found} | {cost.seconds_per_image:.3g} | {cost.peak_mb:,.0f} | {cost.file_mb:,.0f} |"
-        )
-    return "\n".join(lines)
+        cells.append([level, network, window, stride, location, dims, f"{sigma:g}", length])
+        cells[-1] += [percent(values[name]) for name in categories]
+        cells[-1] += [f"{cost.seconds_per_image:.3g}", f"{cost.peak_mb:,.0f}", f"{cost.file_mb:,.0f}"]
+    return markdown([*head, *categories, "s per image", "peak MB", "file MB"], cells)
 
 
 TABLES = {
