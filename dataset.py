@@ -47,6 +47,11 @@ class TestSet:
     paths: list[Path]
     mask_paths: list[Path | None]  # None: a normal image, or an anomalous one without a mask
 
+    @property
+    def with_truth(self) -> np.ndarray:
+        """(M,) bool: the images whose pixels are known. An anomalous one without a mask would count as all normal."""
+        return np.array([path is not None or not label for path, label in zip(self.mask_paths, self.labels)])
+
 
 def find_categories(data_dir: str | Path) -> list[str]:
     """The names of the folders in ``data_dir`` that hold train/good, sorted. Raises InputError if there is none."""

@@ -21,12 +21,12 @@ from dataset import InputError
 from density import DENSITIES, held_out_scores
 from gradcam import GradCAM
 from localization import (
+    EACH_LEAST,
     GRID_KEYS,
     IMAGES_AT_ONCE,
     LOCATIONS,
     Grid,
     PatchGaussian,
-    TooFewImages,
     embedding_blocks,
     upsample,
 )
@@ -161,23 +161,28 @@ class Detector(nn.Module):
 
         Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model localization's
         PATCH_DENSITY_IMAGES.
-        Raises InputError if no density fits, for embeddings that are not finite or all equal.
+        Raises InputError if no density fits, for embeddings that are not finite or all equal, or too few images.
         """
-        if self.grid:
-            return self._fit_patches(images, threshold)
-        embeddings = self.embed_sample(images, DENSITY_IMAGES)
+        self.check(images)
+        check_enough(self.config, len(images))
         try:
-            self.density = DENSITIES[self.config["density"]]().fit(embeddings)
+            scores = (self._fit_patches if self.grid else self._fit_images)(images, threshold)
         except ValueError as error:
             category = self.config["category"]
             raise InputError(f"{category}: {error}; no density can be fitted, train anew with a lower --lr") from error
         if threshold:
-            self.normal_scores = held_out_scores(self.config["density"], embeddings)
-            self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
+            self.normal_scores = scores
+            self.threshold = scores.quantile(1 - self.config["false_alarm_rate"])
         return self
 
-    def _fit_patches(self, images: Tensor, threshold: bool) -> "Detector":
-        """``fit`` of a patch model: its images are read several times instead of their embeddings being held."""
+    def _fit_images(self, images: Tensor, held_out: bool) -> Tensor | None:
+        """Fit the density of whole images. Returns their held-out scores (n,) float64, if asked for."""
+        embeddings = self.embed_sample(images, DENSITY_IMAGES)
+        self.density = DENSITIES[self.config["density"]]().fit(embeddings)
+        return held_out_scores(self.config["density"], embeddings) if held_out else None
+
+    def _fit_patches(self, images: Tensor, held_out: bool) -> Tensor | None:
+        """The same of a patch model: its images are read several times instead of their embeddings being held."""
 
         def passes(most: int) -> Iterator[Tensor]:
             arguments = self.grid, self.config["l2"], self.device
@@ -189,18 +194,10 @@ class Detector(nn.Module):
                 release(images)
 
         self.density = PatchGaussian()
-        try:
-            scores = self.density.fit(passes, self.config["location"], held_out=threshold)
-        except TooFewImages as error:
-            raise InputError(f"{self.config['category']}: {error}; use --location shared or auto") from error
-        except ValueError as error:
-            category = self.config["category"]
-            raise InputError(f"{category}: {error}; no density can be fitted, train anew with a lower --lr") from error
-        if threshold:
-            maxima = [self.map_of(some).amax((1, 2)) for some in scores.split(IMAGES_AT_ONCE)]
-            self.normal_scores = torch.cat(maxima).double()
-            self.threshold = self.normal_scores.quantile(1 - self.config["false_alarm_rate"])
-        return self
+        scores = self.density.fit(passes, self.config["location"], held_out)
+        if not held_out:
+            return None
+        return torch.cat([self.map_of(some).amax((1, 2)) for some in scores.split(IMAGES_AT_ONCE)]).double()
 
     def refit(self, images: Tensor, **changes) -> "Detector":
         """The same network with another density, fitted to ``images``, where ``changes`` says how its configuration
@@ -213,6 +210,15 @@ class Detector(nn.Module):
         """The control: the network as training found it, to be fitted (it is not yet) with the same kind of density."""
         chosen = {"location": self.density.location} if self.grid else {}
         return Detector(self.config | chosen, initial_network(self.config).to(self.device))
+
+
+def check_enough(config: dict, count: int) -> None:
+    """Raises InputError if one Gaussian for each location was asked for and the ``count`` images are too few for it."""
+    if config.get("location") == "each" and count < EACH_LEAST:
+        raise InputError(
+            f"{config['category']}: {count} training images, one Gaussian for each location needs {EACH_LEAST}; "
+            "use --location shared or auto"
+        )
 
 
 def build_network(config: dict) -> CutPasteNet:

@@ -188,17 +188,11 @@ def evaluate(
             scores[part], maps[part] = some.cpu().numpy(), their_maps.cpu().numpy()
     metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
     if masks is not None:
-        known = with_truth(test)
+        known = test.with_truth
         truth = masks[known]
         if truth.any() and not truth.all():
             metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
     return scores, maps, metrics
-
-
-def with_truth(test: TestSet) -> np.ndarray:
-    """(M,) bool: the test images whose pixels are known. An anomalous image without a mask would count as all
-    normal."""
-    return np.array([path is not None or not label for path, label in zip(test.mask_paths, test.labels)])
 
 
 @dataclass(frozen=True)
@@ -229,7 +223,8 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
         say(f"{category}: no {kind} test image, so no AUC; the scores are in scores.csv")
     control = None
     if args.control:
-        control, _, control_metrics = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
+        untrained = detector.untrained().fit(train, threshold=False)
+        control, control_metrics = evaluate(untrained, test, masks)[::2]  # its maps are large and not needed
         metrics |= {f"control_{name}": value for name, value in control_metrics.items()}
     if with_maps:
         tell_of_masks(category, test, masks)
@@ -245,13 +240,13 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
 
 def tell_of_masks(category: str, test: TestSet, masks: np.ndarray) -> None:
     """Say where the pixel metrics are missing, or of fewer images."""
-    missing = int((~with_truth(test)).sum())
+    missing = int((~test.with_truth).sum())
     if missing and missing == test.labels.sum():
         say(f"{category}: no masks in ground_truth, so image metrics only")
         return
     if missing:
         say(f"{category}: {missing} anomalous images without a mask, left out of the pixel metrics")
-    share = masks[with_truth(test)].mean()
+    share = masks[test.with_truth].mean()
     if share in (0, 1) and test.labels.any():
         say(f"{category}: the masks mark {'every' if share else 'no'} pixel, so image metrics only")
 
@@ -265,11 +260,13 @@ def save_maps(folder: Path, images: Path, test: TestSet, maps: np.ndarray) -> No
     import tifffile
 
     targets = [(folder / path.relative_to(images)).with_suffix(".tiff") for path in test.paths]
+    taken = set()
     for target, path in zip(targets, test.paths):
-        if targets.count(target) > 1:
+        if target in taken:
             raise InputError(
                 f"{path}: another image of that name beside it, --save_maps 1 would mix them up; rename it"
             )
+        taken.add(target)
     if folder.is_dir():
         shutil.rmtree(folder)  # maps of images that may have gone
     for path, target, values in zip(test.paths, targets, maps):
@@ -370,13 +367,12 @@ def draw_maps(
     """A sheet of images, masks and heat maps."""
     import plots
 
-    cases = []
+    cases, known = [], test.with_truth
     for index, role in choose_cases(test, scores):
         name = "normal" if not test.labels[index] else test.defect_types[index].replace("_", " ")
-        known = test.mask_paths[index] is not None or not test.labels[index]
         image = test.images[index].permute(1, 2, 0).numpy() / 255
         title = f"{name}, {role}\n{test.paths[index].name}: score {scores[index]:.3g}"
-        cases.append((title, image, masks[index] if known else None, maps[index]))
+        cases.append((title, image, masks[index] if known[index] else None, maps[index]))
     category = detector.config["category"]
     if detector.grid is None:
         figure = plots.heat_sheet(category, cases, None, "Grad-CAM of the score (no unit)")

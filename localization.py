@@ -181,10 +181,6 @@ def distances(x: Tensor, mean: Tensor, factor: Tensor) -> Tensor:
     return ((x.to(mean) - mean[:, None]) @ factor.mT).norm(dim=2)
 
 
-class TooFewImages(ValueError):
-    """Fewer images than one Gaussian per location needs."""
-
-
 class PatchGaussian(nn.Module):
     """The density of a patch model: one Gaussian for all locations, or one for each.
 
@@ -222,8 +218,7 @@ class PatchGaussian(nn.Module):
         location "auto": the kind under which images are likelier when the Gaussians are fitted to the other folds, in
         the projection; "shared" with fewer than EACH_LEAST images.
         Returns the scores (n, L) of the images, each under Gaussians fitted to the other folds (image i is in fold i
-        modulo FOLDS); None with held_out False. Raises ValueError if no Gaussian can be fitted, TooFewImages where a
-        shared one could.
+        modulo FOLDS); None with held_out False. Raises ValueError if no Gaussian can be fitted.
         """
         basis = principal_axes(passes(PROJECTION_IMAGES))
         projections = {"shared": basis, "each": basis[:, :EACH_DIMS]}
@@ -240,7 +235,7 @@ class PatchGaussian(nn.Module):
             images += 1
         if images < EACH_LEAST:
             if location == "each":
-                raise TooFewImages(f"{images} images, one Gaussian for each location needs {EACH_LEAST}")
+                raise ValueError(f"{images} images, one Gaussian for each location needs {EACH_LEAST}")
             kinds = ("shared",)
         if len(kinds) > 1:
             pooled = [fold.pooled() for fold in folds["each"]]

@@ -15,8 +15,8 @@ import cache
 import options
 import ranks
 from dataset import InputError, TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
-from detector import Detector, detector_path, load, remove_file, save, write_file
-from localization import EACH_LEAST, GRID_KEYS, Grid
+from detector import Detector, check_enough, detector_path, load, remove_file, save, write_file
+from localization import GRID_KEYS, Grid
 from model import BACKBONES
 from options import say
 from ranks import Ranks
@@ -66,7 +66,8 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "patch_size",
         "train a patch model, which makes anomaly maps: side of the crops that it sees, such as 64 (default: none)",
-        # of 16 the last stage would get single features, where oneDNN's bfloat16 takes gradients of memory at random
+        # Crops of 16 leave the last stage a single feature, and the gradient that oneDNN computes there in bfloat16
+        # reads memory nobody wrote: the loss is NaN in some runs
         type=whole(32),
         metavar="P",
     )
@@ -279,11 +280,7 @@ def train_category(
         raise InputError(f"{Path(args.data_dir) / category}: all training images are equal; nothing can be learned")
     if len(images) < together.count:
         raise InputError(f"{category}: {len(images)} training images for {together.count} ranks; start fewer of them")
-    if config["location"] == "each" and len(images) < EACH_LEAST:
-        raise InputError(
-            f"{category}: {len(images)} training images, one Gaussian for each location needs {EACH_LEAST}; "
-            "use --location shared or auto"
-        )
+    check_enough(config, len(images))
     if len(images) < config["batch_size"] and together.first:
         say(f"{category}: {len(images)} training images, so {len(images)} per update (--batch_size)")
     test = load_watched_test(args, config) if args.test_epochs > 0 and together.first else None

@@ -275,7 +275,7 @@ def test_the_control_of_a_patch_model_has_the_kind_of_its_density(patch_model):
 
 
 def test_too_few_images_for_a_gaussian_each(patch_model):
-    with pytest.raises(InputError, match=r"brick: 5 images, .*needs 8; use --location shared or auto"):
+    with pytest.raises(InputError, match=r"brick: 5 training images, .*needs 8; use --location shared or auto"):
         Detector(PATCHES, patch_model.network).fit(pictures(5))
 
 

@@ -364,7 +364,7 @@ def test_flags_that_do_not_fit_the_kind_of_model(data, where, patch_models, scri
     one_line(script("eval", *patches, "--stride", 6), "--stride 6", "multiple of 4")
 
 
-def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data, patch_models):
+def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data):
     test = load_test(data, "brick", (32, 32), 0)
     scores = np.arange(len(test.labels), dtype=float)[::-1]  # the first image, a normal one, has the highest
     cases = choose_cases(test, scores)
