@@ -3,6 +3,7 @@
 Owns everything about torch.distributed. Without torchrun there is one process, rank 0 of 1, and nothing is set up.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,9 @@ class Ranks:
         if self.count == 1:
             yield
             return
+        # Before there is a group: these functions take the one they find as a default argument and never let go of it.
+        # Gloo's threads would then live until the interpreter ends, and abort it if they still have a tensor to free
+        import torch.distributed.nn.functional  # noqa: F401
         from torch import distributed
 
         try:
@@ -67,6 +71,7 @@ class Ranks:
         finally:
             if distributed.is_initialized():
                 distributed.destroy_process_group()
+                gc.collect()  # what still holds the group, and with it its threads
 
     def gather(self, value: T) -> list[T] | None:
         """The values of all ranks, in their order, on the first; None on the others."""

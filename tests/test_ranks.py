@@ -99,6 +99,28 @@ def test_a_killed_rank_is_restarted_and_continues(data, models, tmp_path, ddp):
         assert not (folder / f"{name}.checkpoint").exists()
 
 
+THREADS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import options, run_training
+options.run_script(run_training.main, run_training.get_parser())
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+print("left:", *(name for name in names if "gloo" in name), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="looks at threads as Linux shows them")
+def test_no_thread_of_the_group_outlives_it(data, tmp_path):
+    """One that does may still free a tensor while the interpreter goes: SIGABRT after all work is done."""
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS.format(root=str(ROOT)))
+    where = flags(data, tmp_path / "models", "--type", "brick", "--ddp", 1)[1:]
+    done = finish(launch(script, *where, "--epochs", 2))
+    assert done.code == 0, done.err
+    assert re.findall(r"left: *(.*)", done.err) == [""] * 2
+
+
 GRADIENTS = """
 import sys, torch
 sys.path.insert(0, {root!r})
