@@ -30,6 +30,11 @@ def percent(value: float, digits: int = 1) -> str:
     return "" if pandas.isna(value) else f"{100 * value:.{digits}f}"
 
 
+def spread(values: pandas.Series) -> str:
+    """Mean and, of more than one, sample standard deviation of fractions, in percent."""
+    return percent(values.mean()) + (f" ± {percent(values.std())}" if values.count() > 1 else "")
+
+
 def image_table() -> str:
     """Image AUROC, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/image.csv")
@@ -94,18 +99,19 @@ def memory_table() -> str:
 
 
 def pixel_table() -> str:
-    """Maps of patch models and by Grad-CAM, one row a detector."""
+    """Maps of patch models and by Grad-CAM: of detectors that only differ in their seed, mean and deviation."""
     rows = pandas.read_csv(ROOT / "results/pixel.csv")
-    head = "category, maps, size, updates, seed, Gaussian, pixel AUROC, control, paper, AUPRO, image AUROC"
+    rows["maps"] = rows.patch_size.map(lambda side: "Grad-CAM" if pandas.isna(side) else f"patch model, {side:.0f} px")
+    rows["gaussian"] = rows.location_chosen.fillna("of images")
+    settings = ["category", "maps", "width", "epochs", "gaussian"]
+    if (again := rows.duplicated([*settings, "seed"])).any():
+        sys.exit(f"results/pixel.csv: more than one row for {rows[again].iloc[0][[*settings, 'seed']].to_dict()}")
     cells = []
-    for row in rows.itertuples():
-        maps, gaussian, paper = "Grad-CAM", "of images", ""
-        if not pandas.isna(row.patch_size):
-            maps, gaussian = f"patch model, {row.patch_size:.0f} px", row.location_chosen
-            paper = PAPER_PIXEL.get(row.category, "")
-        pixels = [percent(row.pixel_auroc), percent(row.control_pixel_auroc), paper]
-        setting = [row.category, maps, row.width, row.epochs, row.seed, gaussian]
-        cells.append([*setting, *pixels, percent(row.aupro), percent(row.image_auroc)])
+    for key, own in rows.groupby(settings, sort=False):
+        paper = PAPER_PIXEL.get(key[0], "") if key[1] != "Grad-CAM" else ""
+        pixels = [spread(own.pixel_auroc), spread(own.control_pixel_auroc), paper]
+        cells.append([*key, len(own), *pixels, spread(own.aupro), spread(own.image_auroc)])
+    head = "category, maps, size, updates, Gaussian, seeds, pixel AUROC, control, paper, AUPRO, image AUROC"
     return markdown(head.split(", "), cells)
 
 

@@ -136,6 +136,17 @@ def test_tables_are_what_the_files_say():
     assert done.returncode == 0, done.stderr
 
 
+def test_tables_show_the_deviation_of_several_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import pandas
+    from tables import spread
+
+    several = pandas.Series([0.25, 0.5, 0.75])
+    assert spread(several) == "50.0 ± 25.0"
+    assert spread(several[:1]) == "25.0"
+    assert spread(pandas.Series([float("nan")])) == ""
+
+
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures by os.wait4")
 def test_the_memory_benchmark_runs(tmp_path):
     table, place = tmp_path / "memory.csv", tmp_path / "place"
