@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 import cache
+import ranks
 from cutpaste import VARIANTS
 from dataset import InputError
 from density import DENSITIES
 from localization import LOCATIONS
 from model import LEVELS, NORMALIZATIONS, WeightsError
-from ranks import RankError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -213,6 +213,7 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+@ranks.ending()
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
     args = parser.parse_args()
@@ -222,7 +223,7 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
         sys.stdout.flush()
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))  # flags that contradict each other: exit code 2
-    except (InputError, WeightsError, RankError) as error:
+    except (InputError, WeightsError, ranks.RankError) as error:
         fail(parser.prog, str(error))
     except torch.cuda.OutOfMemoryError:
         fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")

@@ -3,10 +3,11 @@
 Owns everything about torch.distributed. Without torchrun there is one process, rank 0 of 1, and nothing is set up.
 """
 
-import gc
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_groups: list = []  # that this process was in, kept until it ends: see ``ending``
 PATIENCE = timedelta(days=7)  # one category may take hours longer than another; torchrun notices a dead rank itself
 
 
@@ -49,9 +51,6 @@ class Ranks:
         if self.count == 1:
             yield
             return
-        # Before there is a group: these functions take the one they find as a default argument and never let go of it.
-        # Gloo's threads would then live until the interpreter ends, and abort it if they still have a tensor to free
-        import torch.distributed.nn.functional  # noqa: F401
         from torch import distributed
 
         try:
@@ -70,8 +69,8 @@ class Ranks:
             raise RankError(f"rank {self.rank} of {self.count} lost another rank; its own message says why") from error
         finally:
             if distributed.is_initialized():
+                _groups.append(distributed.group.WORLD)
                 distributed.destroy_process_group()
-                gc.collect()  # what still holds the group, and with it its threads
 
     def gather(self, value: T) -> list[T] | None:
         """The values of all ranks, in their order, on the first; None on the others."""
@@ -119,6 +118,31 @@ def from_environment() -> Ranks:
         return Ranks()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE")
     return Ranks(*(int(os.environ[name]) for name in names))
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Around all that a script does. A process that was in a group ends here, with the exit code it would have had, as
+    multiprocessing ends its own: at once, the interpreter not taken down.
+
+    After an operation Gloo's threads still free its tensors, for which they need Python. One that does so while the
+    interpreter goes aborts the process; one that does so while the group is freed waits for the thread that waits for
+    it (torch 2.6). So the group is kept, and nothing is taken down.
+    """
+    code = 0
+    try:
+        yield
+    except BaseException as error:
+        if not _groups:
+            raise
+        code = error.code or 0 if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+    if _groups:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
 
 def share(items: Sequence[T], ranks: Ranks) -> list[T]:

@@ -159,9 +159,9 @@ def filled(text: str) -> str:
 
 def add(source: Path, target: Path) -> None:
     """Append the rows of one table to another, whose columns it may extend; identical rows once."""
-    rows = pandas.read_csv(source)
+    rows = pandas.read_csv(source, float_precision="round_trip")
     if target.exists():
-        rows = pandas.concat([pandas.read_csv(target), rows])
+        rows = pandas.concat([pandas.read_csv(target, float_precision="round_trip"), rows])
     target.parent.mkdir(exist_ok=True)
     rows.drop_duplicates().to_csv(target, index=False)
 
