@@ -313,7 +313,8 @@ def save_file(content: dict, path: str | Path) -> None:
     """Write tensors and plain values to ``path``: to a temporary name first, flushed, then put in place."""
     buffer = io.BytesIO()
     torch.save(content, buffer)  # to memory: torch's own writer hides a full disk behind a RuntimeError
-    write_file(buffer.getbuffer(), path)
+    with buffer.getbuffer() as view:  # released here: Python 3.13 complains of a buffer that goes before its view
+        write_file(view, path)
 
 
 def write_file(content: bytes | memoryview, path: str | Path) -> None:

@@ -274,7 +274,7 @@ def save_maps(folder: Path, images: Path, test: TestSet, maps: np.ndarray) -> No
         values = functional.interpolate(torch.from_numpy(values)[None, None], size, mode="bilinear")[0, 0]
         buffer = io.BytesIO()
         tifffile.imwrite(buffer, values.clamp(max=torch.finfo(torch.float16).max).half().numpy())
-        write_file(buffer.getbuffer(), target)
+        write_file(buffer.getvalue(), target)
 
 
 def print_lines(row: dict) -> None:

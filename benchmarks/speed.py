@@ -394,7 +394,7 @@ def append(row: dict, path: Path) -> None:
 
     rows = pandas.DataFrame([row])
     if path.exists():
-        rows = pandas.concat([pandas.read_csv(path, float_precision="round_trip"), rows])
+        rows = pandas.concat([pandas.read_csv(path, dtype=str), rows])
     path.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(path, index=False)
 

@@ -136,6 +136,22 @@ def test_tables_are_what_the_files_say():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_row_is_added_once_with_its_digits_and_columns(tmp_path):
+    source, target = tmp_path / "new.csv", tmp_path / "kept/all.csv"
+    source.write_text("name,side,value\nbrick,64,0.38501262687347226\ngrass,,0.10000000000000002\n")
+    target.parent.mkdir()
+    target.write_text("name,value\ngravel,0.30000000000000004\n")
+    for _ in range(2):
+        done = run("benchmarks/tables.py", "add", source, target)
+        assert done.code == 0, done.err
+    assert target.read_text().splitlines() == [
+        "name,value,side",
+        "gravel,0.30000000000000004,",
+        "brick,0.38501262687347226,64",
+        "grass,0.10000000000000002,",
+    ]
+
+
 def test_tables_show_the_deviation_of_several_seeds(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import pandas
