@@ -103,11 +103,13 @@ def pixel_table() -> str:
     rows = pandas.read_csv(ROOT / "results/pixel.csv")
     rows["maps"] = rows.patch_size.map(lambda side: "Grad-CAM" if pandas.isna(side) else f"patch model, {side:.0f} px")
     rows["gaussian"] = rows.location_chosen.fillna("of images")
-    settings = ["category", "maps", "width", "epochs", "gaussian"]
+    shown = ["category", "maps", "width", "epochs", "gaussian"]
+    settings = [*shown, "variant", "head_layer", "normalize", "batch_size", "l2"]
     if (again := rows.duplicated([*settings, "seed"])).any():
         sys.exit(f"results/pixel.csv: more than one row for {rows[again].iloc[0][[*settings, 'seed']].to_dict()}")
     cells = []
     for key, own in rows.groupby(settings, sort=False):
+        key = key[: len(shown)]
         paper = PAPER_PIXEL.get(key[0], "") if key[1] != "Grad-CAM" else ""
         pixels = [spread(own.pixel_auroc), spread(own.control_pixel_auroc), paper]
         cells.append([*key, len(own), *pixels, spread(own.aupro), spread(own.image_auroc)])
