@@ -162,9 +162,11 @@ def filled(text: str) -> str:
 def add(source: Path, target: Path) -> None:
     """Append the rows of one table to another, whose columns it may extend; identical rows once. As text: numbers keep
     their digits."""
-    tables = [pandas.read_csv(path, dtype=str) for path in (target, source) if path == source or path.exists()]
+    rows = pandas.read_csv(source, dtype=str)
+    if target.exists():
+        rows = pandas.concat([pandas.read_csv(target, dtype=str), rows])
     target.parent.mkdir(exist_ok=True)
-    pandas.concat(tables).drop_duplicates().to_csv(target, index=False)
+    rows.drop_duplicates().to_csv(target, index=False)
 
 
 def main() -> None:
