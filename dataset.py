@@ -1,7 +1,7 @@
-"""Folders in the MVTec AD layout -> images, labels and masks in memory.
+"""Folders in the MVTec AD layout -> images, labels and masks; anomaly maps -> a folder in that layout.
 
 Owns what is an image file, how it is decoded, how masks pair with images, and what a bad file gets: an ``InputError``
-whose one line names the file and says what to do. Reads only; what it decoded, ``cache.py`` may keep elsewhere.
+whose one line names the file and says what to do. Writes nothing but anomaly maps, and nothing beside the images.
 
     <data_dir>/<category>/train/good/*          normal images to train on
     <data_dir>/<category>/test/good/*           normal test images
@@ -9,30 +9,40 @@ whose one line names the file and says what to do. Reads only; what it decoded, 
     <data_dir>/<category>/ground_truth/<defect type>/<name>_mask.png  (or <name>.png), optional
 """
 
+import io
 import os
+import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
-import cache
-from cache import IN_MEMORY, Storage
+from runtime import cache
+from runtime.cache import IN_MEMORY, ImageArray, Storage
+from runtime.files import InputError, write_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
 GOOD = "good"
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # some others tell their size only as they are decoded
+# What a header may claim. One of a hundred bytes can keep Pillow busy for a minute
+MAX_PIXELS = 178_956_970  # Pillow's own limit: seconds and gigabytes an image; industrial cameras reach 151 million
+MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
+MAX_RLE_PIXELS = 2**23  # of a run-length encoded BMP: decoded in Python, 0.3 us a pixel
+SCANS = 16  # of a progressive JPEG that has MAX_PIXELS: each is a pass over all of them, writers make about ten
+MAX_PARTS = 2**16  # strips or tiles of a TIFF: handled in Python, 10 us apiece, before the size is known
+BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
 AT_ONCE = 4096  # images that are given to the threads together: each that waits takes a kilobyte
-DECODER = f"1, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
-
-
-class InputError(ValueError):
-    """A user's mistake or a bad file: one line that names it, says what was found and what to do."""
+DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class TestSet:
 
     __test__ = False  # not a test for pytest to collect
 
-    images: Tensor  # (M, 3, H, W) uint8
+    images: ImageArray  # (M, 3, H, W) uint8
     labels: np.ndarray  # (M,) int64, 0 normal, 1 anomalous
     defect_types: list[str]  # M names of folders
     paths: list[Path]
@@ -57,7 +67,7 @@ def find_categories(data_dir: str | Path) -> list[str]:
     """The names of the folders in ``data_dir`` that hold train/good, sorted. Raises InputError if there is none."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise InputError(f"{data_dir}: no such folder; give the folder that holds the categories with --data_dir")
+        raise InputError(f"{data_dir}: no such folder; give the one that holds the categories")
     found = sorted(p.name for p in data_dir.iterdir() if (p / "train" / GOOD).is_dir())
     if not found:
         raise InputError(f"{data_dir}: no category in it (a folder with train/{GOOD}); see 'Data' in the README")
@@ -66,13 +76,12 @@ def find_categories(data_dir: str | Path) -> list[str]:
 
 def choose_categories(data_dir: str | Path, names: Sequence[str]) -> list[str]:
     """Check ``names`` against the categories found; ["all"] means every one. Raises InputError for an unknown one."""
-    if list(names) == ["all"]:
-        return find_categories(data_dir)
-    if not Path(data_dir).is_dir():
-        find_categories(data_dir)  # raises, with the reason
+    data_dir = Path(data_dir)
+    if list(names) == ["all"] or not data_dir.is_dir():
+        return find_categories(data_dir)  # raises, with the reason, if there is no such folder
     for name in names:
-        if not (Path(data_dir) / name).is_dir():
-            known = ", ".join(p.name for p in sorted(Path(data_dir).iterdir()) if p.is_dir()) or "nothing"
+        if not (data_dir / name).is_dir():
+            known = ", ".join(p.name for p in sorted(data_dir.iterdir()) if p.is_dir()) or "nothing"
             raise InputError(f"{name}: no such category in {data_dir}, which holds: {known}")
     return list(dict.fromkeys(names))
 
@@ -91,7 +100,7 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
 
 def load_train(
     data_dir: str | Path, category: str, size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY
-) -> Tensor:
+) -> ImageArray:
     """The normal training images of a category: (N, 3, H, W) uint8. size: (H, W)."""
     return load_images(train_paths(data_dir, category), size, workers, storage)
 
@@ -135,20 +144,14 @@ def find_mask(path: Path) -> Path | None:
     if path.parent.name == GOOD:
         return None
     folder = path.parents[2] / "ground_truth" / path.parent.name
-    for stem in (f"{path.stem}_mask", path.stem):
-        for suffix in (path.suffix, *IMAGE_SUFFIXES, *(s.upper() for s in IMAGE_SUFFIXES)):
-            if (candidate := folder / (stem + suffix)).is_file():
-                return candidate
-    return None
+    suffixes = (path.suffix, *IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
+    candidates = (folder / (stem + suffix) for stem in (f"{path.stem}_mask", path.stem) for suffix in suffixes)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def load_images(
-    paths: Sequence[Path],
-    size: tuple[int, int],
-    workers: int,
-    storage: Storage = IN_MEMORY,
-    folder: Path | None = None,
-) -> Tensor:
+    paths: Sequence[Path], size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY, folder: Path | None = None
+) -> ImageArray:
     """Decode and resize in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of ``paths``.
 
     ``storage`` says whether they are kept for the next run and how many stay in memory, ``folder`` what they are
@@ -171,8 +174,8 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
             with _opened(path) as image:
-                mask = ImageOps.exif_transpose(image)
-                values = np.asarray(mask if mask.mode in ("1", "L", "I", "I;16", "F") else mask.convert("RGB"))
+                ImageOps.exif_transpose(image, in_place=True)
+                values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
                 marked = Image.fromarray((values > 0).reshape(*values.shape[:2], -1).any(2))
                 masks[index] = torch.from_numpy(np.array(marked.resize(size[::-1], Image.Resampling.NEAREST)))
 
@@ -182,44 +185,59 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
 def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
     """work(0) ... work(count - 1); the error of the lowest index is raised, whatever the number of threads."""
-    if workers == 0:
-        for index in range(count):
-            work(index)
-        return
-    with ThreadPoolExecutor(workers) as pool:  # threads suffice: Pillow decodes and resizes outside the GIL
+    with ThreadPoolExecutor(workers or 1) as pool:  # threads suffice: Pillow decodes and resizes outside the GIL
+        run = pool.map if workers else map
         for first in range(0, count, AT_ONCE):
-            futures = [pool.submit(work, index) for index in range(first, min(first + AT_ONCE, count))]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            list(run(work, range(first, min(first + AT_ONCE, count))))  # an error cancels those that wait
+
+
+def save_maps(folder: Path, images: Path, paths: Sequence[Path], maps: np.ndarray) -> None:
+    """Write maps (M, H, W) as float16 TIFF files of their images' sizes, in place of whatever is in ``folder``.
+
+    <images>/test/<defect type>/<name>.png -> <folder>/test/<defect type>/<name>.tiff, as MVTec's evaluation script
+    reads them. Raises InputError, and changes nothing, if two images differ in nothing but the suffix.
+    """
+    import tifffile
+
+    targets: dict[Path, Path] = {}  # in the order of paths
+    for path in paths:
+        target = (folder / path.relative_to(images)).with_suffix(".tiff")
+        if target in targets:
+            raise InputError(f"{path}: its map would be named like that of {targets[target].name}; rename one of them")
+        targets[target] = path
+    if folder.is_dir():
+        shutil.rmtree(folder)  # maps of images that may have gone
+    for (target, path), values in zip(targets.items(), maps):
+        values = functional.interpolate(torch.from_numpy(values)[None, None], read_size(path), mode="bilinear")[0, 0]
+        buffer = io.BytesIO()
+        tifffile.imwrite(buffer, values.clamp(max=torch.finfo(torch.float16).max).half().numpy())
+        write_file(buffer.getvalue(), target)
+
+
+# Image files ------------------------------------------------------------------------------------------------------
 
 
 def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """One image file as RGB: (H, W, 3) uint8, resized to ``size`` = (H, W) with an anti-aliased bilinear filter.
 
     Turned upright by its EXIF tag; 16-bit and float images brought to 8 bits; transparent pixels laid on white.
-    Raises InputError, with the path, if the file is missing, truncated or no image.
+    Raises InputError, with the path, if the file is missing, truncated, no image, or claims to be too large.
     """
     with _opened(path) as image:
-        image = _to_8_bits(ImageOps.exif_transpose(image), path)
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _to_8_bits(image, path)
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(H, W) of an image file as it will be decoded, from its header where that says it."""
+    """(H, W) of an image file as it will be decoded, from its header."""
     with _opened(path) as image:
-        width, height = image.size
-        if image.format == "TIFF":
-            image.load()  # older versions of Pillow turn it only then, newer ones when it is opened
-            width, height = image.size
-        # A TIFF is turned already, and a whole PNG would be decoded to look for a tag behind its pixels
-        tagged = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
-        turned = tagged and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
+        # A TIFF's as it is stored: newer versions of Pillow turn the size when they open the file, older ones do not
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+        # A whole PNG would be decoded to look for a tag behind its pixels
+        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return (width, height) if turned else (height, width)
 
 
@@ -227,32 +245,56 @@ def read_size(path: str | Path) -> tuple[int, int]:
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     """``with _opened(path) as image``: every way in which a file is no image becomes an InputError."""
     try:
-        with Image.open(path) as image:
-            yield image
-    except InputError:
-        raise
+        Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
+        with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
+            _check_parts(file, path)
+            with Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image, path)
+                yield image
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = reason.replace(f" {str(path)!r}", "")
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, struct.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <")[0]
         raise InputError(f"{path}: not a readable image ({reason}); replace or remove it") from error
 
 
+def _check_parts(file: BinaryIO, path: str | Path) -> None:
+    """Refuse a TIFF file with too many parts, by its own header. Fractions in a tag cost Pillow as much as strips."""
+    head = file.read(16)
+    if head[:2] not in (b"II", b"MM"):
+        return
+    order, big = "<" if head[:2] == b"II" else ">", head[2:3] == b"+"  # as Pillow tells a BigTIFF
+    file.seek(*struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4))
+    number, entry = (struct.Struct(order + part) for part in (("Q", "HHQ8x") if big else ("H", "HHI4x")))
+    (count,) = number.unpack(file.read(number.size))
+    tags = file.read(min(count, MAX_PARTS) * entry.size)
+    whole = entry.iter_unpack(tags[: len(tags) // entry.size * entry.size])
+    count = max([count, *(values for tag, kind, values in whole if tag in (273, 324) or kind in (5, 10))])
+    if count > MAX_PARTS:
+        raise InputError(f"{path}: claims {count} strips or tiles, at most {MAX_PARTS} are read; save larger ones")
+
+
+def _check_pixels(image: Image.Image, path: str | Path) -> None:
+    """Refuse an image that claims more pixels than are read, or than its file can hold."""
+    (width, height), packing = image.size, (image.format, image.info.get("compression"))
+    scans = Path(path).read_bytes().count(b"\xff\xda") if "progressive" in image.info else 1
+    most = MAX_RLE_PIXELS if packing in (("BMP", 1), ("BMP", 2)) else MAX_PIXELS * SCANS // max(scans, SCANS)
+    if width * height > most or max(width, height) > MAX_SIDE:
+        raise InputError(f"{path}: claims {width}x{height} pixels; allowed: {most}, {MAX_SIDE} a side; scale it down")
+    if packing == ("TIFF", "raw") and width * height > 8 * (held := os.path.getsize(path)):
+        raise InputError(f"{path}: claims {width}x{height} pixels in {held} bytes, at most 8 a byte; replace it")
+
+
 def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """As grey or RGB without transparency: grey is resized in a third of the time."""
-    if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits; Pillow also reads some as 32-bit integers
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise InputError(f"{path}: grey values from {values.min()} to {values.max()}; save it with 8 or 16 bits")
-        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == "F":
-        values = np.asarray(image)
-        if not (values.min() >= 0 and values.max() <= 1):
-            raise InputError(f"{path}: float values from {values.min()} to {values.max()}; save it in [0, 1] or 8 bits")
-        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    """As gray or RGB without transparency: gray is resized in a third of the time."""
+    if image.mode == "F" or image.mode.startswith("I"):  # float; 16 bits, some of which Pillow reads as 32
+        top, kind, how = (1, "float", "in [0, 1] or 8") if image.mode == "F" else (65535, "gray", "with 8 or 16")
+        values = np.asarray(image).reshape(-1)
+        if not (values.min() >= 0 and values.max() <= top):
+            raise InputError(f"{path}: {kind} values from {values.min()} to {values.max()}; save it {how} bits")
+        bands = np.array_split(values, len(values) // BAND + 1)
+        scaled = np.concatenate([(band * np.float32(255 / top)).round().astype(np.uint8) for band in bands])
+        image = Image.fromarray(scaled.reshape(image.size[::-1]))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "L" else image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")

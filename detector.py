@@ -1,243 +1,233 @@
-"""A finished detector: network, density and threshold as one module, and the file that holds it.
+"""A finished detector: network, densities and threshold as one module, and the file that holds it.
 
-Owns the file format, saving, loading, and how a network begins from its configuration. Knows nothing of folders of
-images or of training.
+Owns the file format, saving, loading, how a network begins from its Config, and how images are streamed through a
+detector. Knows nothing of folders of images, of flags or of training.
 """
 
 import hashlib
-import io
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from cache import blocks, release
-from cutpaste import VARIANTS
-from dataset import InputError
-from density import DENSITIES, held_out_scores
-from gradcam import GradCAM
-from localization import (
-    EACH_LEAST,
-    GRID_KEYS,
-    IMAGES_AT_ONCE,
-    LOCATIONS,
-    Grid,
-    PatchGaussian,
-    embedding_blocks,
-    upsample,
-)
-from model import BACKBONES, LEVELS, NORMALIZATIONS, CutPasteNet, embed, load_backbone_weights
+from cutpaste import VARIANTS, to_float
+from density import DensityError, conformal_threshold
+from gradcam import grad_cam
+from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, upsample
+from model import BACKBONES, CutPasteNet, load_backbone_weights
+from options import Config, SettingError
+from runtime.cache import ImageArray, iterate
+from runtime.files import InputError, load_tensors, save_tensors
 
 FORMAT = "cutpaste-detector"
-VERSION = 2  # raise it when an older program could no longer read the file rightly
+VERSION = 3  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 
-# The density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well, and neither
-# time nor memory grows with the folder.
+# A density is fitted to no more images than that, evenly spaced: 20 for each of 512 dimensions estimate a Gaussian
+# well, and neither time nor memory grows with the folder
 DENSITY_IMAGES = 10_000
-
-# What the configuration must hold for a network to be built and an image to be scored; training adds its own.
-CONFIG_KEYS = {
-    "category": str,
-    "backbone": tuple(BACKBONES),
-    "variant": tuple(VARIANTS),
-    "head_layer": int,
-    "normalize": NORMALIZATIONS,
-    "height": int,
-    "width": int,
-    "density": tuple(DENSITIES),
-    "l2": bool,
-    "false_alarm_rate": float,
-    "seed": int,
-    "pretrained": bool,
-}
-PATCH_KEYS = {
-    "window": int,
-    "stride": int,
-    "level": LEVELS,
-    "dense": bool,
-    "location": LOCATIONS,
-    "sigma": float,
-}  # with a patch_size
-CAM_AT_ONCE = 32
+PATCH_DENSITY_IMAGES = 1000  # of which all windows are held
+WINDOWS_AT_ONCE = 4096  # of all images that go through the network together
+IMAGES_AT_ONCE = 64
 
 
 class Detector(nn.Module):
-    """Images in, anomaly scores out, and anomaly maps. With a ``patch_size`` in its configuration it is a patch model:
-    its density is one of patches, and its score the maximum of its map.
+    """Images in, anomaly scores and maps out.
 
-    config: plain values, CONFIG_KEYS at least. made: plain values that say how it was made (command, versions, ...).
-    threshold: score above which an image is called anomalous, the (1 - false_alarm_rate) quantile of the scores that
-    normal images get from densities fitted on the other ones; NaN before ``fit``. normal_scores: those scores (N,).
+    The way: stages of the network -> embeddings (B, L, D) of L windows, one of an image-level model -> densities, one
+    for all windows or one for each -> distances (B, L) of each level -> standardized and added, if there are several
+    levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
+
+    metadata: plain values that say how it was made (command, versions, ...).
+    threshold: score above which an image is called anomalous, see density.conformal_threshold; NaN before ``fit``.
+    normal_scores: the held-out scores (N,) of normal images that it follows from.
     """
 
-    def __init__(self, config: dict, network: CutPasteNet | None = None) -> None:
+    def __init__(self, config: Config, network: CutPasteNet | None = None) -> None:
         super().__init__()
-        self.config = dict(config)
-        self.made: dict = {}
-        self.network = network if network is not None else build_network(config)
-        self.density = PatchGaussian() if self.grid else DENSITIES[config["density"]]()
+        self.config, patches = config, config.patches
+        self.metadata: dict = {}
+        self.network = build_network(config) if network is None else network
+        size, strides = (config.height, config.width), BACKBONES[config.backbone].strides
+        if patches is None:
+            grids = [Grid(*size)]
+        else:
+            units = [strides[level - 1] if patches.dense else 1 for level in config.levels]
+            grids = [Grid(*size, patches.window, patches.stride, unit) for unit in units]
+        location, most = ("shared", math.inf) if patches is None else (patches.location, patches.dims)
+        widths = [BACKBONES[config.backbone].widths[level - 1] for level in config.levels]
+        self.levels = nn.ModuleList(
+            Level(grid, config.density, config.l2, location, most if most < width else None)
+            for grid, width in zip(grids, widths)
+        )
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the images it takes."""
-        return self.config["height"], self.config["width"]
-
-    @property
-    def grid(self) -> Grid | None:
-        """The windows of a patch model; None of an image-level model."""
-        if self.config.get("patch_size") is None:
-            return None
-        return Grid(*self.size, *(self.config[name] for name in GRID_KEYS))
+        return self.config.height, self.config.width
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Anomaly scores (M,) float64 of images (M, 3, H, W), uint8 or float in [0, 1], on any device.
+    @property
+    def unit(self) -> str:
+        """What a score is."""
+        unit = self.levels[0].density.unit
+        return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized: {unit}"
 
-        Higher is more anomalous: the Mahalanobis distance (not squared, dimensionless), or with the density "kde" the
-        negative log density; of a patch model the maximum of the map. An image's score does not depend on the others.
+    # Scoring ------------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Anomaly scores (B,) float64 and anomaly maps (B, H, W) float32 of images (B, 3, H, W), uint8 or float in
+        [0, 1], on the detector's device; None for the maps of an image-level model.
+
+        Higher is more anomalous. The unit is that of the density: Mahalanobis distance (not squared, dimensionless) or
+        negative log density; of several levels a sum of standardized ones. An image's score does not depend on the
+        others of its batch. The detector must be in evaluation mode, as ``fit`` and ``load`` leave it.
         """
-        if self.grid:
-            return torch.cat([scores for scores, _ in self.maps(images)])
-        return self.density.score(self.embed(images))
+        embeddings = self.embed(images)
+        return self.aggregate([level.distances(level.project(x)) for level, x in zip(self.levels, embeddings)])
 
-    def maps(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scores (m,) float64 and anomaly maps (m, H, W) float32 of images (M, 3, H, W), some at a time.
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """Embeddings of all windows at each level, (B, L, D) float32 each, as the network gives them."""
+        images = to_float(images).contiguous(memory_format=torch.channels_last)
+        dense = self.config.patches is None or self.config.patches.dense
+        return embed_windows(self.network, images, self.config.levels, [level.grid for level in self.levels], dense)
 
-        Of a patch model Mahalanobis distances around each pixel, whose maximum is the score; of an image-level model
-        Grad-CAM of the score (see gradcam.py). Higher is more anomalous. Raises InputError with the density "kde",
-        which has no gradient.
+    def aggregate(self, distances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Scores (B,) and maps (B, H, W) or None, as ``forward`` gives them, of each level's distances (B, L)."""
+        distances = [level.standardized(each) for level, each in zip(self.levels, distances)]
+        if self.config.patches is None:
+            return sum(distances)[:, 0].double(), None
+        sigma = self.config.patches.sigma
+        maps = sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float()
+        return maps.amax((1, 2)).double(), maps
+
+    def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see gradcam.py. Raises InputError with a
+        density whose score has no gradient."""
+        (level,) = self.levels
+        if not level.density.has_gradient:
+            raise InputError(f"Grad-CAM needs the gradient of the score, which the density {level.kind} has not")
+        images = to_float(images).contiguous(memory_format=torch.channels_last)
+        (features,) = self.network.features(self.network.normalized(images), self.config.levels)
+        score = lambda x: level.distances(level.project(level.grid.pool(x).float()))[:, 0]  # noqa: E731
+        return grad_cam(features, score, self.size)
+
+    # Fitting ------------------------------------------------------------------------------------------------------
+
+    def fit(self, images: ImageArray, threshold: bool = True) -> "Detector":
+        """Fit the densities to normal images (N, 3, H, W) uint8; with ``threshold``, choose that too, from them alone.
+        The network runs once over them, in evaluation mode, which it is left in.
+
+        Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model PATCH_DENSITY_IMAGES.
+        Raises InputError if no density can be fitted, SettingError for too few images.
         """
-        self.check(images)
-        if self.grid:
-            for embeddings in embedding_blocks(self.network, images, self.grid, self.config["l2"], self.device):
-                maps = self.map_of(self.density.score(embeddings))
-                yield maps.amax((1, 2)).double(), maps
-            return
-        if self.config["density"] == "kde":
-            raise InputError("Grad-CAM needs the gradient of the score, which the density kde has not; use torch")
-        with GradCAM(self.network) as cam:
-            for block in blocks(images, CAM_AT_ONCE):
-                yield cam(block.to(self.device), lambda embeddings: self.density.score(self.scaled(embeddings)))
-
-    def map_of(self, scores: Tensor) -> Tensor:
-        """Maps (m, H, W) float32 of a patch model's scores (m, L)."""
-        return upsample(scores.view(-1, *self.grid.shape), self.grid, self.config["sigma"]).float()
-
-    def check(self, images: Tensor) -> None:
-        if tuple(images.shape[1:]) != (3, *self.size):
-            raise ValueError(f"images must be (M, 3, {self.size[0]}, {self.size[1]}), got {tuple(images.shape)}")
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Embeddings (M, D) of whole images, as the density of an image-level model takes them: pooled features,
-        brought to length 1 where config says l2."""
-        self.check(images)
-        return self.scaled(embed(self.network, images, self.device))
-
-    def scaled(self, embeddings: Tensor) -> Tensor:
-        return functional.normalize(embeddings.double(), dim=1) if self.config["l2"] else embeddings.double()
-
-    def embed_sample(self, images: Tensor, most: int) -> Tensor:
-        """Embeddings of all images (N, 3, H, W), or of ``most`` evenly spaced ones: (min(N, most), D)."""
-        if len(images) <= most:
-            return self.embed(images)
-        parts = []
-        for chosen in (torch.arange(most) * len(images) // most).split(64):  # a copy of so many at a time
-            parts.append(self.embed(images[chosen.to(images.device)]))
-            release(images)
-        return torch.cat(parts)
-
-    def fit(self, images: Tensor, threshold: bool = True) -> "Detector":
-        """Fit the density to normal images (N, 3, H, W); with ``threshold``, choose that too, from them alone.
-
-        Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model localization's
-        PATCH_DENSITY_IMAGES.
-        Raises InputError if no density fits, for embeddings that are not finite or all equal, or too few images.
-        """
-        self.check(images)
         check_enough(self.config, len(images))
+        several = len(self.levels) > 1
         try:
-            scores = (self._fit_patches if self.grid else self._fit_images)(images, threshold)
-        except ValueError as error:
-            category = self.config["category"]
-            raise InputError(f"{category}: {error}; no density can be fitted, train anew with a lower --lr") from error
+            projected = self.eval().embed_normal(images)
+            held_out = [level.fit(x, threshold or several) for level, x in zip(self.levels, projected)]
+        except DensityError as error:
+            raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
+        if several:
+            for level, distances in zip(self.levels, held_out):
+                level.scale, level.center = torch.std_mean(distances)
         if threshold:
-            self.normal_scores = scores
-            self.threshold = scores.quantile(1 - self.config["false_alarm_rate"])
+            blocks = zip(*(distances.split(IMAGES_AT_ONCE) for distances in held_out))
+            self.normal_scores = torch.cat([self.aggregate(list(block))[0] for block in blocks])
+            self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
         return self
 
-    def _fit_images(self, images: Tensor, held_out: bool) -> Tensor | None:
-        """Fit the density of whole images. Returns their held-out scores (n,) float64, if asked for."""
-        embeddings = self.embed_sample(images, DENSITY_IMAGES)
-        self.density = DENSITIES[self.config["density"]]().fit(embeddings)
-        return held_out_scores(self.config["density"], embeddings) if held_out else None
+    @torch.inference_mode()
+    def embed_normal(self, images: ImageArray) -> list[Tensor]:
+        """Projected embeddings (n, L, d) of an even sample of images at each level, whose axes it chooses."""
+        most = DENSITY_IMAGES if self.config.patches is None else PATCH_DENSITY_IMAGES
+        if any(level.dims is not None for level in self.levels):
+            first = list(stream(self, images, self.embed, AXES_IMAGES))
+            for level, blocks in zip(self.levels, zip(*first)):
+                level.choose_axes(torch.cat(blocks))
+        parts: list[list[Tensor]] = [[] for _ in self.levels]
+        for embeddings in stream(self, images, self.embed, most):
+            for level, x, own in zip(self.levels, embeddings, parts):
+                own.append(level.project(x))
+        return [torch.cat(own) for own in parts]
 
-    def _fit_patches(self, images: Tensor, held_out: bool) -> Tensor | None:
-        """The same of a patch model: its images are read several times instead of their embeddings being held."""
-
-        def passes(most: int) -> Iterator[Tensor]:
-            arguments = self.grid, self.config["l2"], self.device
-            if len(images) <= most:
-                yield from embedding_blocks(self.network, images, *arguments)
-                return
-            for chosen in (torch.arange(most) * len(images) // most).split(64):
-                yield from embedding_blocks(self.network, images[chosen.to(images.device)], *arguments)
-                release(images)
-
-        self.density = PatchGaussian()
-        scores = self.density.fit(passes, self.config["location"], held_out)
-        if not held_out:
-            return None
-        return torch.cat([self.map_of(some).amax((1, 2)) for some in scores.split(IMAGES_AT_ONCE)]).double()
-
-    def refit(self, images: Tensor, **changes) -> "Detector":
-        """The same network with another density, fitted to ``images``, where ``changes`` says how its configuration
-        differs; this detector stays as it is."""
-        other = Detector(self.config | changes, self.network)
-        other.made = dict(self.made)
+    def refit(self, images: ImageArray, **changes) -> "Detector":
+        """The same network with other densities, fitted to ``images``, where ``changes`` are other settings; this
+        detector stays as it is."""
+        other = Detector(Config.from_dict(self.config.to_dict() | changes), self.network)
+        other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
-        """The control: the network as training found it, to be fitted (it is not yet) with the same kind of density."""
-        chosen = {"location": self.density.location} if self.grid else {}
-        return Detector(self.config | chosen, initial_network(self.config).to(self.device))
+        """The untrained baseline: the network as training found it, with the same kinds of density, not yet fitted."""
+        other = Detector(self.config, initial_network(self.config).to(self.device))
+        for own, level in zip(other.levels, self.levels):
+            own.location = "shared" if level.shared else "each"
+        return other
+
+    def notes(self) -> Iterator[str]:
+        """What a person should know of how it was fitted."""
+        if self.config.patches:
+            yield from (level.choice for level in self.levels)
+        count, rate = len(self.normal_scores), self.config.false_alarm_rate
+        if not conformal_threshold(self.normal_scores, rate)[1]:
+            needed = f"{math.ceil(1 / rate - 1 - 1e-9)} normal images" if rate else "infinitely many normal images"
+            yield (
+                f"a false-alarm rate of {rate:g} needs {needed}, not {count}; the threshold is the largest of their "
+                f"scores, for a rate of {1 / (count + 1):.2g}"
+            )
 
 
-def check_enough(config: dict, count: int) -> None:
-    """Raises InputError if one Gaussian for each location was asked for and the ``count`` images are too few for it."""
-    if config.get("location") == "each" and count < EACH_LEAST:
-        raise InputError(
-            f"{config['category']}: {count} training images, one Gaussian for each location needs {EACH_LEAST}; "
-            "use --location shared or auto"
-        )
+def check_enough(config: Config, count: int) -> None:
+    """Raises SettingError if one Gaussian for each location was asked for and ``count`` images are too few for it."""
+    if config.patches and config.patches.location == "each" and count < EACH_LEAST:
+        reason = f"{count} training images, one Gaussian for each location needs {EACH_LEAST}"
+        raise SettingError("location", f"{config.category}: {reason}; take shared or auto")
 
 
-def build_network(config: dict) -> CutPasteNet:
-    """The network of a configuration, its weights drawn from torch's global generator."""
-    num_classes = VARIANTS[config["variant"]].num_classes
-    network = CutPasteNet(config["backbone"], config["head_layer"], num_classes, config["normalize"])
+@torch.inference_mode()
+def stream(
+    detector: Detector, images: ImageArray, function: Callable[[Tensor], object] | None = None, most: int | None = None
+) -> Iterator:
+    """What ``function`` (default: the detector, so scores and maps) gives for images (M, 3, H, W), block by block, each
+    brought to the detector's device. most: of more images than that, as many, evenly spaced."""
+    if tuple(images.shape[1:]) != (3, *detector.size):
+        raise ValueError(f"images must be (M, 3, {detector.size[0]}, {detector.size[1]}), got {tuple(images.shape)}")
+    windows = max(level.grid.shape[0] * level.grid.shape[1] for level in detector.levels)
+    at_once = max(1, min(IMAGES_AT_ONCE, WINDOWS_AT_ONCE // windows))
+    if most is None or len(images) <= most:
+        blocks = iterate(images, at_once)
+    else:
+        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(at_once))
+    for block in blocks:
+        yield (function or detector)(block.to(detector.device))
+
+
+# How a network begins ---------------------------------------------------------------------------------------------
+
+
+def build_network(config: Config) -> CutPasteNet:
+    """The network of a Config, its weights drawn from torch's global generator."""
+    classes = VARIANTS[config.variant].num_classes
+    network = CutPasteNet(config.backbone, config.head_layer, classes, config.normalize)
     return network.to(memory_format=torch.channels_last)
 
 
-def initial_network(config: dict) -> CutPasteNet:
-    """The network as training starts from it: seeded by (seed, category), ImageNet weights in place if pretrained.
-
-    Raises model.WeightsError if those cannot be had.
-    """
+def initial_network(config: Config, pretrained: bool = True) -> CutPasteNet:
+    """The network as training starts from it: seeded by (seed, category), ImageNet weights in place if the Config and
+    ``pretrained`` say so. Raises model.WeightsError if those cannot be had."""
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that a seed means the same weights on every device
-        torch.manual_seed(category_seed(config["seed"], config["category"]))
+        torch.manual_seed(category_seed(config.seed, config.category))
         network = build_network(config)
-    if config["pretrained"]:
-        load_backbone_weights(network, config["backbone"], config.get("weights"))
+    if config.pretrained and pretrained:
+        load_backbone_weights(network, config.backbone, config.weights)
     return network
 
 
@@ -258,14 +248,19 @@ def save(detector: Detector, path: str | Path) -> None:
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "config": detector.config,
-        "made": detector.made,
+        "config": detector.config.to_dict(),
+        "metadata": detector.metadata,
         "network": detector.network.state_dict(),
-        "density": detector.density.state_dict(),
+        "levels": detector.levels.state_dict(),
         "threshold": detector.threshold,
         "normal_scores": detector.normal_scores,
     }
-    save_file(content, path)
+    save_tensors(content, path)
+
+
+def load_config(path: str | Path) -> Config:
+    """The settings of a detector file; builds no network. Raises InputError as ``load`` does."""
+    return _read(path)[0]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
@@ -274,90 +269,57 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     Raises InputError if the file is missing, damaged, not a detector, of a newer format, or under a name that is not
     its category's.
     """
-    content = load_file(path, "detector")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path}: not a detector file of this project; make one with run_training.py")
-    if not isinstance(content.get("version"), int) or content["version"] > VERSION:
-        raise InputError(
-            f"{path}: detector format {content.get('version')}, this program reads up to {VERSION}; update the program"
-        )
-    config = content.get("config")
-    patches = isinstance(config, dict) and config.get("patch_size") is not None
-    for key, allowed in (CONFIG_KEYS | PATCH_KEYS if patches else CONFIG_KEYS).items():
-        value = config.get(key) if isinstance(config, dict) else None
-        if not (value in allowed if isinstance(allowed, tuple) else isinstance(value, allowed)):
-            raise InputError(f"{path}: damaged detector file ({key} is {value!r}); train it again")
-    if config["category"] != Path(path).stem:
-        raise InputError(
-            f"{path}: the detector of category {config['category']!r} under another name; rename it back, "
-            "a detector is only right for its own category"
-        )
+    config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
             detector = Detector(config)
         detector.network.load_state_dict(content["network"])
-        for name, value in content["density"].items():
-            detector.density.get_buffer(name)  # AttributeError for a name that the density does not have
-            setattr(detector.density, name, value)
-        if detector.grid and len(detector.density.mean) not in (1, math.prod(detector.grid.shape)):
-            raise ValueError(f"{len(detector.density.mean)} Gaussians for {detector.grid.shape} windows")
+        if content["levels"].keys() != detector.levels.state_dict().keys():
+            raise ValueError("its densities are of another kind")
+        for name, value in content["levels"].items():  # their shapes are the file's, not those of an empty density
+            owner, _, buffer = name.rpartition(".")
+            setattr(detector.levels.get_submodule(owner), buffer, value)
+        for level in detector.levels:
+            windows = level.grid.shape[0] * level.grid.shape[1]
+            if level.density.count not in (1, windows):
+                raise ValueError(f"{level.density.count} densities for {windows} windows")
         detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
-        detector.made = dict(content["made"])
+        detector.metadata = dict(content["metadata"])
         return detector.to(device).eval()
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
 
 
-def save_file(content: dict, path: str | Path) -> None:
-    """Write tensors and plain values to ``path``: to a temporary name first, flushed, then put in place."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)  # to memory: torch's own writer hides a full disk behind a RuntimeError
-    with buffer.getbuffer() as view:  # released here: Python 3.13 complains of a buffer that goes before its view
-        write_file(view, path)
-
-
-def write_file(content: bytes | memoryview, path: str | Path) -> None:
-    """Put a file in place, whole or not at all. Raises OSError, naming it, if it cannot be written."""
-    write_files({Path(path): content})
-
-
-def write_files(contents: dict[Path, bytes | memoryview]) -> None:
-    """Put files in place together: none is replaced before all are written. Raises OSError, naming the bad one."""
-    for path, content in contents.items():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part_path(path), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            for other in contents:
-                part_path(other).unlink(missing_ok=True)
-            reason = f"cannot be written ({error.strerror}); nothing was replaced"
-            raise OSError(error.errno, reason, str(path)) from error
-    for path in contents:
-        os.replace(part_path(path), path)
-
-
-def part_path(path: Path) -> Path:
-    """The temporary name that a file is written under."""
-    return path.with_name(f".{path.name}.part")
-
-
-def remove_file(path: Path) -> None:
-    """Remove a file, if it is there, and what a killed process left of it."""
-    path.unlink(missing_ok=True)
-    part_path(path).unlink(missing_ok=True)
-
-
-def load_file(path: str | Path, what: str) -> object:
-    """Read what ``save_file`` wrote, onto the CPU. Raises InputError, naming the file, if that is not possible."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
+def _read(path: str | Path) -> tuple[Config, dict]:
+    """Settings and content of a detector file, brought to this version."""
+    content = load_tensors(path, "detector", lambda content: content.get("version", 0) > 2)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a detector file of this project; make one with run_training.py")
+    version = content.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise InputError(f"{path}: detector format {version}, this program reads up to {VERSION}; update the program")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load has no error of its own: a text file may end in an IndexError
-        raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error
+        config = Config.from_dict(content["config"])
+        content = content if version == VERSION else _from_version_2(content)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged detector file ({error}); train it again") from error
+    if config.category != Path(path).stem:
+        raise InputError(
+            f"{path}: the detector of category {config.category!r} under another name; rename it back, "
+            "a detector is only right for its own category"
+        )
+    return config, content
+
+
+def _from_version_2(content: dict) -> dict:
+    """Version 2 had one level, the inverse covariance of a whole image's Gaussian, and "made" for metadata."""
+    density = dict(content["density"])
+    level = {"axes": density.pop("projection", torch.empty(0))}
+    level |= {"center": torch.zeros((), dtype=torch.float64), "scale": torch.ones((), dtype=torch.float64)}
+    if "precision" in density:  # P = V diag(l) V', so that |diag(l)^1/2 V' x|^2 = x'P x
+        values, vectors = torch.linalg.eigh(density["precision"])
+        factor = values.clamp(min=0).sqrt()[:, None] * vectors.T
+        density = {"mean": density["mean"][None], "factor": factor[None]}
+    level |= {f"density.{name}": value for name, value in density.items()}
+    return content | {"metadata": content["made"], "levels": {f"0.{name}": value for name, value in level.items()}}

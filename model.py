@@ -1,50 +1,82 @@
-"""The network: input normalisation, backbone, projection head; freezing; initial weights.
+"""The network: input normalization, backbone, projection head; freezing; initial weights.
 
 Owns the table ``BACKBONES`` and everything between an image in [0, 1] and its embedding and logits. Knows nothing of
 files but the pretrained weights it starts from, nothing of densities.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from cache import blocks
-from cutpaste import to_float
+from runtime.files import InputError
 
 HIDDEN = 512  # width of each of the --head_layer layers
 PROJECTION = 128  # width of the layer before the output
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NORMALIZATIONS = ("imagenet", "image")
-LEVELS = (1, 2, 3, 4)  # stages of a backbone after its stem; the embedding is the last one's
 
 
-class WeightsError(RuntimeError):
-    """Initial weights that cannot be had; the message says what to do."""
+class WeightsError(InputError):
+    """Initial weights that cannot be had; the message says what was found, the script which flag helps."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """How a backbone is built. ``build()`` gives a module (B, 3, H, W) -> (B, embedding_dim)."""
+    """One of torchvision's networks, by the name that it has there, cut into stages.
 
-    build: Callable[[], nn.Module]
-    embedding_dim: int
+    A stage is a tuple of names of submodules that run in order; the stem belongs to the first. Feature (i, j) of a
+    stage looks at pixel (stride * i, stride * j), and has ``width`` channels. No layer of a stage may be random
+    (dropout, stochastic depth): the same seed has to give the same bits.
+    """
+
+    build: Callable[[], nn.Module]  # the network with its initial weights and nn.Identity for its classifier
     weights: str  # torchvision's name of the ImageNet weights
-    last_stage: str  # the module whose output is pooled
+    classifier: str  # what the classifier's keys in a file of weights begin with
+    stages: tuple[tuple[str, ...], ...]
+    strides: tuple[int, ...]
+    widths: tuple[int, ...]
+    freeze: Callable[[nn.Module], object] = nn.Module.eval  # keeps BatchNorm's running statistics as they are
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the last stage, whose mean over the image is the embedding."""
+        return self.widths[-1]
 
 
-def _resnet18() -> nn.Module:
-    from torchvision.models import resnet18  # imported late: torchvision takes seconds
+def _build(name: str, classifier: str) -> nn.Module:
+    from torchvision.models import get_model  # imported late: torchvision takes seconds
 
-    network = resnet18(weights=None)
-    network.fc = nn.Identity()  # the embedding is the pooled feature (section 4)
+    network = get_model(name, weights=None)
+    setattr(network, classifier, nn.Identity())
     return network
 
 
-BACKBONES = {"resnet18": Backbone(_resnet18, 512, "ResNet18_Weights.IMAGENET1K_V1", "layer4")}
+def _resnet(depth: int, widths: tuple[int, ...]) -> Backbone:
+    stages = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
+    build, weights = partial(_build, f"resnet{depth}", "fc"), f"ResNet{depth}_Weights.IMAGENET1K_V1"
+    return Backbone(build, weights, "fc.", stages, (4, 8, 16, 32), widths)
+
+
+_MOBILENET = tuple(f"features.{number}" for number in range(19))
+BACKBONES = {
+    "resnet18": _resnet(18, (64, 128, 256, 512)),
+    "resnet50": _resnet(50, (256, 512, 1024, 2048)),
+    "mobilenet_v2": Backbone(
+        build=partial(_build, "mobilenet_v2", "classifier"),
+        weights="MobileNet_V2_Weights.IMAGENET1K_V1",
+        classifier="classifier.",
+        stages=(_MOBILENET[:4], _MOBILENET[4:7], _MOBILENET[7:14], _MOBILENET[14:]),
+        strides=(4, 8, 16, 32),
+        widths=(24, 32, 96, 1280),
+    ),
+}
+LEVELS = (1, 2, 3, 4)  # numbers of the stages: every backbone has four
 
 
 class CutPasteNet(nn.Module):
@@ -59,34 +91,43 @@ class CutPasteNet(nn.Module):
         super().__init__()
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"unknown normalization {normalize!r}: choose one of {', '.join(NORMALIZATIONS)}")
-        self.normalize, self._last_stage = normalize, BACKBONES[backbone].last_stage
+        self.normalize, self.spec = normalize, BACKBONES[backbone]
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
-        self.backbone = BACKBONES[backbone].build()
+        self.backbone = self.spec.build()
         self.frozen = False
         layers: list[nn.Module] = []
-        width = BACKBONES[backbone].embedding_dim
+        width = self.spec.embedding_dim
         for out in [HIDDEN] * head_layer + [PROJECTION]:
             layers += [nn.Linear(width, out, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True)]
             width = out
         self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
-    @property
-    def last_stage(self) -> nn.Module:
-        """The last convolutional stage, whose output (B, D, h, w) is pooled to the embedding."""
-        return self.backbone.get_submodule(self._last_stage)
-
     def forward(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """statistics: mean and deviation to normalise by, if not the images' own; see ``statistics``."""
-        embeddings = self.backbone(self.normalized(images, statistics))
+        """statistics: mean and deviation to normalize by, if not the images' own; see ``statistics``."""
+        embeddings = self.embed(images, statistics)
         if embeddings.dtype in (torch.bfloat16, torch.float16):
             embeddings = embeddings.float()
         with torch.autocast(images.device.type, enabled=False):  # small, and its logits deserve more than 8 bits
             return self.head(embeddings), embeddings
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The pooled features (B, D) that the density is fitted on; the head is not run."""
-        return self.backbone(self.normalized(images))
+    def embed(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """The pooled features (B, D) of the last stage, which the density is fitted on; the head is not run."""
+        (last,) = self.features(self.normalized(images, statistics), LEVELS[-1:])
+        return functional.adaptive_avg_pool2d(last, 1).flatten(1)
+
+    def features(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """The outputs (B, width, H / stride, W / stride), rounded up, of the stages in ``levels``, in that order.
+
+        images: (B, 3, H, W) as ``normalized`` gives them. No stage beyond the last one asked for is run.
+        """
+        outputs = {}
+        for level, stage in enumerate(self.spec.stages[: max(levels)], start=1):
+            for name in stage:
+                images = self.backbone.get_submodule(name)(images)
+            if level in levels:
+                outputs[level] = images
+        return [outputs[level] for level in levels]
 
     def normalized(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Images in [0, 1] as the backbone wants them. A flat image becomes zeros under "image"."""
@@ -94,11 +135,11 @@ class CutPasteNet(nn.Module):
         return (images - mean) / std
 
     def statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation that images (B, 3, H, W) are normalised by: (3, 1, 1), or under "image" (B, 1, 1, 1)."""
+        """Mean and deviation that images (B, 3, H, W) are normalized by: (3, 1, 1), or under "image" (B, 1, 1, 1)."""
         if self.normalize == "imagenet":
             return self.mean, self.std
         std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
-        return mean, std.clamp(min=1e-3)  # a quarter of a grey level: less is noise
+        return mean, std.clamp(min=1e-3)  # a quarter of a gray level: less is noise
 
     def freeze_backbone(self, frozen: bool) -> None:
         """Stop (or let go on) every change of the backbone: gradients, and BatchNorm's running statistics too."""
@@ -109,82 +150,50 @@ class CutPasteNet(nn.Module):
     def train(self, mode: bool = True) -> "CutPasteNet":
         super().train(mode)
         if self.frozen:
-            self.backbone.eval()  # else the statistics drift although no gradient flows
+            self.spec.freeze(self.backbone)  # else the statistics drift although no gradient flows
         return self
 
 
 def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Path | None) -> None:
     """Set the backbone to ImageNet weights: a file in torchvision's format, or (None) torchvision's own download.
 
-    Raises WeightsError if the file does not fit or the weights cannot be downloaded.
+    The classifier may be in it or not. Where other names stand for tensors of the same kinds in the same order (another
+    implementation, a prefix), the order counts. Raises WeightsError, and changes nothing, if they do not fit.
     """
+    spec = BACKBONES[backbone]
+    own, found = (  # without BatchNorm's counts of batches: older files lack them, and nothing here reads them
+        {k: v for k, v in state.items() if not k.startswith(spec.classifier) and not k.endswith("num_batches_tracked")}
+        for state in (network.backbone.state_dict(), _read(backbone, weights))
+    )
+    kinds = [[(name.split(".")[-1], value.shape) for name, value in state.items()] for state in (own, found)]
+    if own.keys() != found.keys() and kinds[0] == kinds[1]:
+        found = dict(zip(own, found.values()))
+    wrong = []
+    for word, these, others in (("missing", own, found), ("unexpected", found, own)):
+        if alone := [name for name in these if name not in others or these[name].shape != others[name].shape]:
+            more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
+            wrong.append(f"{word} {alone[0]} {tuple(these[alone[0]].shape)}{more}")
+    if wrong:
+        source = weights or spec.weights
+        raise WeightsError(f"{source}: not the weights of torchvision's {backbone}: {', '.join(wrong)}")
+    network.backbone.load_state_dict(found, strict=False)
+
+
+def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
+    """Tensors by name, downloaded or of a file; none of a file that torch can read but that holds something else."""
     if weights is None:
         from torchvision.models import get_weight
 
         try:
-            state = get_weight(BACKBONES[backbone].weights).get_state_dict(progress=False)
+            return get_weight(BACKBONES[backbone].weights).get_state_dict(progress=False)
         except Exception as error:  # every way a download fails: no route, proxy, certificate, full disk
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WeightsError(
-                f"the pretrained weights of {backbone} could not be downloaded ({reason}); "
-                "give a file with --weights FILE or train from scratch with --no-pretrained"
-            ) from error
-        source = BACKBONES[backbone].weights
-    else:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise WeightsError(f"{weights}: no such file (--weights, now or when it was trained)") from error
-        except Exception as error:  # torch.load has no error of its own for a bad file
-            raise WeightsError(f"{weights}: not a file of weights that torch can read (--weights)") from error
-        source = str(weights)
-    own = network.backbone.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith("fc.")} if _is_state(state) else {}
-    wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    if wrong or len(state) != len(own):
-        wrong += [name for name in state if name not in own]
-        example = wrong[0] if wrong else "nothing in it"
-        raise WeightsError(
-            f"{source}: not the weights of torchvision's {backbone} (for example {example} does not fit)"
-        )
-    network.backbone.load_state_dict(state)
-
-
-def _is_state(state: object) -> bool:
-    return isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-
-
-@torch.inference_mode()
-def embed(network: CutPasteNet, images: Tensor, device: torch.device, batch_size: int = 64) -> Tensor:
-    """Embeddings (N, D) float32 on ``device`` of images (N, 3, H, W), uint8 or float in [0, 1], in float32 precision.
-
-    The network runs in evaluation mode, so that no embedding depends on its batch, and is left in the mode it was in.
-    """
-    training = network.training
-    network.eval()
+            raise WeightsError(f"the pretrained weights of {backbone} could not be downloaded ({reason})") from error
     try:
-        parts = [network.embed(_channels_last(to_float(b.to(device)))) for b in blocks(images, batch_size)]
-    finally:
-        network.train(training)
-    return torch.cat(parts).float()
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-# Features of a stage ----------------------------------------------------------------------------------------------
-
-
-def stage_stride(level: int) -> int:
-    """Pixels between two features of stage ``level``."""
-    return 2 ** (level + 1)
-
-
-def stage_features(backbone: nn.Module, images: Tensor, level: int) -> Tensor:
-    """What stage ``level`` (one of LEVELS) of a ResNet gives for images as ``normalized`` gives them: (B, 3, H, W) ->
-    (B, C, h, w), a feature every ``stage_stride(level)`` pixels. The mean over the last stage's is the embedding."""
-    x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
-    for number in range(1, level + 1):
-        x = backbone.get_submodule(f"layer{number}")(x)
-    return x
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"{weights}: no such file") from error
+    except Exception as error:  # torch.load has no error of its own for a bad file
+        raise WeightsError(f"{weights}: not a file of weights that torch can read") from error
+    by_name = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    return state if by_name else {}

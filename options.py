@@ -1,188 +1,324 @@
-"""The flags that two or more scripts share, their types, and what a script does with an error.
+"""Settings and flags.
 
-Owns how the command line looks and the exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 / 143
-interrupted. Draws nothing, reads no image.
+Owns `Config`, every setting that decides what a detector is: its default, range, help and flag. The flags, the detector
+file, the saved state and the tables of results all read it: a new setting is one field. Owns the data flags that
+scripts share and the types of flags. Reads no file, builds no network.
 """
 
 import argparse
-import ctypes
 import os
-import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-import cache
-import ranks
-from cutpaste import VARIANTS
-from dataset import InputError
+from cutpaste import VARIANTS, ViewParams, make_params
 from density import DENSITIES
 from localization import LOCATIONS
-from model import LEVELS, NORMALIZATIONS, WeightsError
+from model import BACKBONES, NORMALIZATIONS
+from runtime import cache
+from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, zero_or_one
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
+FROZEN_STEPS = 20  # steps that the head trains alone on pretrained weights
+LARGEST_SIDE = 4096  # pixels
 
 
-def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser that shows defaults and takes no shortened flags (``--epoch`` for ``--epochs`` hides a mistake)."""
-    return argparse.ArgumentParser(description=description, epilog=epilog, allow_abbrev=False)
+class SettingError(ValueError):
+    """A setting that cannot be. ``name`` is the field of Config, ``reason`` what is wrong; scripts add the flag."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+# Types of flags ---------------------------------------------------------------------------------------------------
+
+
+def _is_category(name: str) -> bool:
+    return bool(name) and name.strip() == name and name not in (".", "..", "all") and not set(name) & set("/\\,")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
+    width, _, height = text.lower().partition("x")
+    return int(height or width), int(width)
+
+
+side = int_within(32, LARGEST_SIDE)
+size = Rule(
+    tuple,
+    f"a side such as 256, or WIDTHxHEIGHT such as 256x192, each in 32..{LARGEST_SIDE} pixels",
+    lambda value: all(map(side.holds, value)),
+    _parse_size,
+)
+levels = Rule(
+    tuple,
+    "stages of the network from 1 to 4, separated by commas",
+    lambda value: value and list(value) == sorted(set(value)) and set(value) <= {1, 2, 3, 4},
+    lambda text: tuple(map(int, text.split(","))),
+)
+category = Rule(str, "the name of one category, without commas or slashes, not 'all'", _is_category)
+categories = Rule(
+    list,
+    "names of categories, separated by commas, or 'all'",
+    lambda value: value == ["all"] or (bool(value) and all(map(_is_category, value))),
+    lambda text: [name.strip() for name in text.split(",") if name.strip()],
+)
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def setting(default: object, rule: Rule, group: str, help: str, shown: str = "") -> object:
+    """A field of a Config. default None: none, or derived from other settings; shown: what --help says of it then."""
+    return field(default=default, metadata={"rule": rule, "group": group, "help": help, "shown": shown})
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How a patch model is trained on crops and makes its maps."""
+
+    patch_size: int = setting(64, side, "maps", "train a patch model on crops of that side, such as 64", "none")
+    # Crops below 32 leave the last stage a single feature, whose gradient in bfloat16 oneDNN computes from memory that
+    # nobody wrote: the loss is NaN in some runs
+    window: int = setting(16, int_within(8, LARGEST_SIDE), "maps", "side of the windows that are scored, in pixels")
+    stride: int = setting(8, int_within(1, LARGEST_SIDE), "maps", "pixels between windows")
+    level: tuple[int, ...] = setting((1,), levels, "maps", "stages whose features are embedded, such as 1 or 2,3")
+    dense: bool = setting(True, zero_or_one, "maps", "run the network once per image; 0: on each window alone")
+    location: str = setting("auto", one_of(LOCATIONS), "maps", "one Gaussian for all locations, or for each its own")
+    dims: int = setting(64, int_within(1, 4096), "maps", "directions of most variance kept of each embedding")
+    sigma: float = setting(4.0, number(0.1, 1e3), "maps", "of the kernel that up-samples scores, in pixels")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting that decides what a detector is. Raises SettingError for a value that cannot be."""
+
+    category: str = setting("", category, "", "")
+    backbone: str = setting("resnet18", one_of(BACKBONES), "network", "network that is trained")
+    head_layer: int = setting(1, int_within(0, 64), "network", "layers of 512 in the projection head")
+    height: int = setting(256, side, "", "")
+    width: int = setting(256, side, "", "")
+    normalize: str = setting(
+        "image", one_of(NORMALIZATIONS), "network", "input normalization: each image's own statistics, or ImageNet's"
+    )
+    pretrained: bool = setting(
+        True, zero_or_one, "network", "start from ImageNet weights; --no-pretrained: from scratch, as the paper does"
+    )
+    weights: str | None = setting(None, anything, "network", "file of ImageNet weights", "torchvision's download")
+    variant: str = setting("3way", one_of(VARIANTS), "pretext task", "augmentation that normal images are told from")
+    jitter: float = setting(0.1, number(0, 0.5), "pretext task", "color jitter of the whole image")
+    patch_jitter: float = setting(0.1, number(0, 0.5), "pretext task", "color jitter of the patch")
+    translate: float = setting(0.04, number(0, 0.5), "pretext task", "largest shift, as a fraction of the side")
+    epochs: int = setting(10000, int_at_least(1), "training", "steps (parameter updates)")
+    batch_size: int = setting(32, int_at_least(2), "training", "images read per step; each gives 2 or 3 views")
+    optim: str = setting("sgd", one_of(LEARNING_RATES), "training", "optimizer")
+    lr: float = setting(
+        None, number(1e-9, 1e9), "training", "learning rate at the start", "0.03 for sgd, 0.001 for adam"
+    )
+    freeze_resnet: int = setting(
+        None, int_at_least(0), "training", "first steps with the backbone frozen", "20 with pretrained weights, else 0"
+    )
+    seed: int = setting(0, int_at_least(0), "training", "seed of everything random")
+    density: str = setting("torch", one_of(DENSITIES), "density", "density of the embeddings")
+    l2: bool = setting(None, zero_or_one, "density", "L2-normalize embeddings first", "1; 0 for patch models")
+    false_alarm_rate: float = setting(
+        0.01, number(0, 1), "density", "share of normal images that may lie above the threshold"
+    )
+    patches: PatchConfig | None = None  # None: an image-level model
+
+    def __post_init__(self) -> None:
+        self._check()
+        derived = {
+            "lr": LEARNING_RATES[self.optim],
+            "freeze_resnet": FROZEN_STEPS if self.pretrained else 0,
+            "l2": self.patches is None,  # the length of a patch's features says how much there is to see in it
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.patches is not None:
+            self._check_patches()
+
+    def _check(self) -> None:
+        if self.weights is not None and not self.pretrained:
+            raise SettingError("weights", "goes with pretrained weights, not with training from scratch")
+        for part in (self, self.patches):
+            for each in settings_of(type(part)) if part is not None else ():
+                value, rule = getattr(part, each.name), each.metadata["rule"]
+                if not (rule.holds(value) or (value is None and each.default is None)):
+                    raise SettingError(each.name, f"{rule.words} is needed, not {value!r}")
+
+    def _check_patches(self) -> None:
+        patches, shown = self.patches, f"{self.width}x{self.height}"
+        for name in ("patch_size", "window"):
+            if (value := getattr(patches, name)) > min(self.height, self.width):
+                raise SettingError(name, f"{value} is larger than the image, {shown}")
+        for level in patches.level if patches.dense else ():
+            unit = BACKBONES[self.backbone].strides[level - 1]
+            for name in ("window", "stride"):
+                if (value := getattr(patches, name)) % unit:
+                    raise SettingError(name, f"{value}: a multiple of {unit} is needed for stage {level}")
+        if not DENSITIES[self.density].several:
+            raise SettingError("density", f"{self.density} is no density for the windows of a patch model")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The stages that are embedded: the last one of an image-level model."""
+        return self.patches.level if self.patches else (len(BACKBONES[self.backbone].stages),)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a score has a gradient, which Grad-CAM needs."""
+        return DENSITIES[self.density].has_gradient
+
+    def make_params(self, count: int, generator: torch.Generator) -> ViewParams:
+        """Draw the parameters of the views of ``count`` images, see cutpaste.make_params."""
+        patch_size = self.patches.patch_size if self.patches else None
+        amounts = {"translate": self.translate, "jitter": self.jitter, "patch_jitter": self.patch_jitter}
+        return make_params(self.variant, count, self.height, self.width, generator, **amounts, patch_size=patch_size)
+
+    def to_dict(self) -> dict:
+        """Plain values by the names of fields, those of PatchConfig beside the others, None of an image-level model."""
+        values = {each.name: getattr(self, each.name) for each in settings_of(Config)}
+        values |= {each.name: self.patches and getattr(self.patches, each.name) for each in settings_of(PatchConfig)}
+        if self.patches:
+            values["level"] = ",".join(map(str, self.patches.level))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The Config that ``to_dict`` gave, also by an earlier version: a setting it did not know has its default."""
+        known = {each.name for part in (Config, PatchConfig) for each in settings_of(part)}
+        for name in values:
+            if name not in known:
+                raise SettingError(str(name), "no setting of this version")
+        given = {name: value for name, value in values.items() if value is not None}
+        if isinstance(given.get("level"), int | str):  # version 2 of the detector file had one level
+            try:
+                given["level"] = levels(str(given["level"]))
+            except argparse.ArgumentTypeError as error:
+                raise SettingError("level", str(error)) from error
+        patches = {each.name: given.pop(each.name) for each in settings_of(PatchConfig) if each.name in given}
+        return cls(**given, patches=PatchConfig(**patches) if "patch_size" in patches else None)
+
+
+def settings_of(part: type) -> list:
+    """The fields of Config or PatchConfig that are settings."""
+    return [each for each in fields(part) if each.metadata]
+
+
+def resume(asked: dict, saved: dict) -> dict:
+    """The settings that a saved run goes on with. asked: those that were asked for, by name.
+
+    The one rule of resuming: what was asked for must be what is saved. Raises SettingError for the first difference.
+    """
+    for name, value in asked.items():
+        if name in saved and saved[name] != value:
+            was, now = (int(each) if isinstance(each, bool) else each for each in (saved[name], value))
+            raise SettingError(name, f"made with {name} {was}, now {now}")
+    return {**asked, **saved}
+
+
+def flagged(error: SettingError) -> str:
+    """What is wrong with a setting, after the flag that sets it."""
+    return f"--{'size' if error.name in ('height', 'width') else error.name}: {error.reason}"
+
+
+# Flags ------------------------------------------------------------------------------------------------------------
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data_dir", default="Data", metavar="DIR", help="folder of the categories (default: Data)")
-    parser.add_argument(
-        "--type",
-        type=names,
-        default=["all"],
-        metavar="NAMES",
-        help="categories, separated by commas, or 'all' (default)",
-    )
-    parser.add_argument(
-        "--model_dir", default="models", metavar="DIR", help="folder of the detectors (default: models)"
-    )
-    parser.add_argument("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
-    parser.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", default="Data", metavar="DIR", help="folder of the categories (default: Data)")
+    add("--type", type=categories, default=["all"], metavar="NAMES", help=f"{categories.words} (default: all)")
+    add("--model_dir", default="models", metavar="DIR", help="folder of the detectors (default: models)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
+    add(
         "--workers",
-        type=whole(0),
+        type=int_at_least(0),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="threads that decode images; 0: none beside the main one (default: one per core, 8 at most)",
+        help="threads that decode images (default: one per core, 8 at most)",
     )
-    parser.add_argument(
+    add(
         "--cache_dir",
-        metavar="DIR|none",
-        help="folder of decoded images; none: keep none (default: $XDG_CACHE_HOME/cutpaste or ~/.cache/cutpaste)",
+        metavar="DIR",
+        help="folder of decoded images, or 'none' (default: $XDG_CACHE_HOME/cutpaste or ~/.cache/cutpaste)",
     )
-    parser.add_argument(
+    add(
         "--memory_gb",
         type=number(0, 1e6),
         default=4.0,
         metavar="GB",
-        help="decoded images that are held in memory; a larger folder is read from a file as needed (default: 4)",
+        help="decoded images held in memory; larger folders are read from disk as needed (default: 4)",
     )
 
 
-def add_network_flags(parser: argparse.ArgumentParser, defaults: dict | None) -> None:
-    """What makes up the network. defaults None: each flag is None unless given, to be held against the detector."""
-
-    def add(flag: str, help: str, **kwargs) -> None:
-        default = None if defaults is None else defaults[flag]
-        note = "must agree with the detector, if given" if defaults is None else "default: %(default)s"
-        parser.add_argument(f"--{flag}", default=default, help=f"{help} ({note})", **kwargs)
-
-    add("variant", "augmentation that normal images are told from", choices=tuple(VARIANTS))
-    add("head_layer", "layers of 512 in the projection head", type=whole(0), metavar="N")
-    add("size", "image size, a side or WIDTHxHEIGHT, in pixels", type=size, metavar="S|WxH")
-    add("normalize", "input normalisation: ImageNet's statistics, or each image's own", choices=NORMALIZATIONS)
+METAVARS = {int: "N", float: "X", bool: "0|1", tuple: "N[,N]"}
 
 
-def add_density_flags(parser: argparse.ArgumentParser, density: str | None, l2: str) -> None:
-    """density: its default; None keeps the detector's own unless given. l2: what --help says of its default (None)."""
-    again = "; given: fit it anew to train/good" if density is None else ""
-    shown = density or "the detector's own"
-    parser.add_argument(
-        "--density", choices=tuple(DENSITIES), default=density, help=f"density{again} (default: {shown})"
-    )
-    parser.add_argument(
-        "--l2", type=zero_or_one, metavar="0|1", help=f"bring embeddings to length 1 first{again} (default: {l2})"
-    )
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting. Those of PatchConfig are None unless given: they go with --patch_size."""
+    groups = {}
+    for part in (Config, PatchConfig):
+        for each in settings_of(part):
+            _add_flag(parser, groups, each, each.default if part is Config else None)
+    size_help = "image size, a side or WIDTHxHEIGHT, in pixels (default: 256)"
+    groups["network"].add_argument("--size", type=size, default=(256, 256), metavar="S|WxH", help=size_help)
 
 
-def add_map_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
-    """How a patch model makes its maps. Every flag is None unless given; defaults: what --help says of each."""
-
-    def add(flag: str, help: str, **kwargs) -> None:
-        parser.add_argument(f"--{flag}", help=f"patch models: {help} ({defaults[flag]})", **kwargs)
-
-    add("window", "side of the windows that are scored", type=whole(8), metavar="P")
-    add("stride", "pixels between them", type=whole(1), metavar="P")
-    add("level", "stage of the network whose features are embedded", type=int, choices=LEVELS)
-    add("dense", "run the network once per image, 0: for each window alone", type=zero_or_one, metavar="0|1")
-    add("location", "one Gaussian for all locations, or one for each", choices=LOCATIONS)
-    add(
-        "sigma", "of the Gaussian that brings scores to the image's size, in pixels", type=number(0.1, 1e3), metavar="P"
-    )
+def add_given_flags(parser: argparse.ArgumentParser, names: Iterable[str], title: str, note: str) -> None:
+    """Flags for some settings of a detector that is there already; each is None unless given."""
+    known = {each.name: each for part in (Config, PatchConfig) for each in settings_of(part)}
+    group = parser.add_argument_group(title, note)
+    for name in names:
+        if name == "size":
+            group.add_argument("--size", type=size, metavar="S|WxH", help="image size, a side or WIDTHxHEIGHT")
+        else:
+            _add_flag(parser, {known[name].metadata["group"]: group}, known[name], None, note=False)
 
 
-# Types ------------------------------------------------------------------------------------------------------------
+def _add_flag(parser: argparse.ArgumentParser, groups: dict, each, default: object, note: bool = True) -> None:
+    rule, title, help = (each.metadata[key] for key in ("rule", "group", "help"))
+    if not title:
+        return
+    group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+    shown = each.metadata["shown"] or (",".join(map(str, each.default)) if rule.kind is tuple else each.default)
+    text = f"{help} (default: {int(shown) if isinstance(shown, bool) else shown})" if note else help
+    if each.name == "pretrained":
+        action = argparse.BooleanOptionalAction
+        group.add_argument("--pretrained", action=action, default=default, help=help + " (default: pretrained)")
+        return
+    words = rule.words.removeprefix("one of ") if rule.words.startswith("one of ") else None
+    metavar = words.replace(", ", "|") if words else METAVARS.get(rule.kind, "FILE")
+    group.add_argument(f"--{each.name}", type=rule, default=default, metavar=metavar, help=text)
 
 
-def names(text: str) -> list[str]:
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found or any("/" in name or "\\" in name or name in (".", "..") for name in found):
-        raise argparse.ArgumentTypeError(f"{text!r}: names of categories, separated by commas")
-    return found
+def config_of(args: argparse.Namespace, category: str) -> Config:
+    """The Config that the flags of ``add_config_flags`` come to. Raises SettingError."""
+    values = {each.name: getattr(args, each.name) for each in settings_of(Config) if hasattr(args, each.name)}
+    given = {name: value for name, value in given_settings(args).items() if name in PATCH_SETTINGS}
+    if given and args.patch_size is None:
+        raise SettingError(next(iter(given)), "goes with patch_size, which makes a patch model")
+    height, width = args.size
+    patches = PatchConfig(**given) if given else None
+    return Config(**values | {"category": category, "height": height, "width": width}, patches=patches)
 
 
-def category(text: str) -> str:
-    """One name that --type can later ask for."""
-    if names(text) != [text] or text == "all":
-        raise argparse.ArgumentTypeError(f"{text!r}: the name of one category, without commas or slashes, not 'all'")
-    return text
+PATCH_SETTINGS = tuple(each.name for each in settings_of(PatchConfig))
 
 
-def zero_or_one(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text!r}: 0 or 1")
-    return text == "1"
-
-
-def size(text: str) -> tuple[int, int]:
-    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: a side such as 256, or WIDTHxHEIGHT such as 256x192")
-    width, height = int(parts[0]), int(parts[-1])
-    if not (32 <= width <= 4096 and 32 <= height <= 4096):
-        raise argparse.ArgumentTypeError(f"{text!r}: each side lies in 32..4096 pixels")
-    return height, width
-
-
-def whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number, at least {least}")
-        return value
-
-    return parse
-
-
-def number(least: float, most: float) -> Callable[[str], float]:
-    """A float from ``least`` to ``most``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text!r}: a number from {least:g} to {most:g}")
-        return value
-
-    return parse
-
-
-# Running ----------------------------------------------------------------------------------------------------------
-
-
-def choose_device(cuda: bool, local: int = 0) -> torch.device:
-    """The device of ``--cuda``: GPU number ``local`` of this machine. Raises InputError if it is not there."""
-    if not cuda:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError("--cuda 1: torch sees no CUDA device on this machine; use --cuda 0")
-    if local >= torch.cuda.device_count():
-        raise InputError(
-            f"--cuda 1: rank {local} of this machine needs a GPU of its own; give torchrun fewer processes"
-        )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+def given_settings(args: argparse.Namespace) -> dict:
+    """The settings among ``args`` that are not None, by the names of Config's fields; --size as height and width."""
+    names = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if getattr(args, "size", None) is not None:
+        given["height"], given["width"] = args.size
+    return given
 
 
 def storage(args: argparse.Namespace) -> cache.Storage:
@@ -192,61 +328,3 @@ def storage(args: argparse.Namespace) -> cache.Storage:
     else:
         folder = None if args.cache_dir == "none" else Path(args.cache_dir)
     return cache.Storage(folder, args.memory_gb * 1e9)
-
-
-def command_line() -> str:
-    """The command as typed, without the path of the interpreter."""
-    import shlex
-
-    return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
-def folder_name(path: str) -> str:
-    """The name of a folder as typed: results and logs of models in ``runs/a/`` go to ``Eval/a``, ``logdirs/a``."""
-    return os.path.basename(os.path.abspath(path))
-
-
-def say(text: str) -> None:
-    """A message for the person at the shell: stderr, past any progress bar. stdout is for data."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)
-
-
-@ranks.ending()
-def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
-    args = parser.parse_args()
-    keep_memory()
-    try:
-        main(args)
-        sys.stdout.flush()
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(error))  # flags that contradict each other: exit code 2
-    except (InputError, WeightsError, ranks.RankError) as error:
-        fail(parser.prog, str(error))
-    except torch.cuda.OutOfMemoryError:
-        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
-    except BrokenPipeError:  # the reader of stdout went away (| head): nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        fail(parser.prog, f"{name}{error.strerror or error}")
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step. A network's activations are allocated anew at each step;
-    pages that went back to the system cost a fault each, about a third of a step's time at 256 px. Only glibc can."""
-    with suppress(OSError, AttributeError, TypeError):  # the last: Windows
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def fail(prog: str, message: str) -> None:
-    print(f"{prog}: error: {message}", file=sys.stderr)
-    sys.exit(1)

@@ -1,6 +1,6 @@
-"""Every figure. Numbers and images in, PNG files (or a matplotlib Figure) out.
+"""Every figure. Numbers and images in, a matplotlib Figure or a PNG file's bytes out.
 
-The only module that imports matplotlib or seaborn; computes nothing but what drawing needs.
+The only module that imports matplotlib or seaborn; computes nothing but what drawing needs. Chooses what a sheet shows.
 """
 
 import io
@@ -8,28 +8,58 @@ from collections.abc import Sequence
 
 import numpy as np
 import seaborn
+import torch
 from matplotlib.figure import Figure
+from torch.nn import functional
 
-NORMAL_COLOR = "#2a6fbb"
+from cutpaste import VARIANTS, VIEWS, apply, to_float
+from dataset import GOOD, TestSet
+from detector import Detector, category_seed, stream
+from options import Config
+
+NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
-VIEW_COLORS = ("#e8a33d", "#6aa84f")
+UNTRAINED = "untrained baseline"
 DPI = 120
 CASES_ACROSS = 6  # on a sheet of heat maps
+SAMPLE_VIEWS = 60  # normal test images whose augmented views enter the t-SNE plot, at most
+WORST = 2  # normal images with the highest and anomalous ones with the lowest scores on such a sheet
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as the content of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
-    return buffer.getvalue()
+# Sheets -----------------------------------------------------------------------------------------------------------
 
 
-def new_axes(width: float, height: float):
-    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-    seaborn.despine(ax=axes)
-    return figure, axes
+def preview(images: torch.Tensor, names: Sequence[str], config: Config) -> Figure:
+    """A sheet of images (R, 3, H, W) uint8, each beside its views."""
+    views = VARIANTS[config.variant].views
+    generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
+    augmented, _ = apply(images, config.make_params(len(images), generator))
+    shown = to_float(images)
+    if augmented.shape != shown.shape:  # crops
+        shown = functional.interpolate(shown, augmented.shape[2:], mode="area")
+    cells = torch.stack([shown, *augmented.split(len(images))], 1)  # (R, 1 + V, 3, H, W)
+    titles = ["crop" if config.patches and name == "image" else VIEWS[name].title for name in views]
+    columns = ["original", *(f"{title} ({label})" for label, title in enumerate(titles))]
+    return views_sheet(cells.permute(0, 1, 3, 4, 2).cpu().numpy(), columns, names)
+
+
+def choose_cases(test: TestSet, scores: np.ndarray, masks: np.ndarray, maps: np.ndarray) -> list[tuple]:
+    """What a sheet of heat maps shows, as ``heat_sheet`` takes it: of each kind the image with the median score, and
+    the worst mistakes."""
+    chosen = {}
+    for kind in dict.fromkeys(test.defect_types):
+        own = np.flatnonzero(np.array(test.defect_types) == kind)
+        chosen[int(own[np.argsort(scores[own])[len(own) // 2]])] = "median"
+    for label, sign, role in ((0, -1, "highest"), (1, 1, "lowest")):
+        own = np.flatnonzero(test.labels == label)
+        chosen |= dict.fromkeys(own[np.argsort(sign * scores[own])][:WORST].tolist(), role)
+    cases = []
+    for index, role in chosen.items():
+        name = "normal" if not test.labels[index] else test.defect_types[index].replace("_", " ")
+        title = f"{name}, {role}\n{test.paths[index].name}: score {scores[index]:.3g}"
+        image = test.images[index].permute(1, 2, 0).numpy() / 255
+        cases.append((title, image, masks[index] if test.with_truth[index] else None, maps[index]))
+    return cases
 
 
 def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Figure:
@@ -48,66 +78,13 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
     return figure
 
 
-def roc(category: str, labels: np.ndarray, scores: np.ndarray, control: np.ndarray | None = None) -> Figure:
-    """ROC curve of labels (M,) in {0, 1} and scores (M,); control: scores before training, drawn dashed."""
-    from sklearn.metrics import roc_auc_score, roc_curve
-
-    figure, axes = new_axes(5, 4.6)
-    axes.plot([0, 1], [0, 1], color="0.75", linestyle=":", label="chance")
-    for values, name, style, color in (
-        (control, "control (before training)", "--", "0.45"),
-        (scores, "detector", "-", ANOMALY_COLOR),
-    ):
-        if values is not None:
-            false_alarms, found, _ = roc_curve(labels, values)
-            area = roc_auc_score(labels, values)
-            axes.plot(false_alarms, found, style, color=color, linewidth=2, label=f"{name}, AUROC {area:.3f}")
-    axes.set(
-        xlabel="share of normal images called anomalous",
-        ylabel="share of anomalous images found",
-        title=f"{category}: ROC curve",
-        xlim=(-0.01, 1.01),
-        ylim=(-0.01, 1.01),
-        aspect="equal",
-    )
-    axes.legend(loc="lower right", frameon=True)
-    return figure
-
-
-def score_histogram(
-    category: str, scores: np.ndarray, defect_types: Sequence[str], threshold: float, rate: float, unit: str
-) -> Figure:
-    """Test scores (M,), normal against each defect type, one strip a type, and the threshold of the detector."""
-    kinds = list(dict.fromkeys(defect_types))
-    figure = Figure(figsize=(6.6, 1.05 * len(kinds) + 1.4), layout="constrained")
-    with seaborn.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}):
-        grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
-    for axes, kind in zip(grid, kinds):
-        own = scores[np.array(defect_types) == kind]
-        color = NORMAL_COLOR if kind == "good" else ANOMALY_COLOR
-        axes.hist(own, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
-        axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
-        name = "normal" if kind == "good" else kind.replace("_", " ")
-        above = (own > threshold).sum()
-        axes.set_title(f"{name}: {above} of {len(own)} above", loc="left", fontsize=9, pad=3)
-        axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
-        axes.grid(axis="x", visible=False)
-        seaborn.despine(ax=axes)
-    threshold_line = f"dashed: threshold meant for {100 * rate:g} % false alarms"
-    figure.suptitle(f"{category}: scores of the test images\n{threshold_line}", fontsize=11)
-    grid[-1].set_xlabel(unit)
-    figure.supylabel("images", fontsize=10)
-    return figure
-
-
 def heat_sheet(
     category: str,
     cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray]],
     threshold: float | None,
     unit: str,
 ) -> Figure:
-    """Images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colours.
+    """Images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colors.
 
     cases: title, image (H, W, 3) in [0, 1], mask (H, W) of {0, 1} or None if it is missing, map (H, W). threshold: the
     level that an image's maximum is held against, drawn as an outline; None draws none.
@@ -150,36 +127,127 @@ def heat_sheet(
     return figure
 
 
+# Charts -----------------------------------------------------------------------------------------------------------
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as the content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def new_axes(width: float, height: float):
+    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    seaborn.despine(ax=axes)
+    return figure, axes
+
+
+def roc(category: str, labels: np.ndarray, scores: np.ndarray, untrained: np.ndarray | None = None) -> Figure:
+    """ROC curve of labels (M,) in {0, 1} and scores (M,); untrained: those of the untrained baseline, drawn dashed."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    figure, axes = new_axes(5, 4.6)
+    axes.plot([0, 1], [0, 1], color="0.75", linestyle=":", label="chance")
+    for values, name, style, color in (
+        (untrained, UNTRAINED, "--", "0.45"),
+        (scores, "detector", "-", ANOMALY_COLOR),
+    ):
+        if values is not None:
+            false_alarms, found, _ = roc_curve(labels, values)
+            area = roc_auc_score(labels, values)
+            axes.plot(false_alarms, found, style, color=color, linewidth=2, label=f"{name}, AUROC {area:.3f}")
+    axes.set(
+        xlabel="share of normal images called anomalous",
+        ylabel="share of anomalous images found",
+        title=f"{category}: ROC curve",
+        xlim=(-0.01, 1.01),
+        ylim=(-0.01, 1.01),
+        aspect="equal",
+    )
+    axes.legend(loc="lower right", frameon=True)
+    return figure
+
+
+def score_histogram(
+    category: str, scores: np.ndarray, defect_types: Sequence[str], threshold: float, rate: float, unit: str
+) -> Figure:
+    """Test scores (M,), normal against each defect type, one strip a type, and the threshold of the detector."""
+    kinds = list(dict.fromkeys(defect_types))
+    figure = Figure(figsize=(6.6, 1.05 * len(kinds) + 1.4), layout="constrained")
+    with seaborn.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}):
+        grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
+    for axes, kind in zip(grid, kinds):
+        own = scores[np.array(defect_types) == kind]
+        color = NORMAL_COLOR if kind == GOOD else ANOMALY_COLOR
+        axes.hist(own, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
+        axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
+        name = "normal" if kind == GOOD else kind.replace("_", " ")
+        above = (own > threshold).sum()
+        axes.set_title(f"{name}: {above} of {len(own)} above", loc="left", fontsize=9, pad=3)
+        axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
+        axes.grid(axis="x", visible=False)
+        seaborn.despine(ax=axes)
+    threshold_line = f"dashed: threshold meant for {100 * rate:g} % false alarms"
+    figure.suptitle(f"{category}: scores of the test images\n{threshold_line}", fontsize=11)
+    grid[-1].set_xlabel(unit)
+    figure.supylabel("images", fontsize=10)
+    return figure
+
+
+def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[str]]:
+    """Embeddings of the test images and of augmented views of the normal ones, which the network has never seen, and
+    the group of each: normal, anomalous, or the name of a view."""
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        (level,) = detector.levels
+        return level.project(detector.embed(images)[0])[:, 0].cpu()
+
+    parts = list(stream(detector, test.images, embed))
+    groups = ["anomalous" if label else "normal" for label in test.labels]
+    normal = test.images[torch.from_numpy(np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS])]
+    if len(normal):
+        views, labels = apply(normal, detector.config.make_params(len(normal), torch.Generator().manual_seed(0)))
+        parts += stream(detector, views[labels > 0], embed)
+        groups += [VARIANTS[detector.config.variant].views[label] for label in labels[labels > 0].tolist()]
+    return torch.cat(parts).numpy(), groups
+
+
 def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure:
-    """t-SNE of embeddings (N, D), one colour a group, as in the paper's Figure 3."""
+    """t-SNE of embeddings (N, D), as in the paper's Figure 3. groups: of each, normal, anomalous or a view's name."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings.astype(np.float32))
     figure, axes = new_axes(6, 5)
-    palette = {"normal": NORMAL_COLOR, "anomalous": ANOMALY_COLOR}
-    views = [name for name in dict.fromkeys(groups) if name not in palette]
-    palette |= dict(zip(views, VIEW_COLORS))
+    views = [name for name in dict.fromkeys(groups) if name in VIEWS]
+    styles = {name: (VIEWS[name].title, VIEWS[name].color) for name in views}
     # the order of drawing: what was made up below what is real
-    for name in [*views, "normal", "anomalous"]:
+    styles |= {"normal": ("normal", NORMAL_COLOR), "anomalous": ("anomalous", ANOMALY_COLOR)}
+    for name, (title, color) in styles.items():
         own = points[np.array(groups) == name]
-        axes.scatter(own[:, 0], own[:, 1], s=22, color=palette[name], edgecolor="white", linewidth=0.4, label=name)
+        axes.scatter(own[:, 0], own[:, 1], s=22, color=color, edgecolor="white", linewidth=0.4, label=title)
     axes.set(title=f"{category}: t-SNE of test images and their augmented views", xticks=[], yticks=[])
     axes.set(xlabel="t-SNE, no unit", ylabel="t-SNE, no unit")
     axes.legend(loc="best", frameon=True, fontsize=9)
     return figure
 
 
-def summary(categories: Sequence[str], values: Sequence[float], controls: Sequence[float] | None = None) -> Figure:
-    """Image AUROC (fractions) of each category and their mean, in percent; the control as a mark."""
+def summary(rows: Sequence[dict]) -> Figure:
+    """Image AUROC of each category, from rows of results.csv that have one, and their mean, in percent; those of the
+    untrained baseline, if all rows have them, as marks."""
+    categories, values, untrained = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
     names = [*categories, "average"]
     percent = 100 * np.append(values, np.mean(values))
     figure, axes = new_axes(6.4, 0.38 * len(names) + 1.3)
     colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]
     axes.barh(names, percent, color=colors, height=0.65)
-    if controls is not None:
-        marks = 100 * np.append(controls, np.mean(controls))
-        axes.scatter(marks, names, marker="|", s=170, linewidth=3, color="#e8a33d", label="control (before training)")
+    if None not in untrained:
+        marks = 100 * np.append(untrained, np.mean(untrained))
+        axes.scatter(marks, names, marker="|", s=170, linewidth=3, color="#e8a33d", label=UNTRAINED)
         figure.legend(loc="outside lower center", frameon=False)
     for row, value in enumerate(percent):
         axes.text(101, row, f"{value:.1f}", va="center", fontsize=10)

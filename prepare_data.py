@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import options
-from dataset import GOOD, InputError, decode, find_images, find_mask
-from options import say
+from dataset import GOOD, decode, find_images, find_mask
+from options import category
+from runtime.files import InputError, say
+from runtime.flags import int_at_least, new_parser, number
+from runtime.script import run_script
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
 MVTEC_COUNTS = {
@@ -46,7 +48,7 @@ TEXTURES = ("brick", "grass", "gravel")  # 512 x 512 grey photographs in scikit-
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = options.new_parser("Bring images into the layout that training and evaluation read.")
+    parser = new_parser("Bring images into the layout that training and evaluation read.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -60,30 +62,30 @@ def get_parser() -> argparse.ArgumentParser:
     elpv = command("elpv", "solar cells from the package elpv-dataset (CC BY-NC-SA 4.0)")
     elpv.add_argument("--cells", choices=ELPV_CELLS, default="mono", help="kind of cell (default: mono)")
     elpv.add_argument(
-        "--name", type=options.category, metavar="NAME", help="name of the category (default: solar_<kind of cell>)"
+        "--name", type=category, metavar="NAME", help="name of the category (default: solar_<kind of cell>)"
     )
     elpv.add_argument(
         "--held_out",
-        type=options.number(0.01, 0.9),
+        type=number(0.01, 0.9),
         default=0.25,
         help="share of normal cells for test (default: 0.25)",
     )
-    elpv.add_argument("--seed", type=options.whole(0), default=0, help="seed of the split (default: 0)")
+    elpv.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the split (default: 0)")
 
     folder = command("folder", "a category from your own photographs")
     folder.add_argument("--good", required=True, metavar="DIR", help="photographs of good parts")
     folder.add_argument("--bad", metavar="DIR", help="photographs of bad parts, or a folder for each type of defect")
     name_help = "name of the category (default: the name of the --good folder)"
-    folder.add_argument("--name", type=options.category, metavar="NAME", help=name_help)
+    folder.add_argument("--name", type=category, metavar="NAME", help=name_help)
     folder.add_argument(
-        "--held_out", type=options.number(0, 0.9), default=0.2, help="share of good photographs for test (default: 0.2)"
+        "--held_out", type=number(0, 0.9), default=0.2, help="share of good photographs for test (default: 0.2)"
     )
-    folder.add_argument("--seed", type=options.whole(0), default=0, help="seed of the split (default: 0)")
+    folder.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the split (default: 0)")
 
     textures = command("textures", "small categories from scikit-image's textures, with drawn defects and masks")
-    textures.add_argument("--size", type=options.whole(32), default=64, help="side of the images (default: 64)")
-    textures.add_argument("--train", type=options.whole(2), default=24, help="training images (default: 24)")
-    textures.add_argument("--test", type=options.whole(1), default=8, help="test images a defect type (default: 8)")
+    textures.add_argument("--size", type=int_at_least(32), default=64, help="side of the images (default: 64)")
+    textures.add_argument("--train", type=int_at_least(2), default=24, help="training images (default: 24)")
+    textures.add_argument("--test", type=int_at_least(1), default=8, help="test images a defect type (default: 8)")
     return parser
 
 
@@ -362,4 +364,4 @@ def blend(image: np.ndarray, mask: np.ndarray, gray: float, strength: float) -> 
 
 
 if __name__ == "__main__":
-    options.run_script(main, get_parser())
+    run_script(main, get_parser())

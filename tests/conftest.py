@@ -44,7 +44,7 @@ def cache_home(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def script(monkeypatch, capsys):
     """A script in this process, through its own parser and error handling: returns code, out, err."""
-    from options import run_script
+    from runtime.script import run_script
 
     def call(name: str, *args: object) -> SimpleNamespace:
         module = importlib.import_module(name)
@@ -103,7 +103,7 @@ def same_weights(one: Path, other: Path) -> bool:
     """Whether two detector files hold the same network and density, bit for bit."""
     contents = [torch.load(path, weights_only=True) for path in (one, other)]
     flat = [
-        {f"{part}.{name}": value for part in ("network", "density") for name, value in content[part].items()}
+        {f"{part}.{name}": value for part in ("network", "levels") for name, value in content[part].items()}
         for content in contents
     ]
     assert flat[0].keys() == flat[1].keys()

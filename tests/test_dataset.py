@@ -1,11 +1,18 @@
+"""dataset.py: image files, folders in MVTec's layout, maps, and what bad or crafted files get."""
+
+import io
 import itertools
+import struct
+import time
+import warnings
+import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset import (
-    InputError,
     choose_categories,
     decode,
     find_categories,
@@ -16,8 +23,10 @@ from dataset import (
     load_test,
     load_train,
     read_size,
+    save_maps,
     train_paths,
 )
+from runtime.files import InputError
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)
@@ -69,7 +78,7 @@ def triangle_resized(array, count):
 
 @pytest.fixture
 def category(tmp_path):
-    """Data/nut: every image is flat, of its own grey."""
+    """Data/nut: every image is flat, of its own gray."""
     root = tmp_path / "Data" / "nut"
     for i in range(3):
         save_flat(root / "train" / "good" / f"{i:03}.png", 10 + i)
@@ -107,12 +116,9 @@ def error_of(call, *args):
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff", "PNG", "Tif"])
 def test_decode_rgb(tmp_path, suffix):
     array = noise(12, 20, 3)
-    assert np.array_equal(decode(save(tmp_path / f"a.{suffix}", array)), array)
-
-
-def test_decode_takes_a_string(tmp_path):
-    array = noise(12, 20, 3)
-    assert np.array_equal(decode(str(save(tmp_path / "a.png", array))), array)
+    path = save(tmp_path / f"a.{suffix}", array)
+    assert np.array_equal(decode(path), array)
+    assert np.array_equal(decode(str(path)), array)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif"])
@@ -171,35 +177,21 @@ def test_decode_gray_with_alpha(tmp_path):
     assert np.abs(result - as_rgb(alpha * array[..., 0] + (1 - alpha) * 255)).max() <= 1
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_decode_16_bit(tmp_path, suffix):
-    values = noise(12, 20, dtype=np.uint16)
-    values[0, :6] = 0, 128, 129, 257, 65534, 65535
-    path = save(tmp_path / f"a.{suffix}", values)
-    assert mode_of(path) == "I;16"
-    expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
-    assert np.array_equal(decode(path), as_rgb(expected))
-
-
-def test_decode_big_endian_16_bit(tmp_path):
-    values = noise(12, 20, dtype=np.uint16)
-    image = Image.frombytes("I;16B", (20, 12), values.astype(">u2").tobytes())
-    image.save(tmp_path / "a.tif")
-    assert mode_of(tmp_path / "a.tif") == "I;16B"
-    expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
-    assert np.array_equal(decode(tmp_path / "a.tif"), as_rgb(expected))
-
-
-def test_decode_16_bit_values_in_32_bits(tmp_path):
-    values = noise(12, 20, dtype=np.uint16).astype(np.int32)
-    path = save(tmp_path / "a.tif", values)
-    assert mode_of(path) == "I"
+@pytest.mark.parametrize(
+    ("suffix", "mode", "dtype"),
+    [("png", "I;16", "<u2"), ("tif", "I;16", "<u2"), ("tif", "I;16B", ">u2"), ("tif", "I", "<i4")],
+)
+def test_decode_16_bit(tmp_path, suffix, mode, dtype):
+    values = np.arange(2**16).reshape(128, 512)
+    path = tmp_path / f"a.{suffix}"
+    Image.frombytes(mode, (512, 128), values.astype(dtype).tobytes()).save(path)
+    assert mode_of(path) == mode
     expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
     assert np.array_equal(decode(path), as_rgb(expected))
 
 
 def test_decode_float(tmp_path):
-    values = np.random.default_rng(0).random((12, 20), dtype=np.float32)
+    values = np.random.default_rng(0).random((600, 500), dtype=np.float32)
     values[0, :2] = 0, 1
     path = save(tmp_path / "a.tif", values)
     assert mode_of(path) == "F"
@@ -224,15 +216,17 @@ def test_decode_lossy(tmp_path, suffix):
     assert np.abs(result.astype(int) - array).mean() < 3
 
 
-@pytest.mark.parametrize("suffix", ["png", "webp", "tif"])
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "RGB"), ("webp", "RGB"), ("tif", "RGB"), ("tif", "L")])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_decode_turns_upright(tmp_path, orientation, suffix):
-    array = noise(12, 20, 3)
+def test_decode_turns_upright(tmp_path, orientation, suffix, mode):
+    """Gray TIFF files too, which Pillow scrambles if it maps them into memory."""
+    array = noise(12, 20, 3) if mode == "RGB" else as_rgb(noise(12, 20))
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if suffix == "webp" else {}
-    path = save(tmp_path / f"a.{suffix}", array, exif=exif, **options)
+    path = save(tmp_path / f"a.{suffix}", array, mode, exif=exif, **options)
     assert np.array_equal(decode(path), UPRIGHT[orientation](array))
+    assert read_size(path) == UPRIGHT[orientation](array).shape[:2]
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -246,12 +240,11 @@ def test_decode_turns_16_bit_upright_before_resizing(tmp_path, orientation):
     assert np.abs(upright.astype(int) - expected).mean() < 5  # but for the blurred border between the halves
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_read_size_agrees_with_decode(tmp_path, orientation, suffix):
+def test_read_size_of_a_turned_jpg(tmp_path, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    path = save(tmp_path / f"a.{suffix}", noise(12, 20, 3), exif=exif)
+    path = save(tmp_path / "a.jpg", noise(12, 20, 3), exif=exif)
     assert read_size(path) == decode(path).shape[:2] == ((20, 12) if orientation > 4 else (12, 20))
 
 
@@ -464,7 +457,11 @@ def make_empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("spoil", [truncate, make_text, make_empty])
+def make_gif(path):
+    Image.new("L", (4, 4)).save(path, "GIF")
+
+
+@pytest.mark.parametrize("spoil", [truncate, make_text, make_empty, make_gif])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
 def test_bad_file(tmp_path, suffix, spoil):
     path = tmp_path / f"a.{suffix}"
@@ -498,28 +495,15 @@ def test_first_of_two_bad_files_is_named(tmp_path, workers):
 
 
 @pytest.mark.parametrize("spoil", [truncate, make_text, make_empty])
-def test_bad_test_image_is_named(category, spoil):
-    path = category / "test" / "crack" / "001.png"  # the one without a mask
-    spoil(path)
-    assert error_of(load, category).startswith(f"{path}: not a readable image")
-
-
-@pytest.mark.parametrize("spoil", [truncate, make_text, make_empty])
-def test_bad_test_image_with_a_mask_is_named(category, spoil):
-    path = category / "test" / "bent" / "000.png"
-    spoil(path)
-    assert error_of(load, category).startswith(f"{path}: not a readable image")
-
-
-@pytest.mark.parametrize("spoil", [truncate, make_text, make_empty])
-def test_bad_mask_is_named(category, spoil):
-    path = category / "ground_truth" / "bent" / "000_mask.png"
-    spoil(path)
+@pytest.mark.parametrize("name", ["test/crack/001.png", "test/bent/000.png", "ground_truth/bent/000_mask.png"])
+def test_bad_test_image_or_mask_is_named(category, name, spoil):
+    """An image without a mask, one that has a mask, and its mask."""
+    spoil(category / name)
 
     def load_all():
         load_masks(load(category), (10, 16), 0)
 
-    assert error_of(load_all).startswith(f"{path}: not a readable image")
+    assert error_of(load_all).startswith(f"{category / name}: not a readable image")
 
 
 def test_mask_of_another_size_is_named(category):
@@ -532,8 +516,8 @@ def test_mask_of_another_size_is_named(category):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0, 70_000]], np.int32), "grey values from 0 to 70000"),
-        (np.array([[-1, 200]], np.int32), "grey values from -1 to 200"),
+        (np.array([[0, 70_000]], np.int32), "gray values from 0 to 70000"),
+        (np.array([[-1, 200]], np.int32), "gray values from -1 to 200"),
         (np.array([[0, 255]], np.float32), "float values from 0.0 to 255.0"),
         (np.array([[-0.5, 1]], np.float32), "float values from -0.5 to 1.0"),
         (np.array([[np.nan, 1]], np.float32), "float values from nan"),
@@ -542,15 +526,6 @@ def test_mask_of_another_size_is_named(category):
 def test_values_without_a_meaning(tmp_path, values, message):
     path = save(tmp_path / "a.tif", values)
     assert error_of(decode, path).startswith(f"{path}: {message}")
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_of_a_rotated_tiff_is_the_decoded_one(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.zeros((12, 20, 3), np.uint8)).save(tmp_path / "a.tif", exif=exif)
-    assert read_size(tmp_path / "a.tif") == decode(tmp_path / "a.tif").shape[:2]
-    assert read_size(tmp_path / "a.tif") == ((12, 20) if orientation < 5 else (20, 12))
 
 
 def test_folders_are_no_images_and_hidden_folders_no_defect_types(tmp_path):
@@ -563,7 +538,7 @@ def test_folders_are_no_images_and_hidden_folders_no_defect_types(tmp_path):
     assert len(test.paths) == 2
 
 
-def test_masks_of_any_colour_are_read_as_they_are_seen(tmp_path):
+def test_masks_of_any_color_are_read_as_they_are_seen(tmp_path):
     """A palette mask in near-black blue, and one turned by its EXIF tag."""
     for name in ("test", "ground_truth"):
         (tmp_path / "part" / name / "crack").mkdir(parents=True)
@@ -572,10 +547,150 @@ def test_masks_of_any_colour_are_read_as_they_are_seen(tmp_path):
     palette = Image.fromarray(marked, "P")
     palette.putpalette([0, 0, 0, 0, 0, 1])
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[ORIENTATION] = 3  # upside down
     turned = Image.fromarray(np.ascontiguousarray(marked[::-1, ::-1] * 255))
     for index, mask in enumerate((palette, turned)):
         Image.new("RGB", (6, 4)).save(tmp_path / f"part/test/crack/{index}.png")
         mask.save(tmp_path / f"part/ground_truth/crack/{index}_mask.png", **({"exif": exif} if index else {}))
     masks = load_masks(load_test(tmp_path, "part", (4, 6), 0), (4, 6), 0)
     assert (masks.numpy() == marked).all()
+
+
+# Maps -------------------------------------------------------------------------------------------------------------
+
+
+def test_maps_are_saved_in_the_size_of_their_images(category, tmp_path):
+    paths = [category / "test" / name for name in ("good/000.png", "crack/000.png", "crack/001.png")]
+    save_flat(paths[1], 70, (16, 8))
+    maps = np.random.default_rng(0).random((3, 8, 16), dtype=np.float32)
+    maps[2] = 1e6  # more than 16 bits hold
+    folder = tmp_path / "maps"
+    stale = save(folder / "test" / "bent" / "000.tiff", np.zeros((2, 2), np.float32))
+    save_maps(folder, category, paths, maps)
+    assert not stale.exists()
+    assert len(list(folder.rglob("*.*"))) == 3
+    import tifffile
+
+    read = [tifffile.imread(folder / "test" / f"{path.parent.name}/{path.stem}.tiff") for path in paths]
+    assert [values.dtype for values in read] == [np.float16] * 3
+    assert [values.shape for values in read] == [(20, 32), (16, 8), (20, 32)]
+    for values, small in zip(read[:2], maps):
+        expected = torch.nn.functional.interpolate(torch.tensor(small)[None, None], values.shape, mode="bilinear")
+        assert np.abs(values - expected[0, 0].numpy()).max() < 1e-3
+    assert (read[2] == np.finfo(np.float16).max).all()
+
+
+def test_maps_of_two_images_of_one_stem_are_refused(category, tmp_path):
+    twin = save_flat(category / "test" / "good" / "001.bmp", 9)
+    old = save(tmp_path / "maps" / "test" / "good" / "000.tiff", np.zeros((2, 2), np.float32))
+    paths = [category / "test" / "crack" / "001.png", category / "test" / "good" / "001.png", twin]
+    message = error_of(save_maps, tmp_path / "maps", category, paths, np.zeros((3, 4, 4), np.float32))
+    assert message == f"{twin}: its map would be named like that of 001.png; rename one of them"
+    assert [path for path in (tmp_path / "maps").rglob("*.*")] == [old]
+
+
+# Crafted files ----------------------------------------------------------------------------------------------------
+
+
+def tiff(size, offsets=(0,), tiles=False, bits=8, kind=1, packing=1, claims=None):
+    """A gray TIFF file, in strips of a row or tiles of 16 x 16, around 200 KB of noise.
+
+    offsets: of the strips in the noise. kind: 1 integers, 3 floats. packing: 1 none, 8 deflate. claims: {tag: (type,
+    number of values)} for tags that have no such values.
+    """
+    body = np.random.default_rng(0).bytes(200_000)
+    tags = {256: size[0], 257: size[1], 258: bits, 259: packing, 262: 1, 339: kind}
+    tags |= {322: 16, 323: 16, 324: None} if tiles else {273: None, 278: 1}
+    entries = {tag: (4, 1, value) for tag, value in tags.items()}
+    entries |= {tag: (*claim, 8) for tag, claim in (claims or {}).items()}
+    start = 14 + 12 * len(entries)
+    where = (1, start + offsets[0]) if len(offsets) == 1 else (len(offsets), start + len(body))
+    entries |= {tag: (4, *where) for tag, (_, _, value) in entries.items() if value is None}
+    table = b"".join(struct.pack("<HHII", tag, *entries[tag]) for tag in sorted(entries))
+    pointers = (np.asarray(offsets) + start).astype("<u4").tobytes()
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table + bytes(4) + body + pointers
+
+
+def big_tiff(count):
+    """A BigTIFF file that claims ``count`` tags and has a thousand."""
+    return struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, count) + 1000 * struct.pack("<HHQQ", 65000, 4, 1, 0)
+
+
+def png(width, height):
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def run_length_bmp(width, height):
+    """Rows of one run each; the rest of a row is background."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    return struct.pack("<2sIII", b"BM", 0, 0, 1078) + header + bytes(1024) + b"\1\0\0\0" * height
+
+
+def progressive_jpg(width, height, scans):
+    """The last scan again and again."""
+    buffer = io.BytesIO()
+    Image.new("L", (width, height), 128).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()[:-2]
+    return content + content[content.rindex(b"\xff\xda") :] * scans + b"\xff\xd9"
+
+
+FEW, MANY = (0,), np.zeros(10**6, np.int64)
+ALLOWED = "allowed: 178956970, 1048576 a side"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tiff((2**31 - 1, 2**31 - 1)), f"claims 2147483647x2147483647 pixels; {ALLOWED}"),
+        (tiff((20_000, 9_000), packing=8), f"claims 20000x9000 pixels; {ALLOWED}"),
+        (tiff((1, 170_000_000), packing=8), f"claims 1x170000000 pixels; {ALLOWED}"),
+        (tiff((1, 10**6), MANY), "claims 1000000 strips or tiles, at most 65536 are read"),
+        (tiff((16_000, 16_000), MANY, tiles=True), "claims 1000000 strips or tiles"),
+        (tiff((100, 100), claims={324: (4, 2**32 - 1)}), "claims 4294967295 strips or tiles"),
+        (tiff((100, 100), claims={282: (5, 10**6)}), "claims 1000000 strips or tiles"),
+        (big_tiff(2**63), "claims 9223372036854775808 strips or tiles"),
+        (tiff((170, 10**6), FEW, bits=16), "claims 170x1000000 pixels in 200"),
+        (tiff((170, 10**6), FEW, bits=32, kind=3), "claims 170x1000000 pixels in 200"),
+        (tiff((13_000, 13_000), FEW, tiles=True), "claims 13000x13000 pixels in 200"),
+        (png(1, 178_000_000), f"claims 1x178000000 pixels; {ALLOWED}"),
+        (run_length_bmp(13_000, 13_000), "claims 13000x13000 pixels; allowed: 8388608"),
+        (progressive_jpg(4_000, 3_000, 400), "claims 4000x3000 pixels; allowed: "),
+    ],
+    ids=range(14),
+)
+def test_what_a_file_may_claim(tmp_path, content, message):
+    """Most of these kept Pillow busy for 5 to 70 seconds."""
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    started = time.monotonic()
+    for call in (decode, read_size):
+        assert error_of(call, path).startswith(f"{path}: {message}")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "PNG", "JPEG"])
+def test_large_files_are_read_in_silence(tmp_path, kind):
+    """More pixels than Pillow takes without a warning, and as many strips as there are rows."""
+    if kind == "TIFF":
+        size, path = (3, 60_000), tmp_path / "a.tif"
+        path.write_bytes(tiff(size, range(0, 180_000, 3)))
+    else:
+        size, path = (9_500 if kind == "PNG" else 2_500, 9_500), tmp_path / f"a.{kind}"
+        image = Image.new("1" if kind == "PNG" else "L", size, 1)
+        image.save(path, kind, **({"progressive": True} if kind == "JPEG" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = decode(path, (8, 8))
+        assert read_size(path) == size[::-1]
+    if kind == "TIFF":
+        noise = np.frombuffer(np.random.default_rng(0).bytes(200_000), np.uint8)
+        assert np.array_equal(decode(path), as_rgb(noise[:180_000].reshape(60_000, 3)))
+    else:
+        assert (small == small[0, 0]).all()
+
+
+def test_a_crafted_training_image_is_named(category):
+    path = category / "train" / "good" / "001.png"
+    path.write_bytes(tiff((2**31 - 1, 2**31 - 1)))
+    assert error_of(load_train, category.parent, "nut", (8, 8), 4).startswith(f"{path}: claims ")

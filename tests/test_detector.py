@@ -1,28 +1,29 @@
-"""The detector file: what is written comes back, and whatever is wrong with it gets one line."""
+"""The detector and its file: what is written comes back, and whatever is wrong with it gets one line."""
+
+import lzma
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import detector
-import localization
-from dataset import InputError, load_test, load_train
-from density import held_out_scores
-from detector import Detector, initial_network, load, save
+from dataset import load_test, load_train
+from density import conformal_threshold, held_out
+from detector import Detector, initial_network, load, load_config, save, stream
+from model import CutPasteNet
+from options import Config, PatchConfig, SettingError
+from runtime.files import InputError, load_tensors, save_tensors
 
-CONFIG = {
-    "category": "brick",
-    "backbone": "resnet18",
-    "variant": "3way",
-    "head_layer": 1,
-    "normalize": "image",
-    "height": 32,
-    "width": 48,
-    "density": "torch",
-    "l2": True,
-    "false_alarm_rate": 0.2,
-    "seed": 3,
-    "pretrained": False,
-}
+CONFIG = Config("brick", height=32, width=48, false_alarm_rate=0.2, seed=3, pretrained=False)
+
+
+def scores_of(made, images):
+    return torch.cat([scores for scores, _ in stream(made, images)])
+
+
+def maps_of(made, images):
+    return torch.cat([maps for _, maps in stream(made, images)])
 
 
 @pytest.fixture(scope="module")
@@ -33,48 +34,48 @@ def images():
 @pytest.fixture(scope="module")
 def fitted(images):
     made = Detector(CONFIG, initial_network(CONFIG)).fit(images)
-    made.made = {"command": "python run_training.py"}
+    made.metadata = {"command": "python run_training.py"}
     return made
 
 
 @pytest.mark.parametrize("density", ["torch", "sklearn", "kde"])
-def test_round_trip(tmp_path, images, density):
-    config = CONFIG | {"density": density}
-    one = Detector(config, initial_network(config)).fit(images)
+def test_round_trip(tmp_path, fitted, images, density):
+    one = fitted.refit(images, density=density)
     save(one, tmp_path / "brick.pt")
     other = load(tmp_path / "brick.pt")
-    assert torch.equal(one(images), other(images))
+    assert torch.equal(scores_of(one, images), scores_of(other, images))
     assert torch.equal(one.threshold, other.threshold)
     assert torch.equal(one.normal_scores, other.normal_scores)
-    assert other.config == config
+    assert other.config == replace(CONFIG, density=density)
+    assert other.metadata == fitted.metadata
     assert other.size == (32, 48)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_saving_twice_gives_the_same_bytes(tmp_path, fitted):
-    for name in ("a", "b"):
-        save(fitted, tmp_path / name)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
 def test_scores_do_not_depend_on_the_batch(fitted, images):
-    together = fitted(images)
-    alone = torch.cat([fitted(image[None]) for image in images])
+    together, maps = fitted(images)
+    assert maps is None
+    alone = torch.cat([fitted(image[None])[0] for image in images])
     assert torch.allclose(together, alone, rtol=1e-4)
 
 
-def test_l2_brings_embeddings_to_length_one(fitted, images):
-    assert torch.allclose(fitted.embed(images).norm(dim=1), torch.ones(12, dtype=torch.float64))
+def test_l2_normalizes_embeddings(fitted, images):
     plain = fitted.refit(images, l2=False)
-    assert plain.embed(images).norm(dim=1).std() > 0
-    assert fitted.config["l2"]
-    assert not plain.config["l2"]
+    for made, deviation in ((fitted, 0), (plain, 1)):
+        (level,) = made.levels
+        lengths = level.project(made.embed(images)[0]).norm(dim=2)
+        assert (lengths.std() > 1e-9) == deviation
+        assert made.config.l2 == (not deviation)
 
 
-def test_threshold_is_the_quantile_of_held_out_normal_scores(fitted, images):
-    scores = held_out_scores("torch", fitted.embed(images))
-    assert fitted.threshold == scores.quantile(0.8)
-    assert (scores > fitted.threshold).float().mean() <= 0.25
+def test_threshold_is_the_conformal_one_of_held_out_normal_scores(fitted, images):
+    (level,) = fitted.levels
+    scores, _ = held_out("torch", level.project(fitted.embed(images)[0]), True)
+    assert torch.allclose(fitted.normal_scores, scores[:, 0])
+    assert fitted.threshold == conformal_threshold(fitted.normal_scores, 0.2)[0]
+    assert list(fitted.notes()) == []
+    (note,) = fitted.refit(images, false_alarm_rate=0.01).notes()
+    assert "0.01 needs 99 normal images, not 12" in note
 
 
 def test_density_is_fitted_to_an_even_sample_of_many_images(images, monkeypatch):
@@ -84,24 +85,34 @@ def test_density_is_fitted_to_an_even_sample_of_many_images(images, monkeypatch)
     chosen = [240 * i // 70 for i in range(70)]
     assert len(set(chosen)) == 70
     network = initial_network(CONFIG)
-    fitted = Detector(CONFIG, network).fit(many)
-    expected = Detector(CONFIG, network).fit(many[chosen])
-    for name, value in expected.density.state_dict().items():
-        assert torch.equal(fitted.density.state_dict()[name], value)
-    assert torch.equal(fitted.normal_scores, expected.normal_scores)
+    fitted, expected = Detector(CONFIG, network).fit(many), Detector(CONFIG, network).fit(many[chosen])
+    for name, value in expected.levels.state_dict().items():
+        assert torch.allclose(fitted.levels.state_dict()[name], value, rtol=1e-4)
+    assert torch.allclose(fitted.normal_scores, expected.normal_scores, rtol=1e-4)
     assert len(fitted.normal_scores) == 70
-    assert torch.equal(fitted.embed_sample(many[:70], 70), fitted.embed(many[:70]))
+
+
+def test_fitting_runs_the_network_once_over_the_images(images, monkeypatch):
+    seen = []
+    features = CutPasteNet.features
+    monkeypatch.setattr(
+        CutPasteNet, "features", lambda self, x, levels: seen.append(len(x)) or features(self, x, levels)
+    )
+    Detector(CONFIG).fit(images)
+    assert sum(seen) == 12
+    seen.clear()
+    Detector(replace(CONFIG, patches=PatchConfig(32, location="auto"))).fit(images)
+    assert sum(seen) == 12
 
 
 def test_wrong_image_size_is_refused(fitted):
     with pytest.raises(ValueError, match=r"\(M, 3, 32, 48\)"):
-        fitted(torch.zeros(1, 3, 48, 32))
+        scores_of(fitted, torch.zeros(1, 3, 48, 32))
 
 
 def test_untrained_is_the_network_training_starts_from(fitted):
-    control = fitted.untrained()
     start = initial_network(CONFIG).state_dict()
-    assert all(torch.equal(value, start[name]) for name, value in control.network.state_dict().items())
+    assert all(torch.equal(value, start[name]) for name, value in fitted.untrained().network.state_dict().items())
 
 
 def test_initial_network_depends_on_seed_and_category_and_leaves_the_global_generator_alone():
@@ -112,26 +123,26 @@ def test_initial_network_depends_on_seed_and_category_and_leaves_the_global_gene
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(weight, initial_network(CONFIG).head[0].weight)
     for change in ({"seed": 4}, {"category": "grass"}):
-        assert not torch.equal(weight, initial_network(CONFIG | change).head[0].weight)
+        assert not torch.equal(weight, initial_network(replace(CONFIG, **change)).head[0].weight)
 
 
-def damaged(path, **changes):
-    content = torch.load(path, weights_only=True)
-    content.update(changes)
-    torch.save(content, path)
+# The file ---------------------------------------------------------------------------------------------------------
 
 
 def test_bad_files_are_named(tmp_path, fitted):
     path = tmp_path / "brick.pt"
-
-    def fails(match):
-        with pytest.raises(InputError, match=match) as caught:
-            load(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-    fails("no such file")
     save(fitted, path)
+    content = load_tensors(path, "detector")
+
+    def fails(match, change=None):
+        if change is not None:
+            save_tensors(content | change, path)
+        for read in (load, load_config) if "state_dict" not in match else (load,):
+            with pytest.raises(InputError, match=match) as caught:
+                read(path)
+            assert str(path) in str(caught.value)
+            assert "\n" not in str(caught.value)
+
     whole = path.read_bytes()
     for length in (0, 10, 1000, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -139,40 +150,66 @@ def test_bad_files_are_named(tmp_path, fitted):
     for text in ("hello", "test of a file", "X", "\x89PNG\r\n"):
         path.write_text(text)
         fails("truncated, damaged or not a detector file")
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    fails("does not match its checksum|truncated, damaged")
     torch.save({"weight": torch.zeros(3)}, path)
     fails("not a detector file of this project")
-    save(fitted, path)
-    damaged(path, version=detector.VERSION + 1)
-    fails("update the program")
-    save(fitted, path)
-    damaged(path, config=CONFIG | {"backbone": "vgg"})
-    fails("backbone is 'vgg'")
-    save(fitted, path)
-    damaged(path, network={})
-    fails("damaged detector file")
-    save(fitted, path)
-    path.rename(tmp_path / "grass.pt")
+    fails("update the program", {"version": detector.VERSION + 1})
+    fails("backbone: one of resnet18", {"config": content["config"] | {"backbone": "vgg"}})
+    fails("head_layer: a whole number from 0 to 64", {"config": content["config"] | {"head_layer": 10_000_000}})
+    fails("colour: no setting", {"config": content["config"] | {"colour": 1}})
+    fails("damaged detector file", {"config": None})
+    fails("damaged detector file.*state_dict", {"network": {}})
+    save_tensors(content, tmp_path / "grass.pt")
     path = tmp_path / "grass.pt"
     fails("category 'brick' under another name")
+    path = tmp_path / "slate.pt"
+    fails("no such file")
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, fitted):
+def test_settings_that_an_older_file_lacks_have_their_defaults(tmp_path, fitted):
+    save(fitted, tmp_path / "brick.pt")
+    content = load_tensors(tmp_path / "brick.pt", "detector")
+    for name in ("dims", "translate", "lr", "l2"):
+        del content["config"][name]
+    save_tensors(content, tmp_path / "brick.pt")
+    assert load_config(tmp_path / "brick.pt") == CONFIG
+
+
+def test_a_patch_model_of_version_2_scores_the_same(tmp_path):
+    """A file that version 2 wrote, with most weights 0 or repeated to keep it small, and the scores that it gave."""
     path = tmp_path / "brick.pt"
-    save(fitted, path)
-    before = path.read_bytes()
-    (tmp_path / ".brick.pt.part").symlink_to("/dev/full")  # every write ends in "no space left on device"
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        save(fitted, path)
-    assert caught.value.filename == str(path)
-    assert path.read_bytes() == before
+    path.write_bytes(lzma.decompress((Path(__file__).parent / "detector_version_2.pt.xz").read_bytes()))
+    made = load(path)
+    assert made.metadata["train_images"] == 12
+    assert made.config.levels == (1,)
+    scores, maps = made(VERSION_2_IMAGES)
+    assert torch.allclose(scores, made.threshold.new_tensor(made.metadata["scores"]), rtol=1e-5)
+    assert torch.allclose(maps[:, ::16, ::16].reshape(-1), torch.tensor(made.metadata["map"]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["torch", "kde"])
+def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, images, kind):
+    """As version 2 wrote it: a mean and an inverse covariance, or points and a bandwidth, and the distance by them."""
+    made = fitted.refit(images, density=kind)
+    (level,) = made.levels
+    density = dict(level.density.state_dict())
+    if kind == "torch":
+        precision = density["factor"][0].T @ density["factor"][0]
+        density = {"mean": density["mean"][0], "precision": precision, "shrinkage": torch.tensor(0.1)}
+        x = level.project(made.embed(images)[0])[:, 0] - density["mean"]
+        assert torch.allclose(((x @ precision) * x).sum(1).sqrt(), made(images)[0])
+    config = {name: value for name, value in made.config.to_dict().items() if name != "dims"}
+    content = {"format": detector.FORMAT, "version": 2, "config": config, "made": {}, "density": density}
+    content |= {"network": made.network.state_dict(), "threshold": made.threshold, "normal_scores": made.normal_scores}
+    torch.save(content, tmp_path / "brick.pt")  # without a checksum
+    assert torch.allclose(load(tmp_path / "brick.pt")(images)[0], made(images)[0], rtol=1e-9)
 
 
 # Patch models -----------------------------------------------------------------------------------------------------
 
-PATCHES = CONFIG | {
-    **{"height": 64, "width": 96, "l2": False, "patch_size": 32},
-    **{"window": 16, "stride": 8, "level": 1, "dense": True, "location": "each", "sigma": 4.0},
-}
+PATCHES = replace(CONFIG, height=64, width=96, l2=False, patches=PatchConfig(32, location="each"))
 PLAIN = {"level": 4, "dense": False, "window": 32}
 
 
@@ -186,121 +223,155 @@ def pictures(count, seed=0):
     return (255 * (waves + noise)).clamp(0, 255).byte()
 
 
+VERSION_2_IMAGES = pictures(3, seed=5)
+
+
 @pytest.fixture(scope="module")
 def patch_model():
-    return Detector(PATCHES, initial_network(PATCHES)).eval().fit(pictures(20))
+    return Detector(PATCHES, initial_network(PATCHES)).fit(pictures(20))
 
 
-@pytest.mark.parametrize("changes", [{}, {"location": "shared"}, PLAIN, PLAIN | {"location": "shared"}, {"l2": True}])
+DEFECTS = ((8, 70), (40, 12), (28, 80))
+TWO_LEVELS = {"level": "2,3", "window": 32, "stride": 16}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({}, {"location": "shared"}, {"l2": True}, {"density": "sklearn"}),
+        *(PLAIN, PLAIN | {"location": "shared", "dims": 512}, TWO_LEVELS),
+    ],
+)
 def test_a_defect_is_the_maximum_of_the_map_where_it_was_drawn(patch_model, changes):
     """Images that are not square, a defect far from where height and width swapped would put it."""
-    made = patch_model.refit(pictures(20), **changes).eval()
+    made = patch_model.refit(pictures(20), **changes)
     images = pictures(3, seed=1)
-    for image, (top, left) in zip(images, ((8, 70), (40, 12), (28, 80))):
+    for image, (top, left) in zip(images, DEFECTS):
         image[:, top : top + 10, left : left + 10] = torch.tensor([250, 10, 120], dtype=torch.uint8)[:, None, None]
-    (scores, maps) = next(iter(made.maps(images)))
+    scores, maps = made(images)
     assert maps.shape == (3, 64, 96)
-    for values, (top, left) in zip(maps, ((8, 70), (40, 12), (28, 80))):
+    reach = 16 if "level" in changes and "," in str(changes["level"]) else 10
+    for values, (top, left) in zip(maps, DEFECTS):
         y, x = divmod(int(values.argmax()), 96)
-        assert abs(y + 0.5 - (top + 5)) <= 10
-        assert abs(x + 0.5 - (left + 5)) <= 10
+        assert abs(y + 0.5 - (top + 5)) <= reach
+        assert abs(x + 0.5 - (left + 5)) <= reach
     assert torch.equal(scores, maps.amax((1, 2)).double())
-    assert (scores > made(pictures(20, seed=2)).max()).all()
+    assert (scores > scores_of(made, pictures(20, seed=2)).max()).all()
 
 
-@pytest.mark.parametrize("location", ["each", "shared", "auto"])
-def test_round_trip_of_a_patch_model(tmp_path, patch_model, location):
-    one = patch_model.refit(pictures(20), location=location)
+def test_levels_are_standardized_by_held_out_normal_distances_and_added(patch_model):
+    """The map of two levels is the sum of those of each alone, each less its mean and in its deviations."""
+    train, images = pictures(20), pictures(4, seed=1)
+    both = patch_model.refit(train, **TWO_LEVELS)
+    expected = 0
+    for number, level in enumerate(both.levels):
+        alone = patch_model.refit(train, **TWO_LEVELS | {"level": str(2 + number)})
+        distances = held_out("torch", alone.embed_normal(train)[0], False)[0]
+        assert level.center == pytest.approx(distances.mean().item(), rel=1e-4)
+        assert level.scale == pytest.approx(distances.std().item(), rel=1e-4)
+        expected = expected + (alone(images)[1] - level.center) / level.scale
+    assert torch.allclose(both(images)[1], expected.float(), rtol=1e-3, atol=1e-3)
+    assert "standardized" in both.unit
+
+
+@pytest.mark.parametrize(
+    "changes", [{"location": "each"}, {"location": "shared"}, {"location": "auto"}, TWO_LEVELS, PLAIN | {"dims": 32}]
+)
+def test_round_trip_of_a_patch_model(tmp_path, patch_model, changes):
+    one = patch_model.refit(pictures(20), **changes)
     save(one, tmp_path / "brick.pt")
     other = load(tmp_path / "brick.pt")
     images = pictures(6, seed=1)
-    assert torch.equal(one.eval()(images), other(images))
-    assert other.config == PATCHES | {"location": location}
-    assert other.density.location == one.density.location
+    assert torch.equal(scores_of(one, images), scores_of(other, images))
+    assert other.config == one.config == Config.from_dict(PATCHES.to_dict() | changes)
+    assert [level.shared for level in other.levels] == [level.shared for level in one.levels]
     assert torch.equal(one.normal_scores, other.normal_scores)
 
 
 def test_a_map_does_not_depend_on_the_batch(patch_model):
     images = pictures(9, seed=1)
-    together = torch.cat([maps for _, maps in patch_model.maps(images)])
-    alone = torch.cat([maps for image in images for _, maps in patch_model.maps(image[None])])
+    together, alone = patch_model(images)[1], maps_of(patch_model, images)
     assert torch.allclose(together, alone, rtol=1e-3)
-    assert torch.allclose(patch_model(images), together.amax((1, 2)).double())
+    one_by_one = torch.cat([patch_model(image[None])[1] for image in images])
+    assert torch.allclose(together, one_by_one, rtol=1e-3)
 
 
-def test_threshold_of_a_patch_model_is_the_quantile_of_held_out_maxima(patch_model):
+@pytest.mark.parametrize("changes", [None, {}, {"location": "shared"}, TWO_LEVELS, PLAIN])
+def test_a_detector_can_be_exported(fitted, images, patch_model, changes):
+    """Tensors only: what torch.export traces gives the same scores and maps, for other images of that number."""
+    made = fitted if changes is None else patch_model.refit(pictures(20), **changes)
+    first, second = (images[:2], images[2:4]) if changes is None else (pictures(2, seed=1), pictures(2, seed=2))
+    program = torch.export.export(made, (first,)).module()
+    for found, expected in zip(program(second), made(second)):
+        assert found is expected is None or torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_threshold_of_a_patch_model_is_of_held_out_maxima(patch_model):
     assert patch_model.normal_scores.shape == (20,)
-    assert patch_model.threshold == patch_model.normal_scores.quantile(0.8)
+    assert patch_model.threshold == conformal_threshold(patch_model.normal_scores, 0.2)[0]
     # what the other folds have not seen is further away than what the density was fitted to
-    assert (patch_model.normal_scores > patch_model(pictures(20))).float().mean() > 0.9
+    assert (patch_model.normal_scores > scores_of(patch_model, pictures(20))).float().mean() > 0.9
 
 
 def test_a_damaged_patch_model_is_named(tmp_path, patch_model):
     path = tmp_path / "brick.pt"
     save(patch_model, path)
-    content = torch.load(path, weights_only=True)
-    for key, value in (("window", None), ("level", 7), ("location", "all"), ("dense", 1.5)):
-        torch.save(content | {"config": content["config"] | {key: value}}, path)
-        with pytest.raises(InputError, match=f"damaged detector file \\({key} is"):
-            load(path)
-
-
-def test_gaussians_of_other_windows_than_the_files_are_named(tmp_path, patch_model):
-    path = tmp_path / "brick.pt"
-    for changes in ({"window": 18}, {"window": 32}, {"stride": 16}):
-        save(patch_model, path)
-        content = torch.load(path, weights_only=True)
-        torch.save(content | {"config": content["config"] | changes}, path)
+    content = load_tensors(path, "detector")
+    for key, value in (
+        ("window", 18),
+        ("level", 7),
+        ("location", "all"),
+        ("dense", 1.5),
+        ("window", 32),
+        ("stride", 16),
+    ):
+        save_tensors(content | {"config": content["config"] | {key: value}}, path)
         with pytest.raises(InputError, match="damaged detector file"):
             load(path)
 
 
 def test_the_papers_grid_fits_into_a_file(tmp_path):
     """One Gaussian for each of 57 x 57 locations: 512 dimensions would make gigabytes of them."""
-    config = PATCHES | PLAIN | {"height": 256, "width": 256, "stride": 4}
-    made = Detector(config, initial_network(config))
-    assert made.grid.shape == (57, 57)
-    dims = localization.EACH_DIMS
-    made.density.projection, made.density.mean = torch.zeros(512, dims), torch.zeros(57 * 57, dims)
-    made.density.factor = torch.zeros(57 * 57, dims, dims)
+    patches = PatchConfig(32, level=(4,), dense=False, window=32, stride=4)
+    made = Detector(replace(PATCHES, height=256, width=256, patches=patches))
+    (level,) = made.levels
+    assert level.grid.shape == (57, 57)
+    level.axes, level.density.mean = torch.zeros(512, level.dims), torch.zeros(57 * 57, level.dims)
+    level.density.factor = torch.zeros(57 * 57, level.dims, level.dims)
     save(made, tmp_path / "brick.pt")
-    assert load(tmp_path / "brick.pt").density.location == "each"
+    assert not load(tmp_path / "brick.pt").levels[0].shared
     assert (tmp_path / "brick.pt").stat().st_size < 200e6
 
 
-def test_the_control_of_a_patch_model_has_the_kind_of_its_density(patch_model):
+def test_the_untrained_baseline_has_the_kind_of_density(patch_model):
     made = patch_model.refit(pictures(20), location="auto")
-    assert made.untrained().fit(pictures(20), threshold=False).density.location == made.density.location
-    assert made.untrained().config["location"] == made.density.location
+    assert made.untrained().fit(pictures(20), threshold=False).levels[0].shared == made.levels[0].shared
 
 
-def test_too_few_images_for_a_gaussian_each(patch_model):
-    with pytest.raises(InputError, match=r"brick: 5 training images, .*needs 8; use --location shared or auto"):
+def test_too_few_or_equal_images(patch_model):
+    with pytest.raises(SettingError, match=r"brick: 5 training images, .*needs 8; take shared or auto"):
         Detector(PATCHES, patch_model.network).fit(pictures(5))
-
-
-def test_equal_images_fit_no_patch_density(patch_model):
     flat = torch.full((9, 3, 64, 96), 128, dtype=torch.uint8)
-    with pytest.raises(InputError, match=r"brick: .*no density can be fitted"):
+    with pytest.raises(InputError, match=r"brick: no density can be fitted: all embeddings are equal"):
         Detector(PATCHES, patch_model.network).fit(flat)
+    with pytest.raises(InputError, match=r"brick: no density can be fitted: .*at least 2 .*, got 1$"):
+        Detector(CONFIG).fit(flat[:1, :, :32, :48])
 
 
 def test_grad_cam_has_the_scores_of_the_detector(fitted, images):
-    scores, maps = (torch.cat(parts) for parts in zip(*fitted.maps(images)))
-    assert torch.allclose(scores, fitted(images), rtol=1e-4)
+    scores, maps = (torch.cat(parts) for parts in zip(*stream(fitted, images, fitted.grad_cam)))
+    assert torch.allclose(scores, scores_of(fitted, images), rtol=1e-4)
     assert maps.shape == (12, 32, 48)
     with pytest.raises(InputError, match="kde"):
-        next(iter(fitted.refit(images, density="kde").maps(images)))
+        fitted.refit(images, density="kde").grad_cam(images)
 
 
 def test_a_detector_trained_by_the_script_scores_the_test_images(data, models):
     made = load(models / "brick.pt")
-    test = load_test(data, "brick", made.size, 0)
-    train = load_train(data, "brick", made.size, 0)
-    scores = made(test.images)
+    test, train = load_test(data, "brick", made.size, 0), load_train(data, "brick", made.size, 0)
+    scores = scores_of(made, test.images)
     assert scores.shape == (12,)
     assert torch.isfinite(scores).all()
     assert (scores > 0).all()
-    assert made.made["train_images"] == 8
-    again = made.refit(train)
-    assert torch.allclose(again(test.images), scores, rtol=1e-9)
+    assert made.metadata["train_images"] == 8
+    assert torch.allclose(scores_of(made.refit(train), test.images), scores, rtol=1e-9)

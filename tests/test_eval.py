@@ -15,8 +15,10 @@ from PIL import Image
 
 from dataset import load_masks, load_test
 from detector import load
-from eval import choose_cases, evaluate
+from eval import evaluate
 from metrics import pixel_metrics
+from plots import choose_cases
+from runtime.files import load_tensors, save_tensors
 
 
 def lines(done):
@@ -179,10 +181,10 @@ def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
     (own / "grass.pt").write_bytes((models / "grass.pt").read_bytes()[:1000])
     fails("grass.pt", "truncated, damaged", more=("--model_dir", own))
 
-    content = torch.load(models / "grass.pt", weights_only=True)
-    torch.save(content | {"version": 99}, own / "grass.pt")
+    content = load_tensors(models / "grass.pt", "detector")
+    save_tensors(content | {"version": 99}, own / "grass.pt")
     fails("grass.pt", "format 99", "update the program", more=("--model_dir", own))
-    torch.save(content["network"], own / "grass.pt")
+    save_tensors(content["network"], own / "grass.pt")
     fails("grass.pt", "not a detector file of this project", more=("--model_dir", own))
 
     images = tmp_path / "Data"
@@ -282,23 +284,6 @@ def test_saved_maps_are_those_that_were_measured(mapped, data, patch_models):
         assert found[name] == pytest.approx(all_lines(done)["brick", metric], abs=5e-3)
 
 
-def test_maps_are_saved_in_the_size_of_their_images(data, patch_models, tmp_path, script):
-    shutil.copytree(data / "brick", tmp_path / "Data/brick")
-    path = tmp_path / "Data/brick/test/good/000.png"
-    with Image.open(path) as image:
-        image.resize((50, 70)).save(path)
-    where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
-    done = script("eval", *where, "--save_maps", 1, "--save_plots", 0)
-    assert done.code == 0, done.err
-    saved = tifffile.imread(tmp_path / "Eval/patch_models/maps/brick/test/good/000.tiff")
-    assert saved.shape == (70, 50)
-    path.unlink()
-    assert script("eval", *where, "--save_maps", 1, "--save_plots", 0).code == 0
-    assert len(list((tmp_path / "Eval/patch_models/maps").rglob("*.tiff"))) == 11
-    shutil.copy(path.with_name("001.png"), path.with_name("001.bmp"))
-    one_line(script("eval", *where, "--save_maps", 1, "--save_plots", 0), "good/001", "rename it")
-
-
 @pytest.mark.parametrize(("grey", "word"), [(255, "every"), (0, "no")])
 def test_masks_that_mark_all_or_nothing(data, patch_models, tmp_path, script, grey, word):
     shutil.copytree(data / "brick", tmp_path / "Data/brick")
@@ -359,20 +344,33 @@ def test_flags_that_do_not_fit_the_kind_of_model(data, where, patch_models, scri
     for flag in ("--heatmaps", "--save_maps"):
         one_line(script("eval", *where, flag, 1, "--density", "kde"), f"{flag} 1", "kde")
     patches = [*where, "--model_dir", patch_models]
-    one_line(script("eval", *patches, "--density", "kde"), "--density kde", "patch model")
-    one_line(script("eval", *patches, "--window", 64), "--window 64", "larger than the image")
-    one_line(script("eval", *patches, "--stride", 6), "--stride 6", "multiple of 4")
+    one_line(script("eval", *patches, "--density", "kde"), "--density: kde", "patch model")
+    one_line(script("eval", *patches, "--window", 64), "--window: 64", "larger than the image")
+    one_line(script("eval", *patches, "--stride", 6), "--stride: 6", "multiple of 4")
 
 
 def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data):
     test = load_test(data, "brick", (32, 32), 0)
     scores = np.arange(len(test.labels), dtype=float)[::-1]  # the first image, a normal one, has the highest
-    cases = choose_cases(test, scores)
-    kinds = [test.defect_types[index] for index, _ in cases]
-    assert set(kinds) == set(test.defect_types)
-    assert (0, "highest") in cases
-    assert (len(scores) - 1, "lowest") in cases
-    assert len({index for index, _ in cases}) == len(cases)
+    masks = load_masks(test, (32, 32), 0).numpy()
+    cases = choose_cases(test, scores, masks, np.zeros(masks.shape))
+    titles = [title.split(":")[0] for title, *_ in cases]
+    kinds = {title.split(",")[0] for title in titles}
+    assert kinds == {"normal", *test.defect_types} - {"good"}
+    assert "normal, highest\n000.png" in titles
+    assert f"{test.defect_types[-1]}, lowest\n{test.paths[-1].name}" in titles
+    assert len({title for title, *_ in cases}) == len(cases)
+    (shown,) = (image for title, image, *_ in cases if "highest\n000" in title)
+    assert np.allclose(shown, test.images[0].permute(1, 2, 0) / 255)
+
+
+def test_two_levels_are_fitted_by_a_flag(data, patch_models, tmp_path, script):
+    where = ["--data_dir", data, "--model_dir", patch_models, "--eval_dir", tmp_path, "--type", "brick"]
+    done = script("eval", *where, "--level", "2,3", "--window", 16, "--stride", 16, "--control", 1)
+    assert 0 <= all_lines(done)["brick", "pixel AUROC"] <= 1
+    row = pandas.read_csv(tmp_path / "patch_models/results.csv", dtype=str).iloc[0]
+    assert (row.level, row.stride) == ("2,3", "16")
+    assert set(row.location_chosen.split(",")) <= {"shared", "each"}
 
 
 def test_wrong_usage_exits_with_2(script):

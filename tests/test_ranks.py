@@ -1,4 +1,4 @@
-"""ranks.py and torchrun: two processes do the work of one, with the same results."""
+"""Ranks under torchrun: two processes do the work of one, with the same results."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from cutpaste import apply, make_params
 from model import CutPasteNet
-from ranks import Ranks, from_environment, share
+from runtime.ranks import Ranks, from_environment
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", "2"]
 LOCAL = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--local_addr", "127.0.0.1"]
@@ -104,7 +104,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 import torch
 from torch import distributed
-import ranks
+from runtime import ranks
 
 class Slow:
     def __del__(self):
@@ -116,7 +116,7 @@ with ranks.ending():
     with here.joined(False):
         number = torch.ones(1)
         number.slow = Slow()
-        if here.first:
+        if here.is_main:
             time.sleep(0.5)
         distributed.all_reduce(number, async_op=True)
         del number  # now the last to let go of it is Gloo's thread, when the first rank has come
@@ -148,21 +148,21 @@ def test_a_rank_ends_while_a_thread_frees_a_tensor(tmp_path, code):
 GRADIENTS = """
 import sys, torch
 sys.path.insert(0, {root!r})
-import ranks
-from cutpaste import apply, make_params
+from cutpaste import apply, make_params, rows
 from model import CutPasteNet
+from runtime import ranks
 from torch.nn.functional import cross_entropy
 here = ranks.from_environment()
 with ranks.ending(), here.joined(False):
     images, = torch.load({folder!r} + "/images", weights_only=True)
     torch.manual_seed(0)
     network = CutPasteNet("resnet18", 1, 3, "image").double().train()
-    network = ranks.synchronised(network, False)
-    forward = ranks.wrapped(network, here, False)
+    network = ranks.sync_batch_norm(network, False)
+    forward = ranks.data_parallel(network, here, False)
     params = make_params("3way", len(images), 48, 64, torch.Generator().manual_seed(1))
-    views, labels = apply(images[here.part], params.rows(here.part))
-    share = len(images[here.part]) / len(images)
-    (cross_entropy(forward(views.double())[0], labels) * share * here.count).backward()
+    views, labels = apply(images[here.rows], rows(params, here.rows))
+    share = len(images[here.rows]) / len(images)
+    (cross_entropy(forward(views.double())[0], labels) * share * here.world_size).backward()
     torch.save([p.grad for p in network.parameters()], {folder!r} + f"/gradients{{here.rank}}")
     torch.save(dict(network.named_buffers()), {folder!r} + f"/buffers{{here.rank}}")
 """
@@ -231,21 +231,23 @@ def test_what_ranks_cannot_do_gets_one_line(data, tmp_path, monkeypatch, script)
     assert not (tmp_path / "models").exists()
 
 
-def test_shares_are_disjoint_and_whole(monkeypatch):
+def test_shards_are_disjoint_and_whole(monkeypatch):
     items = [*"abcdefg"]
     for count in (1, 2, 3, 9):
-        parts = [share(items, Ranks(rank, count)) for rank in range(count)]
-        assert sorted(item for part in parts for item in part) == items
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        shards = [Ranks(rank, count).shard(items) for rank in range(count)]
+        assert sorted(item for shard in shards for item in shard) == items
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
+        assert [items[Ranks(rank, count).rows] for rank in range(count)] == shards
     monkeypatch.setenv("RANK", "5")  # left by something else
-    assert from_environment() == Ranks(0, 1, 0)
+    assert from_environment() == Ranks()
 
 
 def test_alone_nothing_is_set_up():
     alone = Ranks()
+    assert alone.is_main
     with alone.joined(False):
         assert not torch.distributed.is_initialized()
         assert alone.gather(3) == [3]
-        assert alone.from_first(lambda: 4) == 4
-        assert alone.largest(5) == 5
-        assert alone.sum(torch.tensor(6.0)) == 6
+        assert alone.broadcast(lambda: 4) == 4
+        assert alone.all_reduce_max(5) == 5
+        assert alone.all_reduce_sum(torch.tensor(6.0)) == 6

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
@@ -16,13 +17,19 @@ from conftest import ROOT, TINY, one_line, same_weights, train
 from PIL import Image
 from torch.nn import functional
 
-from cache import digest
-from dataset import InputError
-from detector import load, load_file, save_file
-from run_training import get_parser, make_config
-from training import Arithmetic, Run, check_finite, choose_arithmetic, suitable_precision
+from detector import load
+from options import Config, SettingError, config_of
+from run_training import get_parser
+from runtime.cache import Images, digest
+from runtime.files import InputError, load_tensors, save_tensors
+from runtime.script import suitable_precision
+from training import Numerics, Run, check_finite, choose_numerics
 
 WHERE = ("--data_dir", "--model_dir", "--logdir")
+
+
+def tiny_config(*more) -> Config:
+    return config_of(get_parser().parse_args([*TINY, *map(str, more)]), "brick")
 
 
 def flags(data, tmp_path, *more):
@@ -47,7 +54,7 @@ def wait_for_step(process, checkpoint, step):
     until = time.monotonic() + 120
     while time.monotonic() < until:
         assert process.poll() is None, process.stderr.read()
-        if checkpoint.exists() and load_file(checkpoint, "checkpoint")["step"] >= step:
+        if checkpoint.exists() and load_tensors(checkpoint, "checkpoint")["step"] >= step:
             return
         time.sleep(0.02)
     raise AssertionError("no state was saved")
@@ -98,7 +105,7 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
     done = train(data, folder, *more)
     assert done.code == 0, done.err
     assert "continuing at step" in done.err
-    assert load(folder / "brick.pt").config["seed"] == 1
+    assert load(folder / "brick.pt").config.seed == 1
     assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
 
 
@@ -115,24 +122,23 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
 )
 def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
     """Six steps against three, saved and loaded, and three more."""
-    args = get_parser().parse_args([*TINY, "--epochs", "6"])
-    arithmetic = Arithmetic(1, change.get("amp", "off"), False)
-    config = make_config(args, "brick") | change
+    numerics = Numerics(1, change.pop("amp", "off"), False)
+    config = replace(tiny_config("--epochs", 6), **change)
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def started(state):
-        return Run(config, images, "digest", torch.device("cpu"), arithmetic, state)
+        return Run(config, images, "digest", torch.device("cpu"), numerics, state)
 
     whole, first = started(None), started(None)
     for _ in range(6):
-        whole.update()
+        whole.train_step()
     for _ in range(3):
-        first.update()
-    save_file(first.state(), tmp_path / "state")
-    second = started(load_file(tmp_path / "state", "checkpoint"))
+        first.train_step()
+    save_tensors(first.state(), tmp_path / "state")
+    second = started(load_tensors(tmp_path / "state", "checkpoint"))
     assert second.step == 3
     for _ in range(3):
-        second.update()
+        second.train_step()
     expected, found = whole.network.state_dict(), second.network.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     before = started(None).network.state_dict()
@@ -163,9 +169,9 @@ def test_variants_and_optimisers_train(data, tmp_path, script, more):
     assert done.code == 0, done.err
     made = load(tmp_path / "models/brick.pt")
     assert made.size == (32, 48)
-    assert made.config["variant"] == more[1]
+    assert made.config.variant == more[1]
     assert made.network.head[-1].out_features == 2
-    assert made.config["lr"] == (0.001 if "adam" in more else 0.03)
+    assert made.config.lr == (0.001 if "adam" in more else 0.03)
 
 
 def test_frozen_steps_leave_the_backbone_as_it_was(data, tmp_path, script):
@@ -193,7 +199,7 @@ def test_pretrained_weights_from_a_file(data, tmp_path, script):
     more = ["--pretrained", "--weights", tmp_path / "weights.pth", "--epochs", 2]
     assert script("run_training", *flags(data, tmp_path, *more)).code == 0
     made = load(tmp_path / "models/brick.pt")
-    assert made.config["freeze_resnet"] == 20
+    assert made.config.freeze_resnet == 20
     assert torch.equal(made.network.backbone.conv1.weight, state["conv1.weight"])  # frozen for longer than it trained
 
 
@@ -237,7 +243,7 @@ def test_a_finished_category_is_skipped_and_other_settings_are_named(data, model
     one_line(script("run_training", *flags(data, tmp_path, "--variant", "scar")), "3way", "scar")
     assert path.stat().st_mtime_ns == before
     assert script("run_training", *flags(data, tmp_path, "--epochs", 2, "--overwrite")).code == 0
-    assert load(path).config["epochs"] == 2
+    assert load(path).config.epochs == 2
 
 
 PATCHES = ("--size", 48, "--patch_size", 32, "--window", 8, "--stride", 8)
@@ -248,9 +254,8 @@ def test_a_patch_model_trains_and_continues_bit_for_bit(data, tmp_path, script):
     done = script("run_training", *flags(data, tmp_path / "whole", *more))
     assert done.code == 0, done.err
     made = load(tmp_path / "whole/models/brick.pt")
-    assert made.config["patch_size"] == 32
-    assert made.grid.shape == (6, 6)
-    assert made.density.mean.shape == (36, 64)
+    assert made.config.patches.patch_size == 32
+    assert made.levels[0].density.mean.shape == (6 * 6, 64)
     assert made.normal_scores.shape == (8,)
     folder = tmp_path / "cut/models"
     process = start(data, folder, "--type", "brick", *more)
@@ -271,8 +276,8 @@ def test_location_auto_says_what_it_chose(data, tmp_path, script):
     each = float(found["each"]) > float(found["shared"])
     assert ("for each location" in line) == each
     made = load(tmp_path / "models/brick.pt")
-    assert made.density.location == ("each" if each else "shared")
-    assert made.config["location"] == "auto"
+    assert made.levels[0].shared != each
+    assert made.config.patches.location == "auto"
 
 
 def test_too_few_images_for_a_gaussian_each_are_told_before_training(data, tmp_path, script):
@@ -280,18 +285,18 @@ def test_too_few_images_for_a_gaussian_each_are_told_before_training(data, tmp_p
     for path in sorted((tmp_path / "Data/brick/train/good").iterdir())[5:]:
         path.unlink()
     done = script("run_training", *flags(tmp_path / "Data", tmp_path, *PATCHES, "--location", "each"))
-    one_line(done, "brick: 5 training images", "needs 8", "--location shared")
+    one_line(done, "--location", "brick: 5 training images", "needs 8", "take shared or auto")
     assert not (tmp_path / "logdirs").exists()
 
 
-def test_a_crop_is_normalised_as_the_image_that_it_is_from():
-    args = get_parser().parse_args([*TINY, *map(str, PATCHES), "--translate", "0", "--jitter", "0"])
+def test_a_crop_is_normalized_as_the_image_that_it_is_from():
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = functional.pad(images, (0, 16, 0, 16))
     images[4:] //= 3  # dark ones
-    run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), Arithmetic(1, "off", False))
-    chosen, params = run.draw()
-    views, _, (mean, std) = run.make_views(run.batch(chosen), params)
+    config = tiny_config(*PATCHES, "--translate", 0, "--jitter", 0)
+    run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, "off", False))
+    chosen, params = run.sample_batch()
+    views, _, (mean, std) = run.make_views(run.load_batch(chosen), params)
     found = run.network.normalized(views, (mean, std))
     whole = run.network.normalized(images[chosen].float() / 255)
     assert found.shape == (12, 3, 32, 32)
@@ -305,21 +310,13 @@ def test_preview_of_a_patch_model(data, tmp_path, script):
     assert matplotlib.image.imread(tmp_path / "sheet.png")[..., :3].std() > 0.1
 
 
-def test_defaults_are_the_papers():
-    config = make_config(get_parser().parse_args([]), "bottle")
-    assert (config["lr"], config["optim"], config["epochs"], config["batch_size"]) == (0.03, "sgd", 10000, 32)
-    assert (config["height"], config["width"], config["variant"], config["pretrained"]) == (256, 256, "3way", True)
-    assert config["freeze_resnet"] == 20
-    assert make_config(get_parser().parse_args(["--no-pretrained"]), "bottle")["freeze_resnet"] == 0
-
-
 # Bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_stops(data, tmp_path, script):
     for more in ([], ["--test_epochs", 3], ["--epochs", 1]):
         done = script("run_training", *flags(data, tmp_path, "--lr", 1e9, *more))
-        one_line(done, "brick", "not finite" if "--epochs" in more else "at step", "--lr")
+        one_line(done, "brick", "not finite" if "--epochs" in more else "at step", "lower --lr")
         assert not (tmp_path / "models/brick.pt").exists()
     check_finite("brick", 1, 0.5, torch.zeros(3))
     with pytest.raises(InputError, match="a weight of the network is not finite at step 3"):
@@ -343,43 +340,42 @@ def test_a_state_of_other_images_is_refused(data, tmp_path, script):
     one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "truncated, damaged")
 
 
-def test_a_run_keeps_the_arithmetic_it_began_with(tmp_path, monkeypatch):
-    def chosen(threads=None, amp="auto", compile=None, saved=None):
-        state = None if saved is None else {"arithmetic": saved}
-        return choose_arithmetic(threads, amp, compile, torch.device("cpu"), 8, state, tmp_path)
+def test_a_run_keeps_the_numerics_it_began_with(data, tmp_path, monkeypatch, script):
+    def chosen(saved=None, **asked):
+        return choose_numerics(asked, saved or {}, torch.device("cpu"), 8)
 
-    fitting = suitable_precision(torch.device("cpu"))
-    assert fitting in ("off", "bf16")
+    fitting, _ = suitable_precision(torch.device("cpu"))
     saved = {"threads": 3, "amp": "bf16" if fitting == "off" else "off", "compile": True}
-    assert chosen() == Arithmetic(8, fitting, False)
-    assert chosen(2, "bf16", True) == Arithmetic(2, "bf16", True)
-    assert chosen(saved=saved) == chosen(3, saved["amp"], True, saved) == Arithmetic(**saved)
-    with pytest.raises(InputError, match="made with --threads 3, now 2"):
-        chosen(2, saved=saved)
-    with pytest.raises(InputError, match=f"made with --amp {saved['amp']}, now {fitting}"):
-        chosen(amp=fitting, saved=saved)
-    with pytest.raises(InputError, match="made with --compile 1, now 0"):
-        chosen(compile=False, saved=saved)
-    with pytest.raises(InputError, match="--amp fp16: needs --cuda 1"):
-        chosen(amp="fp16")
-    with pytest.raises(InputError, match="made with --amp fp16 on a GPU; continue with --cuda 1"):
-        chosen(saved=saved | {"amp": "fp16", "compile": False})
+    assert chosen() == Numerics(8, fitting, False)
+    assert chosen(threads=2, amp="bf16", compile=True) == Numerics(2, "bf16", True)
+    assert chosen(saved) == chosen(saved, threads=3, amp=saved["amp"], compile=True) == Numerics(**saved)
+    for change, words in (
+        ({"threads": 2}, "threads: made with threads 3, now 2"),
+        ({"amp": fitting}, f"amp: made with amp {saved['amp']}, now {fitting}"),
+        ({"compile": False}, "compile: made with compile 1, now 0"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            chosen(saved, **change)
+    for kept, asked in (({}, {"amp": "fp16"}), ({"amp": "fp16"}, {})):
+        with pytest.raises(SettingError, match="fp16 needs a GPU"):
+            chosen(kept, **asked)
+    done = script("run_training", *flags(data, tmp_path, "--amp", "fp16"))
+    one_line(done, "--amp: fp16 needs a GPU")
+    assert "precision:" not in done.err
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InputError, match="no C\\+\\+ compiler"):
+    with pytest.raises(SettingError, match="no C\\+\\+ compiler"):
         chosen(compile=True)
-    with pytest.raises(InputError, match="start anew with --overwrite"):
-        chosen(saved=saved)
 
 
 def test_a_step_in_bf16_follows_one_in_float32():
     """From the same weights and batch: nearly the same loss, and an update in much the same direction; not the same."""
-    args = get_parser().parse_args([*TINY, "--epochs", "3", "--lr", "0.001"])
+    config = tiny_config("--epochs", 3, "--lr", 0.001)
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     losses, updates = {}, {}
     for amp in ("off", "bf16"):
-        run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), Arithmetic(1, amp, False))
+        run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, amp, False))
         before = torch.cat([weight.detach().flatten() for weight in run.network.parameters()])
-        losses[amp] = run.update()[0]
+        losses[amp] = run.train_step()[0]
         updates[amp] = torch.cat([weight.detach().flatten() for weight in run.network.parameters()]) - before
     assert losses["off"] != losses["bf16"]
     torch.testing.assert_close(losses["bf16"], losses["off"], rtol=0.05, atol=0)
@@ -389,7 +385,6 @@ def test_a_step_in_bf16_follows_one_in_float32():
 
 def test_a_mapped_folder_trains_the_same(tmp_path):
     """Images in a file and images in memory, with the same steps."""
-    from cache import is_mapped
     from dataset import Storage, load_images
 
     paths = []
@@ -397,14 +392,13 @@ def test_a_mapped_folder_trains_the_same(tmp_path):
         noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(noise.numpy()).save(paths[-1])
-    args = get_parser().parse_args([*TINY, "--epochs", "4"])
     losses = []
     for storage in (Storage(None), Storage(None, 1)):
         images = load_images(paths, (32, 32), 0, storage)
-        assert is_mapped(images) == (storage.memory == 1)
-        arithmetic = Arithmetic(1, "off", False)
-        run = Run(make_config(args, "brick"), images, "digest", torch.device("cpu"), arithmetic)
-        losses.append([float(run.update()[0]) for _ in range(4)])
+        assert isinstance(images, Images) == (storage.memory == 1)
+        config = tiny_config("--epochs", 4)
+        run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, "off", False))
+        losses.append([float(run.train_step()[0]) for _ in range(4)])
     assert losses[0] == losses[1]
 
 
@@ -474,7 +468,7 @@ def test_equal_images_are_refused_and_copies_of_one_are_not(data, tmp_path, scri
     shutil.copy(data / "brick/train/good/001.png", good / "5.png")
     done = script("run_training", *flags(tmp_path / "Data", tmp_path, "--epochs", 2, "--batch_size", 16))
     assert done.code == 0, done.err
-    assert "5 training images, so 5 per update" in done.err
+    assert "5 training images, so 5 per step" in done.err
     assert load(tmp_path / "models/brick.pt").threshold > 0
 
 

@@ -1,0 +1,1 @@
+"""What the scripts need of files, memory, processes and devices; nothing here knows of CutPaste."""

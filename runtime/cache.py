@@ -1,0 +1,234 @@
+"""Decoded images: kept on disk for the next run, and mapped from there where they are larger than the memory.
+
+Owns the folder of the cache and the files in it. Writes to that folder, or to a temporary file that has no name;
+knows nothing of image files but their paths, sizes and times, and nothing of decoding: ``load`` is handed a function.
+
+    <cache folder>/<digest of image folder and size>.images    N*3*H*W bytes, a line of JSON that says what they were
+                                                               made from, a line with their checksum
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import secrets
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.files import say
+
+FORMAT = "cutpaste-images 2"  # raise the number when the layout of the file changes
+BLOCK = 64 * 2**20  # bytes of images that are decoded, written or looked at in one go
+SUFFIX, PART = ".images", ".cutpaste-part"
+KILLED_AFTER = 24 * 3600  # seconds since its last byte until an unfinished file is taken for a killed run's
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where decoded images live. folder: the cache (None: keep none). memory: bytes that the images of one folder may
+    take in memory; larger ones are mapped from a file."""
+
+    folder: Path | None = None
+    memory: float = math.inf
+
+
+IN_MEMORY = Storage()
+_say_once = functools.cache(say)
+
+
+class Images:
+    """Images in a file mapped into memory, of whose pages the system takes back what it needs: uint8, ``shape``
+    (N, 3, H, W). images[int, slice or 1-d Tensor of integers] copies some into a Tensor. The file may lose its name."""
+
+    def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._pixels = np.memmap(file, np.uint8, "r", shape=shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        chosen = self._pixels[index.numpy() if isinstance(index, Tensor) else index]
+        return torch.from_numpy(np.require(chosen, requirements="W"))  # copied unless NumPy has done so for a Tensor
+
+
+ImageArray = Tensor | Images
+
+
+def default_folder() -> Path | None:
+    """$XDG_CACHE_HOME/cutpaste, or ~/.cache/cutpaste; None for a user without a home."""
+    for parent in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(parent):  # what the standard asks for, and what an unknown home is not
+            return Path(parent) / "cutpaste"
+    return None
+
+
+def load(
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    decode_into: Callable[[int, Tensor], None],
+    decoder: str,
+    storage: Storage,
+    folder: Path | None = None,
+) -> ImageArray:
+    """The images of ``paths``, from the cache or decoded: (N, 3, H, W) uint8, not to be written to; Images where they
+    are larger than ``storage.memory``, else a Tensor. size: (H, W).
+
+    decode_into(first, images): decodes those from index ``first`` on into ``images`` (n, 3, H, W).
+    decoder: its name and version; what another one has decoded is not taken from the cache.
+    folder: the cache keeps one file for each folder and size; loading other paths for the same ones replaces it.
+        Default: the deepest folder that holds all paths.
+
+    A cache that cannot be written costs a line on stderr. Raises OSError if images larger than ``storage.memory`` find
+    no room on disk either, and what decode_into raises.
+    """
+    shape = (len(paths), 3, *size)
+    mapped = math.prod(shape) > storage.memory
+    seal = None
+    if storage.folder is not None and len(paths):
+        parents = {os.path.dirname(path) for path in paths}
+        folder = folder or os.path.commonpath([os.path.abspath(parent) for parent in parents])
+        name = hashlib.blake2b(os.fsencode(os.path.realpath(folder)) + b"\0%d\0%d" % size, digest_size=16).hexdigest()
+        entry = storage.folder / (name + SUFFIX)
+        seal = _seal(paths, shape, decoder)
+    if seal is not None and (images := _read(entry, seal, shape, mapped)) is not None:
+        return images
+    if not mapped:
+        images = torch.empty(shape, dtype=torch.uint8)
+        decode_into(0, images)
+    if seal is not None:
+        try:
+            with _new_part(entry) as file:
+                checksum = _write(file, _decoded(shape, decode_into) if mapped else iterate(images))
+                if _seal(paths, shape, decoder) == seal:  # else a file was changed meanwhile
+                    file.write(seal + b"%08x\n" % checksum)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, entry)
+                return Images(file, shape) if mapped else images
+        except OSError as error:
+            reason = error.strerror or error
+            _say_once(f"{storage.folder}: decoded images cannot be kept there ({reason}); choose another folder")
+    return _without_name(_decoded(shape, decode_into), shape) if mapped else images
+
+
+# Passes over images -----------------------------------------------------------------------------------------------
+
+
+def iterate(images: ImageArray, count: int | None = None) -> Iterator[Tensor]:
+    """Slices of ``count`` images (default: of BLOCK bytes), in order."""
+    step = count or _block_length(images.shape)
+    for first in range(0, len(images), step):
+        yield images[first : first + step]
+
+
+def digest(images: ImageArray) -> str:
+    """A digest of the pixels, in order: 32 hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=16)
+    for block in iterate(images):
+        state.update(block.numpy())
+    return state.hexdigest()
+
+
+def all_equal(images: ImageArray) -> bool:
+    """Whether all images are the same."""
+    return all((block == images[0]).all() for block in iterate(images))
+
+
+def _block_length(shape: Sequence[int]) -> int:
+    return max(8, BLOCK // math.prod(shape[1:]))  # 8: large images are decoded in parallel too
+
+
+# The files --------------------------------------------------------------------------------------------------------
+
+
+def _seal(paths: Sequence[Path], shape: tuple[int, ...], decoder: str) -> bytes | None:
+    """What the pixels are made from, as it stands behind them in the file: the same bytes, the same pixels. None if a
+    file is not to be had: decoding it says why."""
+    real, files = functools.cache(os.path.realpath), hashlib.sha256()
+    with suppress(OSError):
+        for path in paths:
+            folder, name = os.path.split(path)
+            status = os.stat(path)
+            # ctime too: mv and cp -p hand a file another name, or a name another file, with its size and mtime
+            numbers = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0"
+            files.update(os.fsencode(f"{real(folder)}/{name}\0{numbers}"))
+        made_from = {"format": FORMAT, "decoder": decoder, "shape": shape, "files": files.hexdigest()}
+        return b"\n" + json.dumps(made_from).encode() + b"\n"
+    return None
+
+
+def _read(entry: Path, seal: bytes, shape: tuple[int, ...], mapped: bool) -> ImageArray | None:
+    """The images of an entry that is whole and made from the same files; None for any other."""
+    with suppress(OSError), open(entry, "rb") as file:
+        file.seek(math.prod(shape))  # beyond the end of a shorter file there is nothing to be read
+        end = file.read(len(seal) + 10)  # the line of the checksum takes 9: a longer file is another one
+        if end.startswith(seal):
+            file.seek(0)
+            images = Images(file, shape) if mapped else torch.empty(shape, dtype=torch.uint8)
+            if not mapped:
+                file.readinto(images.numpy())
+            checksum = functools.reduce(lambda crc, block: zlib.crc32(block.numpy(), crc), iterate(images), 0)
+            if end == seal + b"%08x\n" % checksum:
+                return images
+    return None
+
+
+def _decoded(shape: tuple[int, ...], decode_into: Callable[[int, Tensor], None]) -> Iterator[Tensor]:
+    """All images, block by block, each in the place of the one before."""
+    step = _block_length(shape)
+    buffer = torch.empty((min(step, shape[0]), *shape[1:]), dtype=torch.uint8)
+    for first in range(0, shape[0], step):
+        block = buffer[: shape[0] - first]
+        decode_into(first, block)
+        yield block
+
+
+def _write(file: BinaryIO, blocks: Iterable[Tensor]) -> int:
+    """Write blocks of images one behind the other. Returns their checksum."""
+    checksum = 0
+    for block in blocks:
+        file.write(block.numpy())
+        checksum = zlib.crc32(block.numpy(), checksum)
+    file.flush()
+    return checksum
+
+
+@contextmanager
+def _new_part(entry: Path) -> Iterator[BinaryIO]:
+    """A file under a name of its own, so that several runs may write the same entry at once. At the end it loses that
+    name, though it can still be mapped."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    for left in entry.parent.glob(".*" + PART):  # by killed runs
+        with suppress(OSError):  # another run has removed it
+            if time.time() - left.stat().st_mtime > KILLED_AFTER:
+                left.unlink()
+    part = entry.with_name(f".{entry.stem}.{secrets.token_hex(8)}{PART}")
+    with open(part, "x+b") as file:
+        try:
+            yield file
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _without_name(blocks: Iterable[Tensor], shape: tuple[int, ...]) -> Images:
+    """Images in a temporary file that goes when they go, even if the process is killed."""
+    folder = tempfile.gettempdir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _write(file, blocks)
+            return Images(file, shape)
+    except OSError as error:
+        needed = f"{math.prod(shape) / 1e9:.1f} GB of images larger than the memory for them find no room"
+        raise OSError(error.errno, f"{needed} ({error.strerror}); set TMPDIR to another folder", folder) from error
