@@ -1,7 +1,10 @@
-"""Public data sets and a user's own photographs -> folders in the MVTec AD layout.
+"""Bring public data sets and a user's own photographs into the layout that training and evaluation read.
 
-Writes new categories into --data_dir and never touches one that is there. Draws random numbers only from fixed seeds,
-so that everybody gets the same split.
+    python prepare_data.py mvtec mvtec_anomaly_detection.tar.xz
+    python prepare_data.py folder --good photos/good --bad photos/bad --name lid
+
+Writes new categories, <data_dir>/<category>/ with the folders of MVTec AD, and never touches one that is there. Splits
+and drawings come from fixed seeds: everybody gets the same.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,48 +47,41 @@ MVTEC_COUNTS = {
     "zipper": (240, 151),
 }
 ELPV_CELLS = ("mono", "poly")  # monocrystalline, polycrystalline
-TEXTURES = ("brick", "grass", "gravel")  # 512 x 512 grey photographs in scikit-image's wheel
+TEXTURES = ("brick", "grass", "gravel")  # 512 x 512 gray photographs in scikit-image's wheel
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser("Bring images into the layout that training and evaluation read.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shape = parser.formatter_class
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    def command(name: str, help: str) -> Callable:
+        sub = commands.add_parser(name, help=help, description=help, allow_abbrev=False, formatter_class=shape)
         sub.add_argument("--data_dir", default="Data", metavar="DIR", help="where categories go (default: Data)")
-        return sub
+        return sub.add_argument
 
-    mvtec = command("mvtec", "unpack MVTec AD and compare it with the official numbers of images")
-    mvtec.add_argument("source", help="the .tar.xz or .zip archive, or a folder that is unpacked already")
+    add = command("mvtec", "unpack MVTec AD and compare it with the official numbers of images")
+    add("source", help="the .tar.xz or .zip archive, or a folder that is unpacked already")
 
-    elpv = command("elpv", "solar cells from the package elpv-dataset (CC BY-NC-SA 4.0)")
-    elpv.add_argument("--cells", choices=ELPV_CELLS, default="mono", help="kind of cell (default: mono)")
-    elpv.add_argument(
-        "--name", type=category, metavar="NAME", help="name of the category (default: solar_<kind of cell>)"
-    )
-    elpv.add_argument(
-        "--held_out",
-        type=number(0.01, 0.9),
-        default=0.25,
-        help="share of normal cells for test (default: 0.25)",
-    )
-    elpv.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the split (default: 0)")
+    add = command("elpv", "solar cells from the package elpv-dataset (CC BY-NC-SA 4.0)")
+    add("--cells", choices=ELPV_CELLS, default="mono", help="kind of cell (default: mono)")
+    add("--name", type=category, metavar="NAME", help="name of the category (default: solar_<kind of cell>)")
+    held_out = number(0.01, 0.9)
+    add("--held_out", type=held_out, default=0.25, metavar="X", help="share of normal cells for test (default: 0.25)")
+    add("--seed", type=int_at_least(0), default=0, metavar="N", help="seed of the split (default: 0)")
 
-    folder = command("folder", "a category from your own photographs")
-    folder.add_argument("--good", required=True, metavar="DIR", help="photographs of good parts")
-    folder.add_argument("--bad", metavar="DIR", help="photographs of bad parts, or a folder for each type of defect")
-    name_help = "name of the category (default: the name of the --good folder)"
-    folder.add_argument("--name", type=category, metavar="NAME", help=name_help)
-    folder.add_argument(
-        "--held_out", type=number(0, 0.9), default=0.2, help="share of good photographs for test (default: 0.2)"
-    )
-    folder.add_argument("--seed", type=int_at_least(0), default=0, help="seed of the split (default: 0)")
+    add = command("folder", "a category from your own photographs")
+    add("--good", required=True, metavar="DIR", help="photographs of good parts")
+    add("--bad", metavar="DIR", help="photographs of bad parts, or a folder for each type of defect")
+    add("--name", type=category, metavar="NAME", help="name of the category (default: that of the --good folder)")
+    held_out = number(0, 0.9)
+    add("--held_out", type=held_out, default=0.2, metavar="X", help="share of good ones for test (default: 0.2)")
+    add("--seed", type=int_at_least(0), default=0, metavar="N", help="seed of the split (default: 0)")
 
-    textures = command("textures", "small categories from scikit-image's textures, with drawn defects and masks")
-    textures.add_argument("--size", type=int_at_least(32), default=64, help="side of the images (default: 64)")
-    textures.add_argument("--train", type=int_at_least(2), default=24, help="training images (default: 24)")
-    textures.add_argument("--test", type=int_at_least(1), default=8, help="test images a defect type (default: 8)")
+    add = command("textures", "small categories from scikit-image's textures, with drawn defects and masks")
+    add("--size", type=int_at_least(32), default=64, metavar="N", help="side of the images (default: 64)")
+    add("--train", type=int_at_least(2), default=24, metavar="N", help="training images (default: 24)")
+    add("--test", type=int_at_least(1), default=8, metavar="N", help="test images a defect type (default: 8)")
     return parser
 
 

@@ -1,23 +1,83 @@
-"""Results -> README: keeps results/*.csv and the tables that the README shows of them.
+"""Results -> documents: keeps results/*.csv and the tables that README.md and docs/*.md show of them.
 
-    python benchmarks/tables.py add Eval/models/results.csv results/image.csv   append what eval.py wrote
-    python benchmarks/tables.py write                                           bring the README up to date
-    python benchmarks/tables.py check                                           fail if it is not
+    python benchmarks/tables.py write
+    python benchmarks/tables.py add Eval/models/results.csv results/image.csv
 
-Reads and writes results/ and README.md, nothing else.
+write brings what is between <!-- table: NAME --> and <!-- end of table --> up to date; check fails if a table is not,
+or is shown nowhere; add appends the rows that eval.py wrote. Reads and writes results/, README.md and docs/, nothing
+else.
 """
 
 import argparse
-import sys
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas
+from pandas import DataFrame, Series
+from record import ROOT, append, read
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+from options import Config, PatchConfig, settings_of
+from runtime.files import InputError
+from runtime.flags import new_parser
+from runtime.script import run_script
+
 PAPER_PIXEL = {"bottle": 97.6, "screw": 96.7, "grid": 97.5}  # its Table 2, 3-way patch models
-START, END = "<!-- table: {} -->", "<!-- end of table -->"
+PAPER_SIZE = 256  # pixels
+START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
+# What a table that does not show it must not mix; of "location" it is location_chosen that counts
+SETTINGS = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
+SETTINGS = [name for name in SETTINGS if name not in ("category", "weights", "false_alarm_rate", "location")]
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.add_argument("command", choices=("add", "write", "check"))
+    parser.add_argument("files", nargs="*", type=Path, help="add: source and target, CSV files")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if len(args.files) != (2 if args.command == "add" else 0):
+        raise argparse.ArgumentTypeError("add needs a source and a target, write and check need no file")
+    if args.command == "add":
+        source, target = args.files
+        if not source.is_file():
+            raise InputError(f"{source}: no such file; eval.py writes it")
+        for row in read(source):
+            append(row, target)
+        return
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    documents = {path: path.read_text(encoding="utf-8") for path in paths}
+    new = {path: filled(text, path) for path, text in documents.items()}
+    if args.command == "write":
+        for path in paths:
+            if new[path] != documents[path]:
+                path.write_text(new[path], encoding="utf-8")
+        return
+    shown = {name for text in documents.values() for name in START.findall(text)}
+    if missing := [name for name in TABLES if name not in shown]:
+        raise InputError(f"table {missing[0]!r} is neither in README.md nor in docs/*.md; give it a place")
+    for path in paths:
+        if new[path] != documents[path]:
+            raise InputError(f"{path.relative_to(ROOT)} is not what results/ says: python benchmarks/tables.py write")
+
+
+def filled(text: str, path: Path) -> str:
+    """A document with every table in it as results/ has it. Raises InputError for a name that is no table's, and for a
+    table without an end."""
+    head, *parts = START.split(text)  # text, name, text, name, text ...
+    for name, rest in zip(parts[::2], parts[1::2]):
+        if name not in TABLES:
+            raise InputError(f"{path}: unknown table {name!r}; it is one of {', '.join(TABLES)}")
+        _, end, tail = rest.partition(END)
+        if not end:
+            raise InputError(f"{path}: the table {name!r} has no end; put {END} behind it")
+        head += f"<!-- table: {name} -->\n{TABLES[name]()}\n{END}{tail}"
+    return head
+
+
+# Cells ------------------------------------------------------------------------------------------------------------
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -30,15 +90,48 @@ def percent(value: float, digits: int = 1) -> str:
     return "" if pandas.isna(value) else f"{100 * value:.{digits}f}"
 
 
-def spread(values: pandas.Series) -> str:
+def spread(values: Series) -> str:
     """Mean and, of more than one, sample standard deviation of fractions, in percent."""
     return percent(values.mean()) + (f" ± {percent(values.std())}" if values.count() > 1 else "")
+
+
+def yes_or_no(values: Series) -> Series:
+    return values.map({True: "yes", False: "no"}).fillna("")
+
+
+def newest(name: str, rows: DataFrame, told: list[str], repeated: Sequence[str] = ()) -> DataFrame:
+    """Of rows that agree in the columns ``told``, which a table shows, and ``repeated``, over which it takes the mean,
+    the last one, in the place of the first: the same was measured again. Raises InputError, with the file's name, if
+    rows that agree in ``told`` differ in another setting: the table would mix them. A row without a value fits any."""
+    untold = [column for column in SETTINGS if column in rows and column not in (*told, *repeated)]
+    differ = rows.groupby(told, sort=False, dropna=False)[untold].nunique() > 1
+    for key, found in differ[differ.any(axis=1)].iterrows():
+        values = (key,) if len(told) == 1 else key
+        shown = ", ".join(f"{column} {value}" for column, value in zip(told, values))
+        raise InputError(f"{name}: rows that differ in {found.idxmax()}, which a table does not show: {shown}")
+    place = rows.groupby([*told, *repeated], sort=False, dropna=False).ngroup()
+    return rows.assign(place=place).drop_duplicates("place", keep="last").sort_values("place")
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def results_table() -> str:
+    """Patch models at the paper's size, mean and deviation over seeds, next to the paper."""
+    rows = pixel_rows()
+    rows = rows[rows.patch_size.notna() & (rows.width == PAPER_SIZE) & (rows.height == PAPER_SIZE)]
+    rows = newest("results/pixel.csv", rows, ["category"], ["seed"])
+    cells = []
+    for category, own in rows.groupby("category", sort=False):
+        found = [spread(own[name]) for name in ("image_auroc", "pixel_auroc", "control_pixel_auroc")]
+        cells.append([category, len(own), *found, PAPER_PIXEL.get(category, ""), spread(own.aupro)])
+    return markdown(["category", "seeds", "image AUROC", "pixel AUROC", "untrained", "paper", "AUPRO"], cells)
 
 
 def image_table() -> str:
     """Image AUROC, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/image.csv")
-    head = "category, variant, size, updates, batch, seed, head, normalize, precision, image AUROC, control, AUPRC"
+    head = "category, variant, size, steps, batch, seed, head, normalize, precision, image AUROC, untrained, AUPRC"
     cells = []
     for row in rows.itertuples():
         size = row.width if row.width == row.height else f"{row.width}x{row.height}"
@@ -50,12 +143,59 @@ def image_table() -> str:
 
 
 def density_table() -> str:
-    """Image AUROC of one network under each density, embeddings brought to length 1 or not."""
+    """Image AUROC of one network under each density, embeddings L2-normalized or not."""
     rows = pandas.read_csv(ROOT / "results/density.csv")
-    rows["kind"] = rows.density + rows.l2.map({True: ", length 1", False: ", as they are"})
-    table = rows.pivot_table(index="category", columns="kind", values="image_auroc", sort=False)
-    cells = ([name, *(percent(value, 2) for value in values)] for name, values in table.iterrows())
-    return markdown(["category", *table.columns], cells)
+    rows["normalized"] = yes_or_no(rows.l2)
+    rows = newest("results/density.csv", rows, ["category", "normalized", "density"])
+    table = rows.pivot_table("image_auroc", ["category", "normalized"], "density", sort=False)
+    cells = ([*key, *(percent(value, 2) for value in values)] for key, values in table.iterrows())
+    return markdown(["category", "L2-normalized", *table.columns], cells)
+
+
+PIXEL_SHOWN = ["category", "maps", "width", "epochs", "gaussian"]
+PIXEL_SETTINGS = [*PIXEL_SHOWN, "variant", "head_layer", "normalize", "batch_size", "l2"]
+
+
+def pixel_rows() -> DataFrame:
+    """results/pixel.csv, the newest row of each setting and seed."""
+    rows = pandas.read_csv(ROOT / "results/pixel.csv")
+    rows["maps"] = rows.patch_size.map(lambda side: "Grad-CAM" if pandas.isna(side) else f"patch model, {side:.0f} px")
+    rows["gaussian"] = rows.location_chosen.fillna("of images")
+    return newest("results/pixel.csv", rows, PIXEL_SETTINGS, ["seed"])
+
+
+def pixel_table() -> str:
+    """Maps of patch models and by Grad-CAM: of detectors that only differ in their seed, mean and deviation."""
+    cells = []
+    for key, own in pixel_rows().groupby(PIXEL_SETTINGS, sort=False, dropna=False):
+        key = key[: len(PIXEL_SHOWN)]
+        paper = PAPER_PIXEL.get(key[0], "") if key[1] != "Grad-CAM" else ""
+        pixels = [spread(own.pixel_auroc), spread(own.control_pixel_auroc), paper]
+        cells.append([*key, len(own), *pixels, spread(own.aupro), spread(own.image_auroc)])
+    head = "category, maps, size, steps, Gaussian, seeds, pixel AUROC, untrained, paper, AUPRO, image AUROC"
+    return markdown(head.split(", "), cells)
+
+
+def maps_table() -> str:
+    """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings, and what it
+    costs, the median over the categories."""
+    rows = pandas.read_csv(ROOT / "results/maps.csv")
+    rows["network"] = rows.dense.map({True: "once", False: "per window"})
+    rows["normalized"] = yes_or_no(rows.l2)
+    settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma", "normalized"]
+    rows = newest("results/maps.csv", rows, [*settings, "category"])
+    pixels = rows.pivot_table("pixel_auroc", settings, "category", sort=False)
+    costs = rows.groupby(settings, sort=False)[["seconds_per_image", "peak_mb", "file_mb"]].median()
+    categories = [name for name in PAPER_PIXEL if name in pixels.columns]
+    head = ["stage", "network", "window", "stride", "Gaussian", "dims", "sigma", "L2-normalized"]
+    cells = []
+    for key, values in pixels.iterrows():
+        level, network, window, stride, location, dims, sigma, normalized = key
+        cost = costs.loc[key]
+        cells.append([level, network, window, stride, location, dims, f"{sigma:g}", normalized])
+        cells[-1] += [percent(values[name]) for name in categories]
+        cells[-1] += [f"{cost.seconds_per_image:.3g}", f"{cost.peak_mb:,.0f}", f"{cost.file_mb:,.0f}"]
+    return markdown([*head, *categories, "s per image", "peak MB", "file MB"], cells)
 
 
 def speed_table() -> str:
@@ -88,59 +228,18 @@ def speed_table() -> str:
 
 
 def memory_table() -> str:
-    """Peak memory and speed of training, one row a run."""
+    """Peak memory (without the pages of mapped files, where that was measured) and speed of training, one row a run."""
     rows = pandas.read_csv(ROOT / "results/memory.csv")
+    peaks = rows.anonymous_mb.fillna(rows.peak_mb) if "anonymous_mb" in rows else rows.peak_mb
     cells = []
-    for row in rows.itertuples():
+    for row, peak in zip(rows.itertuples(), peaks):
         held = "on disk" if row.decoded_mb > 1e3 * row.memory_gb else "in memory"
-        speed = f"{row.steps_per_second:.2f}"
-        cells.append([f"{row.images:,}", f"{row.decoded_mb:,.0f}", held, f"{row.peak_mb:,.0f}", speed])
-    return markdown(["images", "decoded, MB", "held", "peak memory, MB", "updates per second"], cells)
-
-
-def pixel_table() -> str:
-    """Maps of patch models and by Grad-CAM: of detectors that only differ in their seed, mean and deviation."""
-    rows = pandas.read_csv(ROOT / "results/pixel.csv")
-    rows["maps"] = rows.patch_size.map(lambda side: "Grad-CAM" if pandas.isna(side) else f"patch model, {side:.0f} px")
-    rows["gaussian"] = rows.location_chosen.fillna("of images")
-    shown = ["category", "maps", "width", "epochs", "gaussian"]
-    settings = [*shown, "variant", "head_layer", "normalize", "batch_size", "l2"]
-    if (again := rows.duplicated([*settings, "seed"])).any():
-        sys.exit(f"results/pixel.csv: more than one row for {rows[again].iloc[0][[*settings, 'seed']].to_dict()}")
-    cells = []
-    for key, own in rows.groupby(settings, sort=False):
-        key = key[: len(shown)]
-        paper = PAPER_PIXEL.get(key[0], "") if key[1] != "Grad-CAM" else ""
-        pixels = [spread(own.pixel_auroc), spread(own.control_pixel_auroc), paper]
-        cells.append([*key, len(own), *pixels, spread(own.aupro), spread(own.image_auroc)])
-    head = "category, maps, size, updates, Gaussian, seeds, pixel AUROC, control, paper, AUPRO, image AUROC"
-    return markdown(head.split(", "), cells)
-
-
-def maps_table() -> str:
-    """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings, and what it
-    costs, the median over the categories."""
-    rows = pandas.read_csv(ROOT / "results/maps.csv")
-    rows["network"] = rows.dense.map({True: "once", False: "per window"})
-    rows["length"] = rows.l2.map({True: "1", False: "kept"})
-    settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma", "length"]
-    if (again := rows.duplicated([*settings, "category"])).any():
-        sys.exit(f"results/maps.csv: more than one row for {rows[again].iloc[0][[*settings, 'category']].to_dict()}")
-    pixels = rows.pivot_table("pixel_auroc", settings, "category", sort=False)
-    costs = rows.groupby(settings, sort=False)[["seconds_per_image", "peak_mb", "file_mb"]].median()
-    categories = [name for name in PAPER_PIXEL if name in pixels.columns]
-    head = ["stage", "network", "window", "stride", "Gaussian", "dims", "sigma", "length"]
-    cells = []
-    for key, values in pixels.iterrows():
-        level, network, window, stride, location, dims, sigma, length = key
-        cost = costs.loc[key]
-        cells.append([level, network, window, stride, location, dims, f"{sigma:g}", length])
-        cells[-1] += [percent(values[name]) for name in categories]
-        cells[-1] += [f"{cost.seconds_per_image:.3g}", f"{cost.peak_mb:,.0f}", f"{cost.file_mb:,.0f}"]
-    return markdown([*head, *categories, "s per image", "peak MB", "file MB"], cells)
+        cells.append([f"{row.images:,}", f"{row.decoded_mb:,.0f}", held, f"{peak:,.0f}", f"{row.steps_per_second:.2f}"])
+    return markdown(["images", "decoded, MB", "held", "peak memory, MB", "steps per second"], cells)
 
 
 TABLES = {
+    "results": results_table,
     "image": image_table,
     "density": density_table,
     "pixel": pixel_table,
@@ -150,41 +249,5 @@ TABLES = {
 }
 
 
-def filled(text: str) -> str:
-    """The README with every table as results/ has it."""
-    for name, make in TABLES.items():
-        head, rest = text.split(START.format(name) + "\n", 1)
-        _, tail = rest.split(END, 1)
-        text = f"{head}{START.format(name)}\n{make()}\n{END}{tail}"
-    return text
-
-
-def add(source: Path, target: Path) -> None:
-    """Append the rows of one table to another, whose columns it may extend; identical rows once. As text: numbers keep
-    their digits."""
-    rows = pandas.read_csv(source, dtype=str)
-    if target.exists():
-        rows = pandas.concat([pandas.read_csv(target, dtype=str), rows])
-    target.parent.mkdir(exist_ok=True)
-    rows.drop_duplicates().to_csv(target, index=False)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("add", "write", "check"))
-    parser.add_argument("files", nargs="*", type=Path, help="add: source and target")
-    args = parser.parse_args()
-    if args.command == "add":
-        if len(args.files) != 2:
-            parser.error("add needs a source and a target")
-        add(*args.files)
-        return
-    text = README.read_text()
-    if args.command == "write":
-        README.write_text(filled(text))
-    elif filled(text) != text:
-        sys.exit("README.md is not what results/ says: python benchmarks/tables.py write")
-
-
 if __name__ == "__main__":
-    main()
+    run_script(main, get_parser())

@@ -4,7 +4,7 @@ Owns `Rule`: what a value may be, as a type of argparse and as a check of a valu
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 
@@ -43,8 +43,8 @@ def number(least: float, most: float) -> Rule:
     return Rule(float, f"a number from {least:g} to {most:g}", lambda value: least <= value <= most)
 
 
-def one_of(choices: Iterable[str]) -> Rule:
-    choices = tuple(choices)
+def one_of(choices: Collection[str]) -> Rule:
+    """One of the names in a table, as it is when the rule is asked."""
     return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices)
 
 

@@ -3,6 +3,7 @@
 import re
 import resource
 import shutil
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from conftest import one_line, run, train
 from PIL import Image
 
+import plots
+from cutpaste import VARIANTS, VIEWS, Variant
 from dataset import load_masks, load_test
 from detector import load
 from eval import evaluate
 from metrics import pixel_metrics
-from plots import choose_cases
 from runtime.files import load_tensors, save_tensors
 
 
@@ -353,7 +355,7 @@ def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data):
     test = load_test(data, "brick", (32, 32), 0)
     scores = np.arange(len(test.labels), dtype=float)[::-1]  # the first image, a normal one, has the highest
     masks = load_masks(test, (32, 32), 0).numpy()
-    cases = choose_cases(test, scores, masks, np.zeros(masks.shape))
+    cases = plots.choose_cases(test, scores, masks, np.zeros(masks.shape))
     titles = [title.split(":")[0] for title, *_ in cases]
     kinds = {title.split(",")[0] for title in titles}
     assert kinds == {"normal", *test.defect_types} - {"good"}
@@ -371,6 +373,23 @@ def test_two_levels_are_fitted_by_a_flag(data, patch_models, tmp_path, script):
     row = pandas.read_csv(tmp_path / "patch_models/results.csv", dtype=str).iloc[0]
     assert (row.level, row.stride) == ("2,3", "16")
     assert set(row.location_chosen.split(",")) <= {"shared", "each"}
+
+
+def test_a_view_that_is_added_to_the_table_is_drawn(models, data, monkeypatch):
+    """In previews and in the t-SNE plot, of a variant with three augmented views."""
+    views = ("image", "patch", "scar", "hole")
+    monkeypatch.setitem(VIEWS, "hole", replace(VIEWS["patch"], title="Hole", color="#000000"))
+    monkeypatch.setitem(VARIANTS, "4way", Variant(views, "four classes"))
+    test = load_test(data, "brick", (32, 32), 0)
+    trained = load(models / "brick.pt")
+    trained.config = replace(trained.config, variant="4way")
+    titles = [axes.get_title() for axes in plots.preview(test.images[:2], ["a", "b"], trained.config).axes]
+    assert titles[:5] == ["original", "image view (0)", "CutPaste (1)", "CutPaste-Scar (2)", "Hole (3)"]
+    embeddings, groups = plots.sample_views(trained, test)
+    assert len(embeddings) == len(groups) == 12 + 3 * 3
+    assert set(groups) == {"normal", "anomalous", *views[1:]}
+    legend = [text.get_text() for text in plots.tsne("brick", embeddings, groups).axes[0].get_legend().get_texts()]
+    assert legend == ["CutPaste", "CutPaste-Scar", "Hole", "normal", "anomalous"]
 
 
 def test_wrong_usage_exits_with_2(script):

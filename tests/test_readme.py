@@ -1,25 +1,32 @@
-"""What the README promises: commands are accepted, steps run, tables are the files'. And the order of imports."""
+"""What README.md and docs/ promise: commands are accepted, steps run, links lead somewhere, tables are the files'. And
+what holds of every module: order of imports, lengths, and what --help may import."""
 
+import argparse
 import ast
-import csv
 import importlib
-import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, one_line, run, train
+from conftest import ROOT, one_line, run
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
+MODULES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("runtime/*.py"))]
+SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
+BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
+RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = [
-    *["cutpaste", "density", "metrics", "cache", "dataset", "model", "localization", "gradcam", "detector", "plots"],
-    *["ranks", "options", "training", "eval", "run_training", "predict", "export", "prepare_data"],
+    *["runtime", *RUNTIME, "color", "cutpaste", "density", "metrics", "dataset", "model", "localization", "gradcam"],
+    *["options", "detector", "plots", "training", "eval", "run_training", "predict", "export", "prepare_data"],
 ]
+LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
+by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
 MISSION = (
     "python run_training.py --model_dir models --head_layer 2",
     "python run_training.py --model_dir models --head_layer 2 --cuda 1",
@@ -44,20 +51,38 @@ def commands(text):
 
 def parsed(command):
     """A command's flags, by the parser of its own script."""
-    words = shlex.split(command.split("|")[0])
+    words = shlex.split(re.sub(r"^torchrun (--[\w-]+ \d+ )*", "python ", command).split("|")[0])
     assert words[0] == "python"
-    return importlib.import_module(words[1].removesuffix(".py")).get_parser().parse_args(words[2:])
+    return importlib.import_module(Path(words[1]).stem).get_parser().parse_args(words[2:])
 
 
-def test_every_command_of_the_readme_is_accepted():
-    found = [re.sub(r"^torchrun (--[\w-]+ \d+ )*", "python ", command) for command in commands(README)]
-    scripts = [c for c in found if re.match(r"python \w+\.py", c)]
-    assert len(scripts) >= 12
-    for command in scripts:
-        parsed(command)
-    for command in set(found) - set(scripts):
-        program = command.split()[0]
-        assert program in ("make", "tensorboard", "source") or command.startswith("python benchmarks/"), command
+# What the pages say -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, **by_path)
+def test_every_command_is_accepted(page, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for command in commands(PAGES[page]):
+        if command.split()[0] not in ("make", "tensorboard", "source"):
+            parsed(command)
+
+
+def flags(parser):
+    """The flags of a parser and of the commands that it has."""
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= set().union(*map(flags, action.choices.values()))
+    return found
+
+
+def test_every_flag_that_is_named_is_one():
+    known = {"--max-restarts", "--rdzv-backend"}  # torchrun's
+    for script in SCRIPTS:
+        known |= flags(importlib.import_module(script.stem).get_parser())
+    for page, text in PAGES.items():
+        prose = re.sub(r"```.*?```", "", text, flags=re.S)
+        assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", prose)) <= known, page
 
 
 def test_the_commands_people_know_are_in_the_readme_and_mean_what_they_meant():
@@ -120,14 +145,27 @@ def test_the_commands_people_know_do_their_work(workplace):
     assert list((workplace / "logdirs/models/brick").glob("events.out.tfevents*"))
 
 
-def test_the_way_of_the_data_runs(data, tmp_path, monkeypatch):
-    """The README's walk through the modules, executed."""
+def test_the_way_of_the_data_runs(data, tmp_path):
+    """The walk through the modules in docs/architecture.md, and what it adds to their tables, executed."""
     (tmp_path / "Data").symlink_to(data)
-    monkeypatch.chdir(tmp_path)
-    block = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    values: dict = {}
-    exec(block.replace("bottle", "brick").replace("(256, 256)", "(32, 32)"), values)
-    assert values["scores"].shape == (12,)
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S))
+    smaller = {"bottle": "brick", "256, 256": "32, 32", "=256": "=32", "patch_size=64": "patch_size=32"}
+    for large, small in smaller.items():
+        assert large in code
+        code = code.replace(large, small)
+    code += """
+assert views.shape == (12, 3, 32, 32) and embedded.shape == (8, 1, 512) and distances.shape == (1, 8)
+assert torch.equal(scores, Detector(config, network).fit(images)(test.images)[0]) and scores.shape == (12,)
+assert maps.shape == cam_maps.shape == (2, 32, 32) and torch.equal(map_scores, maps.amax((1, 2)).double())
+assert [level.density.count for level in patch_model.levels] == [9, 9]
+assert shaded.shape == (8, 3, 32, 32) and (shaded[4:] <= shaded[:4]).all() and (shaded[4:] < shaded[:4]).any()
+assert larger.eval()(views)[1].shape == (12, 2048)
+assert nearest.shape == (1, 8)
+"""
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "image_auroc" in done.stdout
     assert (tmp_path / "walk/brick.pt").is_file()
 
 
@@ -136,86 +174,79 @@ def test_tables_are_what_the_files_say():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_row_is_added_once_with_its_digits_and_columns(tmp_path):
-    source, target = tmp_path / "new.csv", tmp_path / "kept/all.csv"
-    source.write_text("name,side,value\nbrick,64,0.38501262687347226\ngrass,,0.10000000000000002\n")
-    target.parent.mkdir()
-    target.write_text("name,value\ngravel,0.30000000000000004\n")
-    for _ in range(2):
-        done = run("benchmarks/tables.py", "add", source, target)
-        assert done.code == 0, done.err
-    assert target.read_text().splitlines() == [
-        "name,value,side",
-        "gravel,0.30000000000000004,",
-        "brick,0.38501262687347226,64",
-        "grass,0.10000000000000002,",
-    ]
+def test_each_table_has_one_place():
+    places = {name: page.name for page, text in PAGES.items() for name in re.findall(r"<!-- table: (\w+) -->", text)}
+    assert places == {
+        "results": "README.md",
+        **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
+        **dict.fromkeys(("speed", "memory"), "speed.md"),
+    }
+    assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
 
 
-def test_tables_show_the_deviation_of_several_seeds(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import pandas
-    from tables import spread
-
-    several = pandas.Series([0.25, 0.5, 0.75])
-    assert spread(several) == "50.0 ± 25.0"
-    assert spread(several[:1]) == "25.0"
-    assert spread(pandas.Series([float("nan")])) == ""
-
-
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures by os.wait4")
-def test_the_memory_benchmark_runs(tmp_path):
-    table, place = tmp_path / "memory.csv", tmp_path / "place"
-    flags = ["--count", 40, 20, "--steps", 2, "--size", 32, "--results", table, "--folder", place, "--note", "a, b"]
-    done = run("benchmarks/memory.py", *flags)
-    assert done.code == 0, done.err
-    result = json.loads(done.out)
-    runs = [*result["mapped"], result["in_memory"]]
-    assert [(r["images"], r["memory_gb"], r["decoded_mb"]) for r in runs] == [
-        (20, 0, 0.061),
-        (40, 0, 0.123),
-        (40, 1, 0.123),
-    ]
-    for r in runs:
-        assert 100 < r["peak_mb"] < 10_000
-        assert 0 < r["steps_per_second"] < 1000
-        assert r["steps"] == 2
-        assert r["command"].startswith("python benchmarks/memory.py --count 40 20 --steps 2")
-        assert r["note"] == "a, b"
-    growth = runs[1]["peak_mb"] - runs[0]["peak_mb"]
-    assert result["peak_growth_mb"] == pytest.approx(growth, abs=0.1)
-    with table.open(newline="") as file:
-        assert [{name: str(value) for name, value in r.items()} for r in runs] == list(csv.DictReader(file))
-    assert not list(place.iterdir())
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], **by_path)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, section = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.is_file(), target
+        if section:  # GitHub's name of a heading
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert section in [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads], target
 
 
-def test_modules_import_only_from_rows_above():
-    present = sorted(path.stem for path in ROOT.glob("*.py"))
-    assert set(present) <= set(ORDER)
-    assert len(present) >= 10
-    for name in present:
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            if isinstance(node, ast.Import):
-                found = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                found = [node.module]
-            else:
-                continue
-            for other in set(found) & set(ORDER):
-                assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}"
-                if other in ("eval", "run_training", "prepare_data", "predict", "export"):
-                    assert (name, other) == ("run_training", "eval")
-                    assert [alias.name for alias in node.names] == ["evaluate"]
+def test_the_readme_is_short_and_lists_every_page():
+    assert len(README.splitlines()) <= LONGEST_README
+    for page in PAGES:
+        assert page.name == "README.md" or f"](docs/{page.name}): " in README, page
+
+
+# What holds of every module ---------------------------------------------------------------------------------------
+
+
+def imported(path):
+    """The project's modules that a file imports anywhere, each with the names taken from it."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, []) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            inside = [(f"{node.module}.{name}", []) for name in names if f"{node.module}.{name}" in ORDER]
+            found += inside or [(node.module, names)]
+    return [(name, names) for name, names in found if name in ORDER]
+
+
+@pytest.mark.parametrize("path", MODULES, **by_path)
+def test_modules_import_only_from_rows_above(path):
+    own = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert own in ORDER
+    for other, names in imported(path):
+        assert ORDER.index(other) < ORDER.index(own), f"{own} imports {other}"
+        if other in [script.stem for script in SCRIPTS]:
+            assert (own, other, names) == ("run_training", "eval", ["evaluate"])
 
 
 def test_only_plots_imports_a_plotting_library():
-    for path in ROOT.glob("*.py"):
+    for path in MODULES:
         if path.stem != "plots":
             assert not re.search(r"^\s*(import|from) (matplotlib|seaborn)", path.read_text(), re.M), path.name
 
 
-def test_help_imports_nothing_heavy():
-    """Of each script: what takes seconds is imported when it is needed."""
+@pytest.mark.parametrize("path", [*MODULES, *BENCHMARKS], **by_path)
+def test_modules_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_MODULE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, **by_path)
+def test_help_imports_nothing_heavy(path):
+    """What takes seconds is imported when it is needed."""
     heavy = (
         "torchvision",
         "sklearn",
@@ -226,38 +257,12 @@ def test_help_imports_nothing_heavy():
         "tensorboard",
         "torch.distributed.run",
     )
-    for path in ROOT.glob("*.py"):
-        if "__main__" not in path.read_text():
-            continue
-        code = (
-            f"import runpy, sys; sys.argv = [{path.name!r}, '--help']\n"
-            f"sys.path.insert(0, {str(ROOT)!r})\n"
-            f"try:\n    runpy.run_path({str(path)!r}, run_name='__main__')\n"
-            f"except SystemExit as stop:\n    assert not stop.code\n"
-            f"print('imported:', [name for name in {heavy!r} if name in sys.modules])"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.endswith("imported: []\n"), (path.name, done.stdout[-300:], done.stderr)
-
-
-def test_the_benchmark_of_maps_runs(data, tmp_path):
-    """Every combination that can be is a row; the others are left out."""
-    models, table = tmp_path / "models", tmp_path / "maps.csv"
-    done = train(data, models, "--type", "brick", "--patch_size", 32, "--window", 8, "--epochs", 1)
-    assert done.code == 0, done.err
-    flags = ["--data_dir", data, "--model_dir", models, "--results", table, "--workers", 0, "--repeats", 1]
-    done = run("benchmarks/maps.py", *flags, "--window", 8, 64, "--location", "shared", "each", "--dims", 16)
-    assert done.code == 0, done.err
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["window"], row["location_chosen"], row["dims"]) for row in rows] == [
-        ("8", "shared", "64"),
-        ("8", "each", "16"),
-    ]
-    assert done.err.count("cannot be; left out") == 2
-    for row in rows:
-        assert 0 < float(row["pixel_auroc"]) < 1
-        assert 0 < float(row["seconds_per_image"]) < 10
-        assert 40 < float(row["file_mb"]) < 60
-        assert 200 < float(row["peak_mb"]) < 10_000
-        assert row["bench_command"].startswith("python benchmarks/maps.py --data_dir")
+    code = (
+        f"import runpy, sys; sys.argv = [{path.name!r}, '--help']\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"try:\n    runpy.run_path({str(path)!r}, run_name='__main__')\n"
+        f"except SystemExit as stop:\n    assert not stop.code\n"
+        f"print('imported:', [name for name in {heavy!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("imported: []\n"), (done.stdout[-300:], done.stderr)

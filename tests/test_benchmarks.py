@@ -1,0 +1,330 @@
+"""The benchmarks: each runs, a row keeps its digits, tables are filled wherever a document shows them."""
+
+import csv
+import importlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+from contextlib import contextmanager
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import ROOT, one_line, run
+from PIL import Image
+
+from cutpaste import VARIANTS, VIEWS, PasteParams, Variant, View, paste, rows
+from dataset import load_train
+from detector import Detector, initial_network, save
+from options import Config, PatchConfig
+from training import Numerics, Run
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    """Lets the benchmarks be imported by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def table_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_added_once_with_its_digits_and_columns(script, tmp_path):
+    source, target = tmp_path / "new.csv", tmp_path / "kept/all.csv"
+    source.write_text("name,side,value\nbrick,64,0.38501262687347226\ngrass,,0.10000000000000002\n")
+    target.parent.mkdir()
+    target.write_text("name,value\ngravel,0.30000000000000004\n")
+    for _ in range(2):
+        done = script("tables", "add", source, target)
+        assert done.code == 0, done.err
+    assert target.read_text().splitlines() == [
+        "name,value,side",
+        "gravel,0.30000000000000004,",
+        "brick,0.38501262687347226,64",
+        "grass,0.10000000000000002,",
+    ]
+    one_line(script("tables", "add", tmp_path / "none.csv", target), "none.csv")
+    assert script("tables", "add", source).code == 2
+    assert script("tables", "write", source).code == 2
+
+
+def test_values_of_a_row_become_text(benchmarks, tmp_path):
+    append, path = benchmarks("record").append, tmp_path / "new/rows.csv"
+    append({"name": "a, b", "value": 0.1 + 0.2, "none": None}, path)
+    append({"value": 1, "more": True, "name": "NA"}, path)
+    assert path.read_text() == 'name,value,none,more\n"a, b",0.30000000000000004,,\nNA,1,,True\n'
+    assert [p.name for p in path.parent.iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_commit_is_dirty_by_code_not_by_results(benchmarks, monkeypatch, tmp_path):
+    record = benchmarks("record")
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert record.commit() == ""
+    for name in ("code.py", "results/speed.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one\n")
+    who = ("-c", "user.name=n", "-c", "user.email=e")
+    for words in (["init"], ["add", "."], [*who, "commit", "-m", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    clean = record.commit()
+    assert len(clean) >= 4
+    (tmp_path / "results/speed.csv").write_text("two\n")
+    (tmp_path / "untracked.py").write_text("new\n")
+    assert record.commit() == clean
+    (tmp_path / "code.py").write_text("two\n")
+    assert record.commit() == clean + "-dirty"
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def marked(*names):
+    return "".join(f"Before {name}.\n<!-- table: {name} -->\nold\n<!-- end of table -->\nAfter.\n" for name in names)
+
+
+@pytest.fixture
+def tables(benchmarks, monkeypatch, tmp_path):
+    """The module, on a copy of results/ and documents that show every table."""
+    module = benchmarks("tables")
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(marked("results"))
+    (tmp_path / "docs/results.md").write_text(marked(*(name for name in module.TABLES if name != "results")))
+    (tmp_path / "docs/none.md").write_text("No table.\n")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_every_table_is_filled_where_it_is_shown(tables, script, tmp_path):
+    one_line(script("tables", "check"), "README.md", "tables.py write")
+    assert script("tables", "write").code == 0
+    assert script("tables", "check").code == 0
+    readme, results = (tmp_path / name for name in ("README.md", "docs/results.md"))
+    for name, make in tables.TABLES.items():
+        path = readme if name == "results" else results
+        assert f"Before {name}.\n<!-- table: {name} -->\n{make()}\n<!-- end of table -->\nAfter.\n" in path.read_text()
+    assert (tmp_path / "docs/none.md").read_text() == "No table.\n"
+    results.write_text(results.read_text().replace("steps per second", "updates per second"))
+    one_line(script("tables", "check"), "docs/results.md")
+
+
+def test_a_table_that_is_unknown_endless_or_nowhere(tables, script, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(marked("image", "spped"))
+    before = (tmp_path / "docs/results.md").read_text()
+    for command in ("write", "check"):
+        one_line(script("tables", command), "README.md", "'spped'", "speed")
+    assert (tmp_path / "docs/results.md").read_text() == before  # all or none
+    readme.write_text("<!-- table: image -->\n" + marked("results"))
+    one_line(script("tables", "write"), "README.md", "'image'", "end of table")
+    readme.write_text("No table.\n")
+    assert script("tables", "write").code == 0
+    one_line(script("tables", "check"), "'results'")
+
+
+def test_tables_show_the_deviation_of_several_seeds(tables):
+    several = pandas.Series([0.25, 0.5, 0.75])
+    assert tables.spread(several) == "50.0 ± 25.0"
+    assert tables.spread(several[:1]) == "25.0"
+    assert tables.spread(pandas.Series([float("nan")])) == ""
+
+
+def test_the_results_are_those_of_patch_models_at_the_papers_size(tables, tmp_path):
+    found = [line.strip("| ").split(" | ") for line in tables.results_table().splitlines()]
+    assert found[0] == ["category", "seeds", "image AUROC", "pixel AUROC", "untrained", "paper", "AUPRO"]
+    own = [row for row in table_of(tmp_path / "results/pixel.csv") if row["patch_size"] and row["width"] == "256"]
+    assert sorted(line[0] for line in found[2:]) == sorted({row["category"] for row in own}) != []
+    for category, *cells in found[2:]:
+        seeds = {row["seed"]: row for row in own if row["category"] == category}.values()
+        expected = [str(len(seeds))]
+        for name in ("image_auroc", "pixel_auroc", "control_pixel_auroc", "paper", "aupro"):
+            values = [100 * float(row.get(name, 0)) for row in seeds]
+            shown = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+            expected.append(str(tables.PAPER_PIXEL[category]) if name == "paper" else shown)
+        assert cells == expected
+
+
+@pytest.mark.parametrize(("name", "table"), [("pixel", "results"), ("pixel", "pixel"), ("maps", "maps")])
+def test_the_newest_row_of_a_setting_counts(tables, tmp_path, name, table):
+    path = tmp_path / f"results/{name}.csv"
+    before, first = tables.TABLES[table](), table_of(path)[0]
+    tables.append(first | {"pixel_auroc": "0.1", "torch": "9.9", "density": "", "location": "each"}, path)
+    changed = tables.TABLES[table]()
+    assert changed != before
+    assert len(changed.splitlines()) == len(before.splitlines())
+    tables.append(first | {"torch": "9.10"}, path)
+    assert tables.TABLES[table]() == before
+
+
+@pytest.mark.parametrize(("name", "table"), [("pixel", "results"), ("pixel", "pixel"), ("maps", "maps")])
+def test_settings_that_a_table_does_not_show_are_not_mixed(tables, script, tmp_path, name, table):
+    path = tmp_path / f"results/{name}.csv"
+    first = table_of(path)[0]
+    tables.append(first | {"backbone": "resnet50", "seed": "0"}, path)
+    one_line(script("tables", "write"), f"{name}.csv", "backbone", first["category"])
+
+
+def test_rows_without_later_columns_are_shown(tables, tmp_path):
+    path = tmp_path / "results/pixel.csv"
+    rows = pandas.read_csv(path, dtype=str).drop(columns=["density", "backbone", "sigma"])
+    rows["l2"] = None
+    rows.to_csv(path, index=False)
+    assert {line.split(" | ")[0] for line in tables.results_table().splitlines()[2:]} >= {"| bottle", "| grid"}
+    assert "Grad-CAM" in tables.pixel_table()
+
+
+def test_memory_without_mapped_pages_where_it_was_measured(tables, tmp_path):
+    path = tmp_path / "results/memory.csv"
+    first = table_of(path)[0]
+    tables.append(first | {"anonymous_mb": "77.7", "note": "new"}, path)
+    peaks = [line.split(" | ")[3] for line in tables.memory_table().splitlines()[2:]]
+    assert (peaks[0], peaks[-1]) == (f"{float(first['peak_mb']):,.0f}", "78")
+
+
+# Measurements -----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_of_speed_runs(data, tmp_path):
+    table = tmp_path / "speed.csv"
+    flags = ["--size", 32, "--original", "48x40", "--batch_size", 2, "--repeats", 1, "--results", table]
+    done = run("benchmarks/speed.py", *flags, "--data_dir", data / "brick/train/good", "--amp", "off")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    (row,) = table_of(table)
+    assert row == {name: str(value) for name, value in result.items()}
+    assert set(row) == set(table_of(ROOT / "results/speed.csv")[0])
+    assert row["command"].startswith("python benchmarks/speed.py --size 32")
+    assert (row["height"], row["batch_size"], row["amp"], row["compile"]) == ("32", "2", "off", "False")
+    for name, value in result.items():
+        if isinstance(value, float):
+            assert 0 < value < 1e6, name
+
+
+def test_a_setting_that_cannot_be_measured(script, tmp_path):
+    done = script("speed", "--amp", "fp16", "--results", tmp_path / "speed.csv")
+    assert done.code == 2
+    assert "--amp: fp16 needs a GPU" in done.err
+    one_line(script("speed", "--data_dir", tmp_path, "--results", tmp_path / "speed.csv"), str(tmp_path), "no image")
+
+
+def test_steps_are_timed_with_their_log(benchmarks, monkeypatch, data):
+    """On a CPU each, for a step is a lap."""
+    speed, logged = benchmarks("speed"), []
+
+    class Writer:
+        def add_scalar(self, tag, value, step):
+            logged.append((tag, step))
+
+    monkeypatch.setattr(speed, "open_tensorboard", contextmanager(lambda folder, purge_step: iter([Writer()])))
+    config = Config("brick", height=32, width=32, batch_size=4, pretrained=False, epochs=1)
+    images = load_train(data, "brick", (32, 32), 0)
+    found = speed.step(Run(config, images, "", torch.device("cpu"), Numerics(1, "off", False)), 2)
+    assert [step for tag, step in logged if tag == "loss"] == [3, 4, 5]  # after two for the peak of memory
+    assert found["step_over_bare"] == found["step_seconds"] / found["bare_seconds"]
+
+
+@pytest.fixture
+def picture():
+    return torch.randint(0, 256, (1, 3, 60, 80), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["patch", "scar"])
+def test_the_conventional_way_pastes_the_same_boxes(benchmarks, picture, name):
+    base = Image.fromarray(picture[0].permute(1, 2, 0).numpy())
+    views = benchmarks("conventional").ConventionalViews([base], {"patch": "normal"}.get(name, name))
+    views.jitter = lambda image: image
+    drawn = VIEWS[name].draw(20, 60, 80, 1.0, torch.Generator().manual_seed(1))
+    params = PasteParams(**drawn, jitter=None)
+    for index in range(20):
+        ours = (paste(picture / 255, rows(params, slice(index, index + 1)))[0] * 255).round()
+        theirs = views.paste(base, {key: values[index].item() for key, values in drawn.items()})
+        theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)
+        if name == "patch":
+            assert torch.equal(ours, theirs.float())
+        else:  # turned the same way, by another rounding
+            one, other = ((each != picture[0]).any(0) for each in (ours, theirs))
+            assert (one & other).sum() > 0.6 * (one | other).sum()
+
+
+def test_conventional_batches_lie_view_after_view(benchmarks):
+    images = torch.tensor([0, 60, 120, 180], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 32, 32)
+    views = next(benchmarks("conventional").conventional_batches(images, "3way", 6, False))
+    assert views.shape == (18, 3, 32, 32)
+    gray = views.mean((1, 2, 3)).view(3, 6)
+    assert torch.allclose(gray[:1].expand(3, 6), gray, atol=0.05)
+
+
+@pytest.mark.parametrize("view", ["noise", "elsewhere"])
+def test_the_conventional_way_refuses_other_views(benchmarks, monkeypatch, view):
+    monkeypatch.setitem(VIEWS, "noise", View(VIEWS["patch"].draw, lambda *_: None, "noise", "#000000"))
+    monkeypatch.setitem(VARIANTS, "new", Variant(("image", "patch", view), ""))
+    with pytest.raises(ValueError, match=view):
+        benchmarks("conventional").ConventionalViews([Image.new("RGB", (40, 40))], "new")
+
+
+def test_the_benchmark_of_maps_runs(script, data, tmp_path):
+    """Every combination that can be is a row; the others are left out."""
+    models, table = tmp_path / "models", tmp_path / "maps.csv"
+    for category, patches in (("brick", PatchConfig(32, window=8)), ("grass", None)):
+        config = Config(category, height=32, width=32, pretrained=False, patches=patches)
+        made = Detector(config, initial_network(config)).fit(load_train(data, category, (32, 32), 0))
+        made.metadata = {"command": "python run_training.py"}
+        models.mkdir(exist_ok=True)
+        save(made, models / f"{category}.pt")
+    flags = ["--data_dir", data, "--model_dir", models, "--results", table, "--workers", 0, "--repeats", 1]
+    flags += ["--level", "1", "1,2", "--density", "torch", "kde", "--location", "each", "--dims", 16]
+    one_line(script("maps", *flags), "grass.pt", "no patch model")
+    done = run("benchmarks/maps.py", *flags, "--type", "brick")
+    assert done.code == 0, done.err
+    found = table_of(table)
+    assert [(row["level"], row["location_chosen"], row["dims"]) for row in found] == [
+        ("1", "each", "16"),
+        ("1,2", "each,each", "16,16"),
+    ]
+    for level in ("1", "1,2"):
+        assert f"brick --level {level} --location each --dims 16 --density kde: left out: --density: kde" in done.err
+    for row in found:
+        assert 0 < float(row["pixel_auroc"]) < 1
+        assert 0 < float(row["seconds_per_image"]) < 10
+        assert 0 < float(row["fit_seconds"]) < 100
+        assert 0 < float(row["fit_threshold_seconds"]) < 100
+        assert 40 < float(row["file_mb"]) < 60
+        assert 200 < float(row["peak_mb"]) < 10_000
+        assert row["bench_command"].startswith("python benchmarks/maps.py --data_dir")
+        assert row["train_command"] == "python run_training.py"
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures by os.wait4")
+def test_the_benchmark_of_memory_runs(tmp_path):
+    table, place = tmp_path / "memory.csv", tmp_path / "place"
+    flags = ["--count", 40, 20, "--steps", 2, "--size", 32, "--results", table, "--folder", place, "--note", "a, b"]
+    done = run("benchmarks/memory.py", *flags)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    runs = [*result["mapped"], result["in_memory"]]
+    assert [(r["images"], r["memory_gb"], r["decoded_mb"]) for r in runs] == [
+        (20, 0, 0.061),
+        (40, 0, 0.123),
+        (40, 1, 0.123),
+    ]
+    held = "anonymous_mb" if os.path.exists("/proc/self/status") else "peak_mb"
+    for r in runs:
+        assert 100 < r[held] <= r["peak_mb"] < 10_000
+        assert 0 < r["steps_per_second"] < 1000
+        assert r["steps"] == 2
+        assert r["command"].startswith("python benchmarks/memory.py --count 40 20 --steps 2")
+        assert r["note"] == "a, b"
+    growth = runs[1][held] - runs[0][held]
+    assert result["peak_growth_mb"] == pytest.approx(growth, abs=0.1)
+    assert [{name: str(value) for name, value in r.items()} for r in runs] == table_of(table)
+    assert not list(place.iterdir())

@@ -1,0 +1,106 @@
+"""Config: defaults, ranges, plain values and back, flags; the one rule of resuming."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+import run_training
+from options import Config, PatchConfig, SettingError, config_of, flagged, resume, settings_of
+
+PATCHES = Config("brick", patches=PatchConfig(level=(1, 2)))
+
+
+def parsed(*flags):
+    return config_of(run_training.get_parser().parse_args([*map(str, flags)]), "bottle")
+
+
+def test_defaults_are_the_papers():
+    config = parsed()
+    assert config == Config("bottle")
+    assert (config.lr, config.optim, config.epochs, config.batch_size) == (0.03, "sgd", 10000, 32)
+    assert (config.height, config.width, config.variant, config.pretrained) == (256, 256, "3way", True)
+    assert (config.freeze_resnet, config.l2, config.patches, config.levels) == (20, True, None, (4,))
+    assert parsed("--no-pretrained").freeze_resnet == 0
+    assert parsed("--optim", "adam").lr == 0.001
+    patches = parsed("--patch_size", 64, "--level", "2,3", "--stride", 16)
+    assert patches.patches == PatchConfig(64, stride=16, level=(2, 3))
+    assert (patches.l2, patches.levels) == (False, (2, 3))
+
+
+def test_every_setting_has_a_flag_and_a_place_in_the_plain_values():
+    known = set(vars(run_training.get_parser().parse_args([]))) | {"category", "height", "width"}
+    names = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
+    assert set(names) <= known
+    assert list(PATCHES.to_dict()) == names
+    assert len(names) == len(set(names)) == len(fields(Config)) - 1 + len(fields(PatchConfig))
+
+
+@pytest.mark.parametrize(
+    "config", [Config("brick"), PATCHES, replace(PATCHES, seed=7, weights="w.pth", lr=1), Config("b", l2=False)]
+)
+def test_plain_values_and_back(config):
+    values = config.to_dict()
+    assert Config.from_dict(values) == config
+    assert all(value is None or type(value) in (str, int, float, bool) for value in values.values())
+    older = {name: value for name, value in values.items() if name not in ("translate", "dims")}
+    assert Config.from_dict(older) == config
+    if config.patches:
+        assert Config.from_dict(values | {"level": 2}).levels == (2,)  # as version 2 of the detector file has it
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("backbone", "vgg"), ("head_layer", 10_000_000), ("head_layer", True), ("height", 16)),
+        *(("jitter", float("nan")), ("epochs", 0), ("epochs", 2.5), ("l2", 1), ("seed", -1), ("category", "a/b")),
+        *(
+            ("false_alarm_rate", 1.5),
+            ("unheard_of", 1),
+            ("window", 512),
+            ("stride", 6),
+            ("level", "5"),
+            ("level", "2,1"),
+        ),
+        *(("density", "kde"), ("location", "all"), ("patch_size", 300), ("patch_size", 16), ("dims", 0)),
+    ],
+)
+def test_values_that_cannot_be_are_named(name, value):
+    with pytest.raises(SettingError) as caught:
+        Config.from_dict(PATCHES.to_dict() | {name: value})
+    assert caught.value.name == name
+    assert flagged(caught.value).startswith("--size: " if name == "height" else f"--{name}: ")
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--stride", 4, "--level", 2], ["--window", 30], ["--density", "kde"], ["--patch_size", 300]]
+)
+def test_flags_that_contradict_each_other(wrong):
+    with pytest.raises(SettingError):
+        parsed("--patch_size", 64, *wrong)
+    with pytest.raises(SettingError, match="goes with patch_size"):
+        parsed("--sigma", 3)
+    with pytest.raises(SettingError, match="weights"):
+        parsed("--no-pretrained", "--weights", "w.pth")
+
+
+def test_what_is_resumed_is_what_was_asked_for():
+    assert resume({"a": 1}, {"a": 1, "b": 2}) == {"a": 1, "b": 2}
+    assert resume({"a": 1}, {}) == {"a": 1}
+    with pytest.raises(SettingError, match="b: made with b 2, now 3"):
+        resume({"a": 1, "b": 3}, {"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--size", "axb"], ["--size", "8"], ["--level", "0"], ["--level", "1,x"], ["--jitter", "nan"], ["--l2", "yes"]],
+)
+def test_texts_that_are_no_value(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_training.get_parser().parse_args(flags)
+    assert stop.value.code == 2
+    assert f"argument {flags[0]}: {flags[1]!r}: " in capsys.readouterr().err
+
+
+def test_size_is_width_by_height():
+    config = parsed("--size", "320x256")
+    assert (config.height, config.width) == (256, 320)
