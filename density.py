@@ -29,7 +29,7 @@ class GaussianTorch(nn.Module):
     """Gaussians with Ledoit-Wolf covariance, computed in float64.
 
     Of several, each covariance is (1 - POOLED) its own and POOLED the mean of all: where the training images are all
-    alike, a grey level more would else be infinitely unusual. Several are kept in float32, half the file; one in
+    alike, a gray level more would else be infinitely unusual. Several are kept in float32, half the file; one in
     float64.
     Attributes (buffers): mean (K, D), factor (K, D, D) with |factor (x - mean)| the Mahalanobis distance.
     """

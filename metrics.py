@@ -61,10 +61,12 @@ def pixel_metrics(masks, maps) -> dict[str, float]:
     """pixel_auroc and aupro, fractions in [0, 1], of all pixels of all test images together.
 
     masks: (M, H, W) of 0 (normal) and 1 (defective); maps: (M, H, W) float32, finite.
-    AUPRO is the area under the per-region overlap (the mean over defects, connected with their diagonal neighbours, of
-    the share found) over false-positive rates up to AUPRO_LIMIT, divided by it.
-    Exact, equal scores sharing a threshold: the curves rise only at scores of defective pixels, so the normal ones need
-    but be sorted and counted. Raises ValueError if all pixels are of one kind or a score is not finite.
+    AUPRO: the area under the curve of per-region overlap (the share of each defect that is found, averaged over the
+    defects; pixels that touch, also at a corner, are one defect) against the false-positive rate, up to AUPRO_LIMIT,
+    divided by that limit.
+    Both are exact: each distinct score is a threshold. The curves only rise at scores of defective pixels, so those
+    are the thresholds that are looked at, and normal pixels are sorted and counted.
+    Raises ValueError if all pixels are of one kind or a score is not finite.
     """
     from sklearn.metrics import auc
 
@@ -95,7 +97,7 @@ def region_weights(mask: np.ndarray) -> np.ndarray:
     """1 / size of the region that each defective pixel of a mask (H, W) belongs to, row by row: (P,) float64."""
     from scipy.ndimage import label
 
-    regions, _ = label(mask, np.ones((3, 3), dtype=int))  # diagonal neighbours too, as in MVTec's evaluation
+    regions, _ = label(mask, np.ones((3, 3), dtype=int))  # diagonal neighbors too, as in MVTec's evaluation
     regions = regions[mask]
     return 1 / np.bincount(regions)[regions] if len(regions) else np.zeros(0)
 

@@ -100,7 +100,7 @@ def heat_sheet(
     maps = np.stack([case[3] for case in cases])
     low, high = np.quantile(maps, [0.02, 0.998])
     high = max(high, low + 1e-9)
-    if threshold is not None:  # never out of sight, and not below the middle of the colours: faint defects show too
+    if threshold is not None:  # never out of sight, and not below the middle of the colors: faint defects show too
         high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
     for axes in grid.flat:
         axes.set_axis_off()

@@ -29,29 +29,20 @@ from runtime.flags import int_at_least, new_parser, number
 from runtime.script import run_script
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
+# fmt: off
 MVTEC_COUNTS = {
-    "bottle": (209, 83),
-    "cable": (224, 150),
-    "capsule": (219, 132),
-    "carpet": (280, 117),
-    "grid": (264, 78),
-    "hazelnut": (391, 110),
-    "leather": (245, 124),
-    "metal_nut": (220, 115),
-    "pill": (267, 167),
-    "screw": (320, 160),
-    "tile": (230, 117),
-    "toothbrush": (60, 42),
-    "transistor": (213, 100),
-    "wood": (247, 79),
-    "zipper": (240, 151),
+    "bottle": (209, 83), "cable": (224, 150), "capsule": (219, 132), "carpet": (280, 117), "grid": (264, 78),
+    "hazelnut": (391, 110), "leather": (245, 124), "metal_nut": (220, 115), "pill": (267, 167), "screw": (320, 160),
+    "tile": (230, 117), "toothbrush": (60, 42), "transistor": (213, 100), "wood": (247, 79), "zipper": (240, 151),
 }
+# fmt: on
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError, OSError)
 ELPV_CELLS = ("mono", "poly")  # monocrystalline, polycrystalline
 TEXTURES = ("brick", "grass", "gravel")  # 512 x 512 gray photographs in scikit-image's wheel
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = new_parser("Bring images into the layout that training and evaluation read.")
+    parser = new_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shape = parser.formatter_class
 
@@ -66,16 +57,14 @@ def get_parser() -> argparse.ArgumentParser:
     add = command("elpv", "solar cells from the package elpv-dataset (CC BY-NC-SA 4.0)")
     add("--cells", choices=ELPV_CELLS, default="mono", help="kind of cell (default: mono)")
     add("--name", type=category, metavar="NAME", help="name of the category (default: solar_<kind of cell>)")
-    held_out = number(0.01, 0.9)
-    add("--held_out", type=held_out, default=0.25, metavar="X", help="share of normal cells for test (default: 0.25)")
+    add("--held_out", type=number(0.01, 0.9), default=0.25, metavar="X", help="share for test/good (default: 0.25)")
     add("--seed", type=int_at_least(0), default=0, metavar="N", help="seed of the split (default: 0)")
 
     add = command("folder", "a category from your own photographs")
     add("--good", required=True, metavar="DIR", help="photographs of good parts")
     add("--bad", metavar="DIR", help="photographs of bad parts, or a folder for each type of defect")
     add("--name", type=category, metavar="NAME", help="name of the category (default: that of the --good folder)")
-    held_out = number(0, 0.9)
-    add("--held_out", type=held_out, default=0.2, metavar="X", help="share of good ones for test (default: 0.2)")
+    add("--held_out", type=number(0, 0.9), default=0.2, metavar="X", help="share for test/good (default: 0.2)")
     add("--seed", type=int_at_least(0), default=0, metavar="N", help="seed of the split (default: 0)")
 
     add = command("textures", "small categories from scikit-image's textures, with drawn defects and masks")
@@ -86,8 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    data_dir = Path(args.data_dir)
-    {"mvtec": mvtec, "elpv": elpv, "folder": folder, "textures": textures}[args.command](args, data_dir)
+    {"mvtec": mvtec, "elpv": elpv, "folder": folder, "textures": textures}[args.command](args, Path(args.data_dir))
 
 
 @contextmanager
@@ -102,13 +90,8 @@ def new_category(data_dir: Path, name: str) -> Iterator[Path]:
         building.mkdir()
         yield building
         building.rename(target)
-    counts = {
-        f"{split.name}/{kind.name}": len(find_images(kind))
-        for split in (target / "train", target / "test")
-        if split.is_dir()
-        for kind in sorted(split.iterdir())
-    }
-    say(f"wrote {target}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items()))
+    kinds = [kind for split in ("train", "test") for kind in sorted((target / split).glob("*"))]
+    say(f"wrote {target}: " + ", ".join(f"{len(find_images(kind))} {kind.parent.name}/{kind.name}" for kind in kinds))
 
 
 # MVTec AD ---------------------------------------------------------------------------------------------------------
@@ -117,28 +100,20 @@ def new_category(data_dir: Path, name: str) -> Iterator[Path]:
 def mvtec(args: argparse.Namespace, data_dir: Path) -> None:
     """Unpack if it is an archive, then verify. Raises InputError if an image or a mask is missing."""
     source = Path(args.source)
-    if source.is_dir():
-        root = source  # nothing is copied: it is used where it lies
-    elif source.is_file():
-        unpack(source, data_dir)
-        root = data_dir
-    else:
+    if not source.exists():
         raise InputError(f"{source}: no such file or folder")
-    problems, complete = [], 0
-    for name, counts in MVTEC_COUNTS.items():
-        if not (root / name).is_dir():
-            say(f"{name}: not there")
-            continue
-        found = verify(root / name, *counts)
-        say(f"{name}: {'complete' if not found else '; '.join(found)}")
-        problems += [f"{name}: {problem}" for problem in found]
-        complete += not found
+    if source.is_file():
+        unpack(source, data_dir)
+    root = data_dir if source.is_file() else source  # a folder is not copied: it is used where it lies
+    found = {name: verify(root / name, *counts) for name, counts in MVTEC_COUNTS.items() if (root / name).is_dir()}
+    for name in MVTEC_COUNTS:
+        say(f"{name}: " + ("; ".join(found[name]) or "complete" if name in found else "not there"))
+    problems = [f"{name}: {problem}" for name in found for problem in found[name]]
+    complete = sum(not of_one for of_one in found.values())
     say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}; train with --data_dir {root}")
     if problems:
-        raise InputError(
-            f"{root}: {len(problems)} problem(s), the first: {problems[0]}; "
-            "remove that folder and unpack the archive anew"
-        )
+        first = f"{len(problems)} problem(s), the first: {problems[0]}"
+        raise InputError(f"{root}: {first}; remove that folder and unpack the archive anew")
     if not complete:
         raise InputError(f"{root}: no category of MVTec AD in it; it should hold folders such as bottle/train/{GOOD}")
 
@@ -149,41 +124,42 @@ def unpack(archive: Path, data_dir: Path) -> None:
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-") as temporary:
         say(f"unpacking {archive}")
         try:
-            if zipfile.is_zipfile(archive):
-                with zipfile.ZipFile(archive) as file:
-                    for member in file.namelist():
-                        refuse_escape(archive, member)
-                    file.extractall(temporary)
-            else:
-                with tarfile.open(archive) as file:
-                    for member in file:
-                        refuse_escape(archive, member.name)
-                        if not (member.isfile() or member.isdir()):
-                            raise InputError(f"{archive}: {member.name!r} is a link or device; nothing was unpacked")
-                        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-                        file.extract(member, temporary, set_attrs=False, **safe)
-                    while file.fileobj.read(2**20):  # tarfile takes a damaged header for the end; checksums do not
-                        pass
-        except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
-        except OSError as error:
-            if error.errno is not None:
+            extract(archive, temporary)
+        except BROKEN as error:
+            if isinstance(error, OSError) and error.errno is not None:
                 raise  # a full disk is not the archive's fault
-            raise InputError(f"{archive}: cannot be unpacked ({error}); download it again") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
         found = sorted({p.parent.parent for p in Path(temporary).rglob(f"train/{GOOD}") if p.is_dir()})
         found = [p for p in found if "__MACOSX" not in p.parts]  # what a Mac adds to a zip
         if not found:
             raise InputError(f"{archive}: no category in it (a folder with train/{GOOD})")
-        if len({category.name for category in found}) < len(found):
+        targets = [data_dir / p.name for p in found]
+        if len(set(targets)) < len(found):
             raise InputError(f"{archive}: two folders of one category in it; nothing was unpacked")
-        for category in found:
-            if (data_dir / category.name).exists():
-                raise InputError(
-                    f"{data_dir / category.name}: is there already and is left alone; nothing was unpacked"
-                )
-        for category in found:
-            category.rename(data_dir / category.name)
+        if taken := [target for target in targets if target.exists()]:
+            raise InputError(f"{taken[0]}: is there already and is left alone; nothing was unpacked")
+        for source, target in zip(found, targets):
+            source.rename(target)
+
+
+def extract(archive: Path, folder: str) -> None:
+    """Unpack a zip or tar archive of folders and files alone. Raises InputError for anything else in it."""
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            for member in file.namelist():
+                refuse_escape(archive, member)
+            file.extractall(folder)
+        return
+    safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    with tarfile.open(archive) as file:
+        for member in file:
+            refuse_escape(archive, member.name)
+            if not (member.isfile() or member.isdir()):
+                raise InputError(f"{archive}: {member.name!r} is a link or device; nothing was unpacked")
+            file.extract(member, folder, set_attrs=False, **safe)
+        while file.fileobj.read(2**20):  # tarfile takes a damaged header for the end; checksums do not
+            pass
 
 
 def refuse_escape(archive: Path, member: str) -> None:
@@ -197,15 +173,12 @@ def verify(folder: Path, train: int, test: int) -> list[str]:
     """What is wrong with a category, against its official numbers; every anomalous image needs a mask."""
     problems = []
     for split, expected in (("train", train), ("test", test)):
-        kinds = [p for p in (folder / split).iterdir() if p.is_dir()] if (folder / split).is_dir() else []
-        images = [image for kind in kinds for image in find_images(kind)]
+        images = [path for kind in sorted((folder / split).glob("*")) if kind.is_dir() for path in find_images(kind)]
         if len(images) != expected:
             problems.append(f"{split} has {len(images)} images instead of {expected}")
-        if split == "test":
-            bare = [image for image in images if image.parent.name != GOOD and find_mask(image) is None]
-            if bare:
-                example = bare[0].relative_to(folder)
-                problems.append(f"{len(bare)} mask(s) missing in ground_truth, the first for {example}")
+    bare = [image for image in images if image.parent.name != GOOD and find_mask(image) is None]  # of the test images
+    if bare:
+        problems.append(f"{len(bare)} mask(s) missing in ground_truth, the first for {bare[0].relative_to(folder)}")
     return problems
 
 
@@ -227,14 +200,9 @@ def elpv(args: argparse.Namespace, data_dir: Path) -> None:
     normal, bad = np.flatnonzero(own & (probability == 0)), np.flatnonzero(own & (probability == 1))
     train, held_out = split(normal, args.held_out, args.seed)
     with new_category(data_dir, args.name or f"solar_{args.cells}") as target:
-        for folder, members in (
-            (f"train/{GOOD}", train),
-            (f"test/{GOOD}", held_out),
-            ("test/defective", bad),
-        ):
-            (target / folder).mkdir(parents=True)
+        for kind, members in ((f"train/{GOOD}", train), (f"test/{GOOD}", held_out), ("test/defective", bad)):
             for index in members:
-                Image.fromarray(images[index]).save(target / folder / f"cell{index + 1:04d}.png", compress_level=1)
+                write_image(target / kind / f"cell{index + 1:04d}.png", images[index], compress_level=1)
 
 
 def split(items: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -260,9 +228,8 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
         loose = list_photographs(bad, "--bad")
         kinds = {p.name: find_images(p) for p in sorted(bad.iterdir()) if p.is_dir()}
         plan |= {f"test/{name}": paths for name, paths in kinds.items() if paths}
-        if loose:
-            plan["test/bad"] = plan.get("test/bad", []) + loose
-        if f"test/{GOOD}" in (f"test/{name}" for name in kinds):
+        plan["test/bad"] = plan.get("test/bad", []) + loose
+        if GOOD in kinds:
             raise InputError(f"{bad / GOOD}: a folder named {GOOD!r} among the defects; rename or remove it")
         if not any(kinds.values()) and not loose:
             raise InputError(f"{bad}: no photograph found (--bad)")
@@ -293,11 +260,11 @@ def textures(args: argparse.Namespace, data_dir: Path) -> None:
         from skimage import data
     except ImportError as error:
         raise InputError("the package scikit-image is not installed: pip install scikit-image") from error
-    for number, name in enumerate(TEXTURES):
+    for seed, name in enumerate(TEXTURES):
         picture = getattr(data, name)()
         if args.size > min(picture.shape) // 2:
             raise InputError(f"--size {args.size}: the textures give at most {min(picture.shape) // 2}")
-        rng = np.random.default_rng(number)
+        rng = np.random.default_rng(seed)
         seen, unseen = np.split(picture, 2, axis=1)
         with new_category(data_dir, name) as target:
             for index in range(args.train):
@@ -311,14 +278,14 @@ def textures(args: argparse.Namespace, data_dir: Path) -> None:
 
 
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of a grey picture (H, W): (size, size) uint8."""
+    """A random square of a gray picture (H, W): (size, size) uint8."""
     top, left = (rng.integers(0, side - size + 1) for side in picture.shape)
     return picture[top : top + size, left : left + size]
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray, **options: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    Image.fromarray(image).save(path, **options)
 
 
 def draw_stain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -338,7 +305,7 @@ def draw_scratch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 def draw_hole(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth ellipse without texture, in the picture's own mean grey."""
+    """A smooth ellipse without texture, in the picture's own mean gray."""
     mask = ellipse(image.shape, rng, 0.12, 0.2)
     return blend(image, mask, float(image.mean()), 1.0), mask
 

@@ -237,7 +237,7 @@ class Run:
                 last = self.step == steps
                 if watch is not None and is_main and (self.step % watch_every == 0 or last):
                     check_finite(category, self.step, loss)
-                    log.test_auroc(watch)
+                    log.log_test_auroc(watch)
                 self.seconds = time.monotonic() - began
                 stop = self.ranks.all_reduce_max(interrupts.signal)  # all at the same step
                 # The last step too: fitting the density can be stopped, or its file not be written
@@ -300,7 +300,7 @@ class Log:
             self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
         self.sums, self.since, self.lap = 0, run.step, now
 
-    def test_auroc(self, watch: Callable[[Detector], float]) -> None:
+    def log_test_auroc(self, watch: Callable[[Detector], float]) -> None:
         """The test AUROC so far. Its time does not count as training."""
         run, began = self.run, time.monotonic()
         auroc = watch(Detector(run.config, run.network).fit(run.images, threshold=False))

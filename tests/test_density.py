@@ -427,7 +427,7 @@ def test_what_no_density_can_be_fitted_to(kind, x, message):
         DENSITIES[kind]().fit(x)
 
 
-def test_bandwidth_is_near_the_neighbours_of_many_embeddings_and_copies_do_not_count():
+def test_bandwidth_is_near_the_neighbors_of_many_embeddings_and_copies_do_not_count():
     """Embeddings as a network makes them: long, not negative. Each is there twice."""
     x = (torch.randn(60, 512, generator=torch.Generator().manual_seed(0)) * 0.3 + 1).relu()
     nearest = sorted(min(math.dist(a, b) for b in x.tolist() if b != a) for a in x.tolist())

@@ -158,7 +158,7 @@ def test_bad_files_are_named(tmp_path, fitted):
     fails("update the program", {"version": detector.VERSION + 1})
     fails("backbone: one of resnet18", {"config": content["config"] | {"backbone": "vgg"}})
     fails("head_layer: a whole number from 0 to 64", {"config": content["config"] | {"head_layer": 10_000_000}})
-    fails("colour: no setting", {"config": content["config"] | {"colour": 1}})
+    fails("hue: no setting", {"config": content["config"] | {"hue": 1}})
     fails("damaged detector file", {"config": None})
     fails("damaged detector file.*state_dict", {"network": {}})
     save_tensors(content, tmp_path / "grass.pt")

@@ -286,12 +286,12 @@ def test_saved_maps_are_those_that_were_measured(mapped, data, patch_models):
         assert found[name] == pytest.approx(all_lines(done)["brick", metric], abs=5e-3)
 
 
-@pytest.mark.parametrize(("grey", "word"), [(255, "every"), (0, "no")])
-def test_masks_that_mark_all_or_nothing(data, patch_models, tmp_path, script, grey, word):
+@pytest.mark.parametrize(("gray", "word"), [(255, "every"), (0, "no")])
+def test_masks_that_mark_all_or_nothing(data, patch_models, tmp_path, script, gray, word):
     shutil.copytree(data / "brick", tmp_path / "Data/brick")
     shutil.rmtree(tmp_path / "Data/brick/test/good")
     for path in (tmp_path / "Data/brick/ground_truth").rglob("*.png"):
-        Image.new("L", (32, 32), grey).save(path)
+        Image.new("L", (32, 32), gray).save(path)
     where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
     done = script("eval", *where)
     assert all_lines(done) == {}

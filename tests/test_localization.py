@@ -201,8 +201,8 @@ def test_auto_takes_the_likelier():
 
 
 def slow_upsampling(scores, grid, sigma):
-    """Every score spreads a Gaussian around its window's centre, as a transposed convolution does; then every pixel
-    is divided by what it would have got from scores of 1. Pixels further out than all centres are as those there."""
+    """Every score spreads a Gaussian around its window's center, as a transposed convolution does; then every pixel
+    is divided by what it would have got from scores of 1. Pixels further out than all centers are as those there."""
     down, across = (centers.tolist() for centers in grid.centers)
     sums, ones = np.zeros((2, grid.height, grid.width))
     for row, y in enumerate(down):

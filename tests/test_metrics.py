@@ -194,7 +194,7 @@ def test_aupro_counts_regions_not_pixels():
     assert found["pixel_auroc"] == pytest.approx((2 / 3 + 1) / 2)
 
 
-def test_diagonal_neighbours_are_one_region():
+def test_diagonal_neighbors_are_one_region():
     mask = np.array([[1, 0, 0, 0], [0, 1, 0, 1]], dtype=bool)
     assert region_weights(mask).tolist() == [0.5, 0.5, 1.0]
 

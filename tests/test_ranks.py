@@ -171,7 +171,7 @@ with ranks.ending(), here.joined(False):
 @pytest.mark.parametrize("count", [8, 7])
 def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path, count):
     """Also of a batch that does not divide by two. In float64: in float32 rounding alone, blown up by batch
-    normalisation over a few pixels, moves the gradient of so small a batch by 0.2 percent."""
+    normalization over a few pixels, moves the gradient of so small a batch by 0.2 percent."""
     images = torch.randint(0, 256, (count, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     torch.save([images], tmp_path / "images")
     (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT), folder=str(tmp_path)))

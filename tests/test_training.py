@@ -164,7 +164,7 @@ def test_another_seed_gives_another_network(data, models, tmp_path, script):
 @pytest.mark.parametrize(
     "more", [["--variant", "normal"], ["--variant", "scar", "--optim", "adam"], ["--variant", "union"]]
 )
-def test_variants_and_optimisers_train(data, tmp_path, script, more):
+def test_variants_and_optimizers_train(data, tmp_path, script, more):
     done = script("run_training", *flags(data, tmp_path, "--epochs", 3, "--batch_size", 64, "--size", "48x32", *more))
     assert done.code == 0, done.err
     made = load(tmp_path / "models/brick.pt")
