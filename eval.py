@@ -17,6 +17,7 @@ import torch
 
 import options
 from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps
+from density import conformal_threshold
 from detector import SUFFIX, Detector, detector_path, load, load_config, stream
 from metrics import image_metrics, pixel_metrics
 from options import PATCH_SETTINGS, Config, SettingError, flagged, given_settings
@@ -32,7 +33,7 @@ LINES = {  # on stdout, for columns of results.csv
     "control_auroc": "control AUC",
     "control_pixel_auroc": "control pixel AUROC",
 }
-AGREEING = ("variant", "head_layer", "normalize", "size")
+AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
 
 
@@ -79,8 +80,7 @@ def main(args: argparse.Namespace) -> None:
         for row in rows:
             print_lines(row)
     print_average(rows)
-    # Only now, all at once: a bad image in the last category leaves earlier results (but maps, too large to be kept
-    # until now) as they were
+    # Only now, all at once: a bad image in the last category leaves earlier results, all but maps, as they were
     contents = {
         "results.csv": as_csv(rows),
         "scores.csv": as_csv([row for result in results for row in result.score_rows]),
@@ -184,9 +184,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
     """Score and draw one category."""
     config, changed = detector.config, changes(args)
     category, where = config.category, (detector.size, args.workers, options.storage(args))
-    train = None
-    if changed or args.control:
-        train = load_train(args.data_dir, category, *where)
+    train = load_train(args.data_dir, category, *where) if changed or args.control else None
     if changed:
         detector = detector.refit(train, **changed)
         for note in detector.notes():
@@ -303,9 +301,10 @@ def draw(
     figures, config, threshold = {}, detector.config, detector.threshold.item()
     if len(set(test.labels.tolist())) == 2:
         figures["roc"] = plots.roc(config.category, test.labels, scores, untrained)
-    rate = config.false_alarm_rate
+    enough = conformal_threshold(detector.normal_scores, config.false_alarm_rate)[1]
+    line = f"for {100 * config.false_alarm_rate:g} % false alarms" if enough else "the largest score of normal images"
     figures["histogram"] = plots.score_histogram(
-        config.category, scores, test.defect_types, threshold, rate, detector.unit
+        config.category, scores, test.defect_types, threshold, line, detector.unit
     )
     if config.patches is None:
         embeddings, groups = plots.sample_views(detector, test)

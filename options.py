@@ -85,7 +85,7 @@ class PatchConfig:
     # nobody wrote: the loss is NaN in some runs
     window: int = setting(16, int_within(8, LARGEST_SIDE), "maps", "side of the windows that are scored, in pixels")
     stride: int = setting(8, int_within(1, LARGEST_SIDE), "maps", "pixels between windows")
-    level: tuple[int, ...] = setting((1,), levels, "maps", "stages whose features are embedded, such as 1 or 2,3")
+    level: tuple[int, ...] = setting((1,), levels, "maps", "stages whose features are embedded, such as 1 or 1,2")
     dense: bool = setting(True, zero_or_one, "maps", "run the network once per image; 0: on each window alone")
     location: str = setting("auto", one_of(LOCATIONS), "maps", "one Gaussian for all locations, or for each its own")
     dims: int = setting(64, int_within(1, 4096), "maps", "directions of most variance kept of each embedding")

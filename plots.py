@@ -172,9 +172,9 @@ def roc(category: str, labels: np.ndarray, scores: np.ndarray, untrained: np.nda
 
 
 def score_histogram(
-    category: str, scores: np.ndarray, defect_types: Sequence[str], threshold: float, rate: float, unit: str
+    category: str, scores: np.ndarray, defect_types: Sequence[str], threshold: float, line: str, unit: str
 ) -> Figure:
-    """Test scores (M,), normal against each defect type, one strip a type, and the threshold of the detector."""
+    """Test scores (M,), normal against each defect type, one strip a type, and the threshold; line: what that is."""
     kinds = list(dict.fromkeys(defect_types))
     figure = Figure(figsize=(6.6, 1.05 * len(kinds) + 1.4), layout="constrained")
     with seaborn.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}):
@@ -191,8 +191,7 @@ def score_histogram(
         axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
         axes.grid(axis="x", visible=False)
         seaborn.despine(ax=axes)
-    threshold_line = f"dashed: threshold meant for {100 * rate:g} % false alarms"
-    figure.suptitle(f"{category}: scores of the test images\n{threshold_line}", fontsize=11)
+    figure.suptitle(f"{category}: scores of the test images\ndashed: threshold, {line}", fontsize=11)
     grid[-1].set_xlabel(unit)
     figure.supylabel("images", fontsize=10)
     return figure

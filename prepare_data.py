@@ -125,7 +125,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
         say(f"unpacking {archive}")
         try:
             extract(archive, temporary)
-        except BROKEN as error:
+        except BROKEN as error:  # what a damaged archive raises
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # a full disk is not the archive's fault
             reason = (str(error).splitlines() or [type(error).__name__])[0]

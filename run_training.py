@@ -45,7 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     steps = "steps between two looks at the test AUROC; -1: none (default: 256; none for patch models)"
     add("--test_epochs", type=int_at_least(-1), metavar="N", help=steps)
     add("--threads", type=int_at_least(1), metavar="N", help="of the network on the CPU (default: one per core)")
-    auto = "precision; auto: bfloat16 or float16 where hardware has it (default: auto)"
+    auto = "precision; auto: bf16 or fp16 where the GPU, AMX or avx512_bf16 has it (default: auto)"
     add("--amp", choices=("auto", *PRECISIONS), default="auto", help=auto)
     add("--compile", type=zero_or_one, metavar="0|1", help="torch.compile, needs a C++ compiler (default: 0)")
     ddp = "under torchrun: all ranks train each category together (default: 0, each its own)"
@@ -80,8 +80,6 @@ def main(args: argparse.Namespace) -> None:
     if not args.overwrite:
         for config in configs:
             check_settings(args.model_dir, config)
-    if args.amp == "auto" and here.is_main:
-        say("precision: {} ({})".format(*suitable_precision(device)))
     torch.backends.cudnn.deterministic = True
 
     from tqdm import tqdm
@@ -196,6 +194,8 @@ def train_category(
     except SettingError as error:
         saved = f"; {state_path} is kept to it, --overwrite starts anew" if state else ""
         raise InputError(f"{flagged(error)}{saved}") from error
+    if args.amp == "auto" and state is None and together.is_main:
+        say("{}: precision {} ({})".format(category, *suitable_precision(device)))
     torch.set_num_threads(numerics.threads)
     with torch.random.fork_rng(devices=[]):
         run = Run(config, images, digest, device, numerics, state, together)
