@@ -66,6 +66,7 @@ def _resnet(depth: int, widths: tuple[int, ...]) -> Backbone:
 _MOBILENET = tuple(f"features.{number}" for number in range(19))
 BACKBONES = {
     "resnet18": _resnet(18, (64, 128, 256, 512)),
+    "resnet34": _resnet(34, (64, 128, 256, 512)),
     "resnet50": _resnet(50, (256, 512, 1024, 2048)),
     "mobilenet_v2": Backbone(
         build=partial(_build, "mobilenet_v2", "classifier"),
