@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 POOLED = 0.05  # share of the mean covariance in that of each of several Gaussians
 FOLDS = 5
-SHARED_BYTES = 64 * 2**20  # float64 embeddings that one density of all locations is fitted to, at most
+SHARED_BYTES = 48 * 2**20  # float64 embeddings that one density of all locations is fitted to, at most
+AT_ONCE = 64  # Gaussians whose embeddings are brought to float64 together
 
 
 class DensityError(ValueError):
@@ -50,7 +51,9 @@ class GaussianTorch(nn.Module):
 
     def fit(self, embeddings: Tensor) -> "GaussianTorch":
         """Fit to embeddings (K, N, D), N >= 2. Raises DensityError if they are too few, not finite or all equal."""
-        mean, covariance = self.estimate(_check(embeddings))
+        x = _check(embeddings)
+        some = x.split(AT_ONCE) if x.ndim == 3 else [x]
+        mean, covariance = map(torch.cat, zip(*(self.estimate(part.double()) for part in some)))
         if mean.ndim > 1 and len(mean) > 1:
             covariance = (1 - POOLED) * covariance + POOLED * covariance.mean(0)
         factor = whitening(covariance)
@@ -111,7 +114,7 @@ class KernelDensity(nn.Module):
         from sklearn.model_selection import GridSearchCV
         from sklearn.neighbors import KernelDensity as SklearnKernelDensity
 
-        x = _check(embeddings).reshape(-1, embeddings.shape[-1])
+        x = _check(embeddings).double().reshape(-1, embeddings.shape[-1])
         # not by matrix products, whose rounding leaves a point at some distance from itself
         distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
         distance[distance == 0] = math.inf  # the point itself and copies of it are no neighbors
@@ -220,12 +223,12 @@ def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
 
 
 def _check(embeddings: Tensor) -> Tensor:
-    """float64 embeddings, or a DensityError that says why no density can be fitted to them."""
+    """The embeddings, or a DensityError that says why no density can be fitted to them."""
     if embeddings.ndim not in (2, 3):
         raise DensityError(f"embeddings must be (K, N, D) or (N, D), got {tuple(embeddings.shape)}")
     if embeddings.shape[-2] < 2:
         raise DensityError(f"a density needs at least 2 embeddings, got {embeddings.shape[-2]}")
-    x = embeddings.detach().double()
+    x = embeddings.detach()
     if not torch.isfinite(x).all():
         raise NotFiniteError("the embeddings are not finite")
     if (x == x[..., :1, :]).all():

@@ -152,11 +152,15 @@ class Detector(nn.Module):
             first = list(stream(self, images, self.embed, AXES_IMAGES))
             for level, blocks in zip(self.levels, zip(*first)):
                 level.choose_axes(torch.cat(blocks))
-        parts: list[list[Tensor]] = [[] for _ in self.levels]
+        held: list[Tensor] = []
+        done, count = 0, min(len(images), most)
         for embeddings in stream(self, images, self.embed, most):
-            for level, x, own in zip(self.levels, embeddings, parts):
-                own.append(level.project(x))
-        return [torch.cat(own) for own in parts]
+            projected = [level.project(x) for level, x in zip(self.levels, embeddings)]
+            held = held or [x.new_empty((count, *x.shape[1:])) for x in projected]
+            part = slice(done, done := done + len(projected[0]))
+            for own, x in zip(held, projected):
+                own[part] = x
+        return held
 
     def refit(self, images: ImageArray, **changes) -> "Detector":
         """The same network with other densities, fitted to ``images``, where ``changes`` are other settings; this

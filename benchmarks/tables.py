@@ -180,6 +180,7 @@ def maps_table() -> str:
     """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings, and what it
     costs, the median over the categories."""
     rows = pandas.read_csv(ROOT / "results/maps.csv")
+    rows = rows[rows.note.isna()]
     rows["network"] = rows.dense.map({True: "once", False: "per window"})
     rows["normalized"] = yes_or_no(rows.l2)
     settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma", "normalized"]
@@ -196,6 +197,25 @@ def maps_table() -> str:
         cells[-1] += [percent(values[name]) for name in categories]
         cells[-1] += [f"{cost.seconds_per_image:.3g}", f"{cost.peak_mb:,.0f}", f"{cost.file_mb:,.0f}"]
     return markdown([*head, *categories, "s per image", "peak MB", "file MB"], cells)
+
+
+def fitting_table() -> str:
+    """What fitting a patch model costs, of two commits on one machine: the rows of results/maps.csv whose note says how
+    it was done, of each the last."""
+    rows = pandas.read_csv(ROOT / "results/maps.csv")
+    rows = newest("results/maps.csv", rows[rows.note.notna()], ["category", "note"])
+    cells = [
+        [
+            row.note,
+            row.category,
+            row.fit_seconds,
+            f"{row.peak_mb:,.0f}",
+            f"{row.file_mb:.1f}",
+            percent(row.pixel_auroc, 2),
+        ]
+        for row in rows.itertuples()
+    ]
+    return markdown(["embeddings", "category", "seconds to fit", "peak MB", "file MB", "pixel AUROC"], cells)
 
 
 def speed_table() -> str:
@@ -244,6 +264,7 @@ TABLES = {
     "density": density_table,
     "pixel": pixel_table,
     "maps": maps_table,
+    "fitting": fitting_table,
     "speed": speed_table,
     "memory": memory_table,
 }
