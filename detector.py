@@ -56,7 +56,7 @@ class Detector(nn.Module):
         else:
             units = [strides[level - 1] if patches.dense else 1 for level in config.levels]
             grids = [Grid(*size, patches.window, patches.stride, unit) for unit in units]
-        location, most = ("shared", math.inf) if patches is None else (patches.location, patches.dims)
+        location, most = ("shared", math.inf) if patches is None else (patches.location, patches.most_dims)
         widths = [BACKBONES[config.backbone].widths[level - 1] for level in config.levels]
         self.levels = nn.ModuleList(
             Level(grid, config.density, config.l2, location, most if most < width else None)

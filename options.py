@@ -6,6 +6,7 @@ scripts share and the types of flags. Reads no file, builds no network.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -18,11 +19,11 @@ from density import DENSITIES
 from localization import LOCATIONS
 from model import BACKBONES, NORMALIZATIONS
 from runtime import cache
-from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, zero_or_one
+from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, side, size, zero_or_one
 
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
+EACH_DIMS = 64  # dimensions of Gaussians for each location
 FROZEN_STEPS = 20  # steps that the head trains alone on pretrained weights
-LARGEST_SIDE = 4096  # pixels
 
 
 class SettingError(ValueError):
@@ -40,19 +41,6 @@ def _is_category(name: str) -> bool:
     return bool(name) and name.strip() == name and name not in (".", "..", "all") and not set(name) & set("/\\,")
 
 
-def _parse_size(text: str) -> tuple[int, int]:
-    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
-    width, _, height = text.lower().partition("x")
-    return int(height or width), int(width)
-
-
-side = int_within(32, LARGEST_SIDE)
-size = Rule(
-    tuple,
-    f"a side such as 256, or WIDTHxHEIGHT such as 256x192, each in 32..{LARGEST_SIDE} pixels",
-    lambda value: all(map(side.holds, value)),
-    _parse_size,
-)
 levels = Rule(
     tuple,
     "stages of the network from 1 to 4, separated by commas",
@@ -83,20 +71,27 @@ class PatchConfig:
     patch_size: int = setting(64, side, "maps", "train a patch model on crops of that side, such as 64", "none")
     # Crops below 32 leave the last stage a single feature, whose gradient in bfloat16 oneDNN computes from memory that
     # nobody wrote: the loss is NaN in some runs
-    window: int = setting(16, int_within(8, LARGEST_SIDE), "maps", "side of the windows that are scored, in pixels")
-    stride: int = setting(8, int_within(1, LARGEST_SIDE), "maps", "pixels between windows")
+    window: int = setting(16, int_within(8, 4096), "maps", "side of the windows that are scored, in pixels")
+    stride: int = setting(8, int_within(1, 4096), "maps", "pixels between windows")
     level: tuple[int, ...] = setting((1,), levels, "maps", "stages whose features are embedded, such as 1 or 1,2")
     dense: bool = setting(True, zero_or_one, "maps", "run the network once per image; 0: on each window alone")
     location: str = setting("auto", one_of(LOCATIONS), "maps", "one Gaussian for all locations, or for each its own")
-    dims: int = setting(64, int_within(1, 4096), "maps", "directions of most variance kept of each embedding")
+    dims: int | None = setting(
+        None, int_within(1, 4096), "maps", "directions of most variance kept of embeddings", "64; all if shared"
+    )
     sigma: float = setting(4.0, number(0.1, 1e3), "maps", "of the kernel that up-samples scores, in pixels")
+
+    @property
+    def most_dims(self) -> float:
+        """``dims``, or what they are if not given: many Gaussians of all dimensions would make a file of gigabytes."""
+        return self.dims or (math.inf if self.location == "shared" else EACH_DIMS)
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting that decides what a detector is. Raises SettingError for a value that cannot be."""
 
-    category: str = setting("", category, "", "")
+    category: str = setting("", anything, "", "")
     backbone: str = setting("resnet18", one_of(BACKBONES), "network", "network that is trained")
     head_layer: int = setting(1, int_within(0, 64), "network", "layers of 512 in the projection head")
     height: int = setting(256, side, "", "")

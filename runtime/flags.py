@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+LARGEST_SIDE = 4096  # of images, in pixels
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -50,6 +52,21 @@ def one_of(choices: Collection[str]) -> Rule:
 
 zero_or_one = Rule(bool, "0 or 1", parse={"0": False, "1": True}.__getitem__)
 anything = Rule(str, "text")
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
+    width, _, height = text.lower().partition("x")
+    return int(height or width), int(width)
+
+
+side = int_within(32, LARGEST_SIDE)
+size = Rule(
+    tuple,
+    f"a side such as 256, or WIDTHxHEIGHT such as 256x192, each in 32..{LARGEST_SIDE} pixels",
+    lambda value: all(map(side.holds, value)),
+    _parse_size,
+)
 
 
 def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:

@@ -239,7 +239,7 @@ TWO_LEVELS = {"level": "2,3", "window": 32, "stride": 16}
     "changes",
     [
         *({}, {"location": "shared"}, {"l2": True}, {"density": "sklearn"}),
-        *(PLAIN, PLAIN | {"location": "shared", "dims": 512}, TWO_LEVELS),
+        *(PLAIN, PLAIN | {"location": "shared"}, TWO_LEVELS),
     ],
 )
 def test_a_defect_is_the_maximum_of_the_map_where_it_was_drawn(patch_model, changes):
