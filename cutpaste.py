@@ -17,12 +17,11 @@ from color import JitterParams, color_jitter, draw_jitter, to_float
 
 AREA = (0.02, 0.15)  # patch area as a fraction of the image's (A.2)
 ASPECT = (0.3, 3.3)  # patch width over height, relative to the image's (A.2)
-SCAR_WIDTH = (2.0, 16.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
-SCAR_LENGTH = (10.0, 25.0)  # likewise
+SCAR_WIDTH, SCAR_LENGTH = (2.0, 16.0), (10.0, 25.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
 SCAR_ANGLE = 45.0  # degrees, either way (A.2)
 SCAR_IMAGE_SIZE = 256
 CROP_SIZE = 64  # the paper's crops of a patch model, of images of SCAR_IMAGE_SIZE (2.4)
-BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that a processor's cache holds with all that is computed of them
+BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that fit into a processor's cache with all that is computed of them
 
 
 @dataclass(frozen=True)
@@ -298,12 +297,13 @@ def crop(images: Tensor, params: ViewParams) -> Tensor:
 
 
 def cut_paste(base: Tensor, params: ViewParams, views: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Views and labels, as ``apply`` gives them, of images or crops that the base augmentation has seen. views: room
-    for all of them (V*B, 3, H, W), channels_last, whose first B are the base; new, if None."""
+    """Views and labels, as ``apply`` gives them, of images or crops after the base augmentation. views: room for them
+    (V*B, 3, H, W), channels_last, the first B being the base."""
     labels = torch.arange(1 + len(params.pastes), device=base.device).repeat_interleave(len(base))
     if views is None:
         views = torch.empty((len(labels), *base.shape[1:]), device=base.device, memory_format=torch.channels_last)
         views[: len(base)] = base
+        base = views[: len(base)]
     for view, target, boxes in zip(_further(params.variant), views.split(len(base))[1:], params.pastes, strict=True):
         target.copy_(base)
         for part in _parts(len(base), PASTES_AT_ONCE, base.device):

@@ -54,12 +54,10 @@ class GaussianTorch(nn.Module):
         x = _check(embeddings)
         some = x.split(AT_ONCE) if x.ndim == 3 else [x]
         mean, covariance = map(torch.cat, zip(*(self.estimate(part.double()) for part in some)))
+        dtype = torch.float64
         if mean.ndim > 1 and len(mean) > 1:
-            covariance = (1 - POOLED) * covariance + POOLED * covariance.mean(0)
-        factor = whitening(covariance)
-        self.mean, self.factor = mean, factor
-        if self.count > 1:
-            self.mean, self.factor = mean.float(), factor.float()
+            covariance, dtype = (1 - POOLED) * covariance + POOLED * covariance.mean(0), torch.float32
+        self.mean, self.factor = mean.to(dtype), whitening(covariance).to(dtype)
         return self
 
     def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,10 +70,10 @@ class GaussianTorch(nn.Module):
         Each depends on its own embedding alone."""
         return ((embeddings.to(self.mean) - self.mean[..., None, :]) @ self.factor.mT).norm(dim=-1)
 
-    def log_likelihood(self, embeddings: Tensor) -> float:
-        """Mean log likelihood of embeddings (K, N, D): natural logarithm, without the constant."""
+    def log_likelihood(self, scores: Tensor) -> float:
+        """Mean log likelihood of embeddings with these scores (K, N): natural logarithm, without the constant."""
         logdet = torch.linalg.slogdet(self.factor.double())[1]
-        return (logdet[..., None] - self.score(embeddings).double().square() / 2).mean().item()
+        return (logdet[..., None] - scores.double().square() / 2).mean().item()
 
 
 class GaussianSklearn(GaussianTorch):
@@ -135,6 +133,10 @@ class KernelDensity(nn.Module):
         x = embeddings.detach().double().reshape(-1, embeddings.shape[-1]).cpu().numpy()
         return -torch.from_numpy(estimator.score_samples(x)).to(embeddings.device).view(embeddings.shape[:-1])
 
+    def log_likelihood(self, scores: Tensor) -> float:
+        """Mean log likelihood of embeddings with these scores."""
+        return -scores.mean().item()
+
 
 DENSITIES = {"torch": GaussianTorch, "sklearn": GaussianSklearn, "kde": KernelDensity}
 
@@ -181,36 +183,35 @@ def arranged(embeddings: Tensor, shared: bool) -> Tensor:
 
 
 def fit_density(kind: str, embeddings: Tensor, shared: bool) -> nn.Module:
-    """A density of embeddings (N, L, D): one shared by all L locations, of evenly spaced ones if they are more than
+    """A density of embeddings (N, L, D): one shared by all L locations, of evenly spaced images if they are more than
     SHARED_BYTES, or one for each location."""
-    x = arranged(embeddings, shared)
-    most = SHARED_BYTES // (8 * x.shape[2])
-    if shared and x.shape[1] > most:
-        x = x[:, torch.arange(most, device=x.device) * x.shape[1] // most]
-    return DENSITIES[kind]().fit(x)
+    count, locations, dims = embeddings.shape
+    most = max(2, SHARED_BYTES // (8 * locations * dims))
+    if shared and count > most:
+        embeddings = embeddings[torch.arange(most, device=embeddings.device) * count // most]
+    return DENSITIES[kind]().fit(arranged(embeddings, shared))
 
 
 def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float]:
     """What new normal images would score, as far as the normal ones can tell.
 
     Scores (N, L) of embeddings (N, L, D), each under a density fitted to the other folds (image i is in fold i modulo
-    FOLDS), and their mean log likelihood (nan of a density without one). Fewer than four images are scored by a
+    FOLDS), and their mean log likelihood. Fewer than four images are scored by a
     density of all of them: the others of so few are no distribution.
     """
-    x, scores, total = embeddings, [], 0.0
+    x, total, folds = embeddings, 0.0, min(FOLDS, len(embeddings))
     if len(x) < 2:
         raise DensityError(f"a density needs at least 2 images, got {len(x)}")
-    fold = torch.arange(len(x), device=x.device) % min(FOLDS, len(x))
+    fold = torch.arange(len(x), device=x.device) % folds
     scores = torch.empty(x.shape[:2], dtype=torch.float64, device=x.device)
-    for k in range(int(fold.max()) + 1):
+    for k in range(folds):
         own, others = x[fold == k], x[fold != k]
         if len(x) < 4 or (others == others[0]).all():  # copies of one image are no distribution either
             others = x
         density = fit_density(kind, others, shared)
         found = density.score(arranged(own, shared))
         scores[fold == k] = (found.view(len(own), -1) if shared else found.T).double()
-        likely = getattr(density, "log_likelihood", lambda x: math.nan)
-        total += likely(arranged(own, shared)) * len(own)
+        total += density.log_likelihood(found) * len(own)
     return scores, total / len(x)
 
 
@@ -218,7 +219,7 @@ def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
     """The ceil((1 - rate)(n + 1))-th smallest of n normal scores (n,): a new normal image, exchangeable with them, lies
     above it with a probability of at most ``rate`` (split conformal prediction). False, with the largest score, if n
     is too small for that: n >= 1 / rate - 1 is needed."""
-    rank = math.ceil((1 - rate) * (len(scores) + 1) - 1e-9)
+    rank = max(1, math.ceil((1 - rate) * (len(scores) + 1) - 1e-9))
     return scores.sort().values[min(rank, len(scores)) - 1], rank <= len(scores)
 
 

@@ -16,8 +16,8 @@ from cutpaste import VARIANTS, to_float
 from density import DensityError, conformal_threshold
 from gradcam import grad_cam
 from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, upsample
-from model import BACKBONES, CutPasteNet, load_backbone_weights
-from options import Config, SettingError
+from model import CutPasteNet, load_backbone_weights
+from options import EACH_DIMS, Config, SettingError, UnknownSettingError
 from runtime.cache import ImageArray, iterate
 from runtime.files import InputError, load_tensors, save_tensors
 
@@ -25,12 +25,11 @@ FORMAT = "cutpaste-detector"
 VERSION = 3  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 
-# A density is fitted to no more images than that, evenly spaced: 20 for each of 512 dimensions estimate a Gaussian
-# well, and neither time nor memory grows with the folder
+# A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
 DENSITY_IMAGES = 10_000
 PATCH_DENSITY_IMAGES = 1000  # of which all windows are held
-WINDOWS_AT_ONCE = 4096  # of all images that go through the network together
-IMAGES_AT_ONCE = 64
+IMAGES_AT_ONCE = 64  # that go through the network together
+PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = 4, 4096  # of a patch model, and their windows, whichever is less
 
 
 class Detector(nn.Module):
@@ -40,30 +39,27 @@ class Detector(nn.Module):
     for all windows or one for each -> distances (B, L) of each level -> standardized and added, if there are several
     levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
 
-    metadata: plain values that say how it was made (command, versions, ...).
-    threshold: score above which an image is called anomalous, see density.conformal_threshold; NaN before ``fit``.
-    normal_scores: the held-out scores (N,) of normal images that it follows from.
+    metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
+    before ``fit``. normal_scores: the held-out scores (N,) of normal images that it follows from.
     """
 
     def __init__(self, config: Config, network: CutPasteNet | None = None) -> None:
         super().__init__()
-        self.config, patches = config, config.patches
+        self.config = config
         self.metadata: dict = {}
         self.network = build_network(config) if network is None else network
-        size, strides = (config.height, config.width), BACKBONES[config.backbone].strides
-        if patches is None:
-            grids = [Grid(*size)]
-        else:
-            units = [strides[level - 1] if patches.dense else 1 for level in config.levels]
-            grids = [Grid(*size, patches.window, patches.stride, unit) for unit in units]
-        location, most = ("shared", math.inf) if patches is None else (patches.location, patches.most_dims)
-        widths = [BACKBONES[config.backbone].widths[level - 1] for level in config.levels]
-        self.levels = nn.ModuleList(
-            Level(grid, config.density, config.l2, location, most if most < width else None)
-            for grid, width in zip(grids, widths)
-        )
+        self.levels = nn.ModuleList(self._new_level(level) for level in config.levels)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
+
+    def _new_level(self, level: int) -> Level:
+        config, patches = self.config, self.config.patches
+        if patches is None:
+            return Level(Grid(*self.size), config.density, config.l2, "shared", None)
+        stride, width = (table[level - 1] for table in (self.network.spec.strides, self.network.spec.widths))
+        grid = Grid(*self.size, patches.window, patches.stride, stride if patches.dense else 1)
+        dims = patches.most_dims if patches.most_dims < width else None
+        return Level(grid, config.density, config.l2, patches.location, dims)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,10 +71,18 @@ class Detector(nn.Module):
         return next(self.network.parameters()).device
 
     @property
+    def at_once(self) -> int:
+        """Images that go through it together."""
+        if self.config.patches is None:
+            return IMAGES_AT_ONCE
+        windows = max(math.prod(level.grid.shape) for level in self.levels)
+        return max(1, min(PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE // windows))
+
+    @property
     def unit(self) -> str:
         """What a score is."""
         unit = self.levels[0].density.unit
-        return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized: {unit}"
+        return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized {unit}s"
 
     # Scoring ------------------------------------------------------------------------------------------------------
 
@@ -86,9 +90,9 @@ class Detector(nn.Module):
         """Anomaly scores (B,) float64 and anomaly maps (B, H, W) float32 of images (B, 3, H, W), uint8 or float in
         [0, 1], on the detector's device; None for the maps of an image-level model.
 
-        Higher is more anomalous. The unit is that of the density: Mahalanobis distance (not squared, dimensionless) or
-        negative log density; of several levels a sum of standardized ones. An image's score does not depend on the
-        others of its batch. The detector must be in evaluation mode, as ``fit`` and ``load`` leave it.
+        Higher is more anomalous; the unit is that of the density, of several levels a sum of standardized ones. An
+        image's score does not depend on the others of its batch. The detector must be in evaluation mode, as ``fit``
+        and ``load`` leave it.
         """
         embeddings = self.embed(images)
         return self.aggregate([level.distances(level.project(x)) for level, x in zip(self.levels, embeddings)])
@@ -139,7 +143,7 @@ class Detector(nn.Module):
             for level, distances in zip(self.levels, held_out):
                 level.scale, level.center = torch.std_mean(distances)
         if threshold:
-            blocks = zip(*(distances.split(IMAGES_AT_ONCE) for distances in held_out))
+            blocks = zip(*(distances.split(self.at_once) for distances in held_out))
             self.normal_scores = torch.cat([self.aggregate(list(block))[0] for block in blocks])
             self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
         return self
@@ -182,15 +186,13 @@ class Detector(nn.Module):
             yield from (level.choice for level in self.levels)
         count, rate = len(self.normal_scores), self.config.false_alarm_rate
         if not conformal_threshold(self.normal_scores, rate)[1]:
-            needed = f"{math.ceil(1 / rate - 1 - 1e-9)} normal images" if rate else "infinitely many normal images"
-            yield (
-                f"a false-alarm rate of {rate:g} needs {needed}, not {count}; the threshold is the largest of their "
-                f"scores, for a rate of {1 / (count + 1):.2g}"
-            )
+            needed = math.ceil(1 / rate - 1 - 1e-9) if rate else "infinitely many"
+            found = f"the threshold is the largest of their scores, for a rate of {1 / (count + 1):.2g}"
+            yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
 
 
 def check_enough(config: Config, count: int) -> None:
-    """Raises SettingError if one Gaussian for each location was asked for and ``count`` images are too few for it."""
+    """Raises SettingError if ``count`` images are too few for one Gaussian for each location, if it was asked for."""
     if config.patches and config.patches.location == "each" and count < EACH_LEAST:
         reason = f"{count} training images, one Gaussian for each location needs {EACH_LEAST}"
         raise SettingError("location", f"{config.category}: {reason}; take shared or auto")
@@ -204,12 +206,10 @@ def stream(
     brought to the detector's device. most: of more images than that, as many, evenly spaced."""
     if tuple(images.shape[1:]) != (3, *detector.size):
         raise ValueError(f"images must be (M, 3, {detector.size[0]}, {detector.size[1]}), got {tuple(images.shape)}")
-    windows = max(level.grid.shape[0] * level.grid.shape[1] for level in detector.levels)
-    at_once = max(1, min(IMAGES_AT_ONCE, WINDOWS_AT_ONCE // windows))
     if most is None or len(images) <= most:
-        blocks = iterate(images, at_once)
+        blocks = iterate(images, detector.at_once)
     else:
-        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(at_once))
+        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(detector.at_once))
     for block in blocks:
         yield (function or detector)(block.to(detector.device))
 
@@ -268,11 +268,8 @@ def load_config(path: str | Path) -> Config:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
-    """Read a detector file onto ``device``, wherever it was made.
-
-    Raises InputError if the file is missing, damaged, not a detector, of a newer format, or under a name that is not
-    its category's.
-    """
+    """Read a detector file onto ``device``, wherever it was made. Raises InputError if it is missing, damaged, not a
+    detector, of a newer format, or under a name that is not its category's."""
     config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -284,9 +281,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
             owner, _, buffer = name.rpartition(".")
             setattr(detector.levels.get_submodule(owner), buffer, value)
         for level in detector.levels:
-            windows = level.grid.shape[0] * level.grid.shape[1]
-            if level.density.count not in (1, windows):
-                raise ValueError(f"{level.density.count} densities for {windows} windows")
+            if level.density.count not in (1, math.prod(level.grid.shape)):
+                raise ValueError(f"{level.density.count} densities for {math.prod(level.grid.shape)} windows")
         detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
         detector.metadata = dict(content["metadata"])
         return detector.to(device).eval()
@@ -304,21 +300,24 @@ def _read(path: str | Path) -> tuple[Config, dict]:
     if not isinstance(version, int) or version > VERSION:
         raise InputError(f"{path}: detector format {version}, this program reads up to {VERSION}; update the program")
     try:
-        config = Config.from_dict(content["config"])
         content = content if version == VERSION else _from_version_2(content)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        config = Config.from_dict(content["config"])
+    except UnknownSettingError as error:
+        raise InputError(f"{path}: made by a newer program ({error}); update this one") from error
+    except (InputError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged detector file ({error}); train it again") from error
     if config.category != Path(path).stem:
-        raise InputError(
-            f"{path}: the detector of category {config.category!r} under another name; rename it back, "
-            "a detector is only right for its own category"
-        )
+        found = f"the detector of category {config.category!r} under another name"
+        raise InputError(f"{path}: {found}; rename it back, a detector is only right for its own category")
     return config, content
 
 
 def _from_version_2(content: dict) -> dict:
-    """Version 2 had one level, the inverse covariance of a whole image's Gaussian, and "made" for metadata."""
-    density = dict(content["density"])
+    """Version 2 had one level, the inverse covariance of a whole image's Gaussian, "made" for metadata, all dimensions
+    of a shared Gaussian that "auto" had chosen, and a quantile between two scores as its threshold."""
+    density, config = dict(content["density"]), dict(content["config"])
+    if config.get("location") == "auto" and density["projection"].shape[1] > EACH_DIMS:
+        config["dims"] = density["projection"].shape[1]
     level = {"axes": density.pop("projection", torch.empty(0))}
     level |= {"center": torch.zeros((), dtype=torch.float64), "scale": torch.ones((), dtype=torch.float64)}
     if "precision" in density:  # P = V diag(l) V', so that |diag(l)^1/2 V' x|^2 = x'P x
@@ -326,4 +325,6 @@ def _from_version_2(content: dict) -> dict:
         factor = values.clamp(min=0).sqrt()[:, None] * vectors.T
         density = {"mean": density["mean"][None], "factor": factor[None]}
     level |= {f"density.{name}": value for name, value in density.items()}
-    return content | {"metadata": content["made"], "levels": {f"0.{name}": value for name, value in level.items()}}
+    levels = {f"0.{name}": value for name, value in level.items()}
+    threshold, _ = conformal_threshold(content["normal_scores"], config["false_alarm_rate"])
+    return content | {"config": config, "metadata": content["made"], "levels": levels, "threshold": threshold}

@@ -20,6 +20,7 @@ from dataset import TestSet, choose_categories, load_masks, load_test, load_trai
 from density import conformal_threshold
 from detector import SUFFIX, Detector, detector_path, load, load_config, stream
 from metrics import image_metrics, pixel_metrics
+from model import WeightsError
 from options import PATCH_SETTINGS, Config, SettingError, flagged, given_settings
 from runtime import ranks
 from runtime.files import InputError, say, write_files
@@ -68,7 +69,12 @@ def main(args: argparse.Namespace) -> None:
     with here.joined(False):
         results = []
         for category in here.shard(categories):
-            results.append(evaluate_category(args, load(detector_path(args.model_dir, category), device)))
+            try:
+                results.append(evaluate_category(args, load(detector_path(args.model_dir, category), device)))
+            except SettingError as error:
+                raise InputError(flagged(error)) from error
+            except WeightsError as error:
+                raise InputError(f"{error}; --control 1 needs the weights that training began with") from error
             if here.world_size == 1:
                 print_lines(results[-1].row)
         shards = here.gather(results)
@@ -81,10 +87,8 @@ def main(args: argparse.Namespace) -> None:
             print_lines(row)
     print_average(rows)
     # Only now, all at once: a bad image in the last category leaves earlier results, all but maps, as they were
-    contents = {
-        "results.csv": as_csv(rows),
-        "scores.csv": as_csv([row for result in results for row in result.score_rows]),
-    }
+    contents = {"results.csv": as_csv(rows)}
+    contents["scores.csv"] = as_csv([row for result in results for row in result.score_rows])
     for result in results:
         contents |= result.plots
     if args.save_plots:
@@ -108,12 +112,11 @@ def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True
         if missing:
             raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
         return found
-    for name in trained if tell else ():
-        if name not in found:
-            say(f"{name}: has a detector in {folder} but no images in {data_dir}; not evaluated")
-    for name in found if tell else ():
-        if name not in trained:
-            say(f"{name}: has images in {data_dir} but no detector in {folder}; not evaluated")
+    for name in sorted({*trained} ^ {*found}) if tell else ():
+        there = f"a detector in {folder} but no images in {data_dir}"
+        say(
+            f"{name}: has {there if name in trained else f'images in {data_dir} but no detector in {folder}'}; left out"
+        )
     both = [name for name in found if name in trained]
     if not both:
         raise InputError(f"{folder}: no detector for any category of {data_dir}; train one with run_training.py")
@@ -153,11 +156,10 @@ def evaluate(
     """Scores (M,) float64 of the test images, anomaly maps (M, H, W) float32 if there are masks (M, H, W) to hold them
     against, and the metrics: of images only if there are both normal and anomalous ones, of pixels only if a mask marks
     some."""
-    with_cam = masks is not None and detector.config.patches is None
-    scores = np.empty(len(test.labels))
+    cam = detector.grad_cam if masks is not None and detector.config.patches is None else None
+    scores, done = np.empty(len(test.labels)), 0
     maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
-    done = 0
-    for some, their_maps in stream(detector, test.images, detector.grad_cam if with_cam else None):
+    for some, their_maps in stream(detector, test.images, cam):
         part = slice(done, done := done + len(some))
         scores[part] = some.cpu().numpy()
         if maps is not None:
@@ -194,15 +196,14 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
     masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
     scores, maps, metrics = evaluate(detector, test, masks)
     untrained = None
-    if args.control:
-        found = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
-        untrained = found[0]  # its maps are large and not needed
-        metrics |= {f"control_{name}": value for name, value in found[2].items()}
+    if args.control:  # its maps are large and not needed
+        untrained, _, found = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
+        metrics |= {f"control_{name}": value for name, value in found.items()}
     for note in missing(test, masks, metrics):
         say(f"{category}: {note}")
     if args.save_maps:
-        folder = Path(args.eval_dir) / folder_name(args.model_dir) / "maps" / category
-        save_maps(folder, Path(args.data_dir) / category, test.paths, maps)
+        folder = Path(args.eval_dir, folder_name(args.model_dir), "maps", category)
+        save_maps(folder, Path(args.data_dir, category), test.paths, maps)
     row = result_row(detector, test, scores, metrics)
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}
     return Result(row, score_table(args.data_dir, category, test, scores), plots)
@@ -211,7 +212,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
 def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[str]:
     """Where metrics are missing, or of fewer images, and why."""
     if "image_auroc" not in metrics:
-        kind = "anomalous" if not test.labels.any() else "normal"
+        kind = "normal" if test.labels.any() else "anomalous"
         yield f"no {kind} test image, so no AUC; the scores are in scores.csv"
     if masks is None:
         return
@@ -246,8 +247,7 @@ def print_average(rows: list[dict]) -> None:
 def result_row(detector: Detector, test: TestSet, scores: np.ndarray, metrics: dict) -> dict:
     """One row of results.csv: figures as fractions, counts, and how detector and figures were made."""
     normal, anomalous = test.labels == 0, test.labels == 1
-    above = scores > detector.threshold.item()
-    row = {"category": detector.config.category}
+    above, row = scores > detector.threshold.item(), {"category": detector.config.category}
     row |= {name: metrics.get(name) for name in ("image_auroc", "image_auprc", "best_f1")}
     row["control_auroc"] = metrics.get("control_image_auroc")
     row |= {name: metrics.get(name) for name in ("pixel_auroc", "aupro", "control_pixel_auroc")}
@@ -266,6 +266,7 @@ def record(detector: Detector, row: dict) -> dict:
     row = row | {name: value for name, value in detector.config.to_dict().items() if name not in row}
     if detector.config.patches:
         row["location_chosen"] = ",".join("shared" if level.shared else "each" for level in detector.levels)
+        row["dims"] = ",".join(str(level.density.mean.shape[-1]) for level in detector.levels)
     made = {("train_command" if name == "command" else name): value for name, value in detector.metadata.items()}
     return row | made
 

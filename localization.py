@@ -74,8 +74,7 @@ class Grid:
         """The windows of images (B, 3, H, W), image by image: (B*L, 3, window, window)."""
         y, x = self.corner
         windows = images[:, :, y:, x:].unfold(2, self.window, self.stride).unfold(3, self.window, self.stride)
-        windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-        return windows.contiguous(memory_format=torch.channels_last)
+        return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
 
 
 def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], grids: Sequence[Grid], dense: bool):
@@ -90,7 +89,7 @@ def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], g
     if dense:
         return [grid.pool(features).float() for grid, features in zip(grids, network.features(images, levels))]
     parts = [
-        [features.mean((2, 3)) for features in network.features(part, levels)]
+        [x.mean((2, 3)) for x in network.features(part.contiguous(memory_format=torch.channels_last), levels)]
         for part in grids[0].cut(images).split(WINDOWS_AT_ONCE)
     ]
     return [torch.cat(stage).unflatten(0, (len(images), -1)).float() for stage in zip(*parts)]

@@ -17,8 +17,9 @@ import torch
 from cutpaste import VARIANTS, ViewParams, make_params
 from density import DENSITIES
 from localization import LOCATIONS
-from model import BACKBONES, NORMALIZATIONS
+from model import BACKBONES, LEVELS, NORMALIZATIONS
 from runtime import cache
+from runtime.files import InputError
 from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, side, size, zero_or_one
 
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
@@ -26,12 +27,19 @@ EACH_DIMS = 64  # dimensions of Gaussians for each location
 FROZEN_STEPS = 20  # steps that the head trains alone on pretrained weights
 
 
-class SettingError(ValueError):
+class SettingError(InputError):
     """A setting that cannot be. ``name`` is the field of Config, ``reason`` what is wrong; scripts add the flag."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
+        super().__init__(name, reason)
         self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class UnknownSettingError(SettingError):
+    """A setting that this version does not know: a newer one has written it."""
 
 
 # Types of flags ---------------------------------------------------------------------------------------------------
@@ -43,8 +51,8 @@ def _is_category(name: str) -> bool:
 
 levels = Rule(
     tuple,
-    "stages of the network from 1 to 4, separated by commas",
-    lambda value: value and list(value) == sorted(set(value)) and set(value) <= {1, 2, 3, 4},
+    f"stages of the network from {LEVELS[0]} to {LEVELS[-1]}, separated by commas",
+    lambda value: value and list(value) == sorted(set(value)) and set(value) <= set(LEVELS),
     lambda text: tuple(map(int, text.split(","))),
 )
 category = Rule(str, "the name of one category, without commas or slashes, not 'all'", _is_category)
@@ -189,7 +197,7 @@ class Config:
         known = {each.name for part in (Config, PatchConfig) for each in settings_of(part)}
         for name in values:
             if name not in known:
-                raise SettingError(str(name), "no setting of this version")
+                raise UnknownSettingError(str(name), "no setting of this version")
         given = {name: value for name, value in values.items() if value is not None}
         if isinstance(given.get("level"), int | str):  # version 2 of the detector file had one level
             try:
@@ -285,11 +293,9 @@ def _add_flag(parser: argparse.ArgumentParser, groups: dict, each, default: obje
     shown = each.metadata["shown"] or (",".join(map(str, each.default)) if rule.kind is tuple else each.default)
     text = f"{help} (default: {int(shown) if isinstance(shown, bool) else shown})" if note else help
     if each.name == "pretrained":
-        action = argparse.BooleanOptionalAction
-        group.add_argument("--pretrained", action=action, default=default, help=help + " (default: pretrained)")
+        group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, default=default, help=help)
         return
-    words = rule.words.removeprefix("one of ") if rule.words.startswith("one of ") else None
-    metavar = words.replace(", ", "|") if words else METAVARS.get(rule.kind, "FILE")
+    metavar = "|".join(rule.choices) or METAVARS.get(rule.kind, "FILE")
     group.add_argument(f"--{each.name}", type=rule, default=default, metavar=metavar, help=text)
 
 
@@ -299,9 +305,8 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     given = {name: value for name, value in given_settings(args).items() if name in PATCH_SETTINGS}
     if given and args.patch_size is None:
         raise SettingError(next(iter(given)), "goes with patch_size, which makes a patch model")
-    height, width = args.size
-    patches = PatchConfig(**given) if given else None
-    return Config(**values | {"category": category, "height": height, "width": width}, patches=patches)
+    values |= {"category": category, "height": args.size[0], "width": args.size[1]}
+    return Config(**values, patches=PatchConfig(**given) if given else None)
 
 
 PATCH_SETTINGS = tuple(each.name for each in settings_of(PatchConfig))

@@ -192,7 +192,7 @@ def score_histogram(
         axes.grid(axis="x", visible=False)
         seaborn.despine(ax=axes)
     figure.suptitle(f"{category}: scores of the test images\ndashed: threshold, {line}", fontsize=11)
-    grid[-1].set_xlabel(unit)
+    grid[-1].set_xlabel(f"{unit}, higher is more anomalous")
     figure.supylabel("images", fontsize=10)
     return figure
 

@@ -140,7 +140,7 @@ def check_writable(folder: Path, here: Ranks) -> None:
 def check_settings(model_dir: str, config: Config) -> None:
     """Hold the settings against what is saved. Raises InputError that names the first difference."""
     if (path := checkpoint_path(model_dir, config.category)).exists():  # newer than a detector that it is to replace
-        saved = Config.from_dict(load_checkpoint(path)["config"])
+        saved = load_state(path)["config"]
     elif (path := detector_path(model_dir, config.category)).exists():
         saved = load_config(path)
     else:
@@ -150,6 +150,13 @@ def check_settings(model_dir: str, config: Config) -> None:
     except SettingError as error:
         way_out = "choose another --model_dir, or start anew with --overwrite"
         raise InputError(f"{path}: {error.reason}; {way_out}") from error
+
+
+def load_state(path: Path) -> dict:
+    try:
+        return load_checkpoint(path)
+    except InputError as error:
+        raise InputError(f"{error} (--overwrite)") from error
 
 
 def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
@@ -192,7 +199,7 @@ def train_category(
     try:
         numerics = choose_numerics(asked, state["numerics"] if state else {}, device, cores)
     except SettingError as error:
-        saved = f"; {state_path} is kept to it, --overwrite starts anew" if state else ""
+        saved = f"; {state_path} has it: leave the flag out, or start anew with --overwrite" if state else ""
         raise InputError(f"{flagged(error)}{saved}") from error
     if args.amp == "auto" and state is None and together.is_main:
         say("{}: precision {} ({})".format(category, *suitable_precision(device)))
@@ -250,7 +257,7 @@ def saved_state(args: argparse.Namespace, path: Path, digest: str, category: str
     """The state to continue from, if there is one and it was not asked to start anew."""
     if args.overwrite:
         remove_file(path)
-    state = load_checkpoint(path) if path.exists() else None
+    state = load_state(path) if path.exists() else None
     if state is not None and state["images"] != digest:
         raise InputError(
             f"{path}: was saved while training on other images than {args.data_dir}/{category} holds now; "

@@ -58,7 +58,7 @@ def choose_numerics(asked: dict, saved: dict, device: torch.device, cores: int) 
     fitting = {"threads": cores, "amp": suitable_precision(device)[0], "compile": False}
     chosen = Numerics(**fitting | resume(asked, saved))
     if chosen.amp == "fp16" and device.type == "cpu":
-        raise SettingError("amp", "fp16 needs a GPU; a CPU computes in bf16 or float32")
+        raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
     if chosen.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
         raise SettingError("compile", "no C++ compiler is found; install g++, or do without")
     return chosen
@@ -72,13 +72,17 @@ def checkpoint_path(model_dir: str | Path, category: str) -> Path:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What ``Run.state`` gave. Raises InputError if the file holds something else."""
+    """What ``Run.state`` gave, its config as a Config. Raises InputError if the file holds something else."""
     state = load_tensors(path, "checkpoint", lambda content: content.get("version", 0) > 2)
     if not isinstance(state, dict) or state.get("format") != "cutpaste-checkpoint":
         raise InputError(f"{path}: not a saved state of this program; remove it or start anew")
-    if state.get("version") != CHECKPOINT_VERSION:
+    try:
+        config = Config.from_dict(state["config"]) if state.get("version") == CHECKPOINT_VERSION else None
+    except SettingError:
+        config = None
+    if config is None:
         raise InputError(f"{path}: saved by another version of this program; finish it there or start anew")
-    return state
+    return state | {"config": config}
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ class Run:
         self.config, self.digest, self.device, self.numerics = config, digest, device, numerics
         self.ranks = ranks or Ranks()
         self.images = images.to(device) if isinstance(images, Tensor) else images  # on the device for the whole run
-        self.network = initial_network(config, pretrained=config.pretrained and state is None).to(device)
+        self.network = initial_network(config, pretrained=state is None).to(device)
         if self.ranks.world_size > 1:
             self.network = sync_batch_norm(self.network, device.type == "cuda")
         self.generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
@@ -301,7 +305,7 @@ class Log:
         self.sums, self.since, self.lap = 0, run.step, now
 
     def log_test_auroc(self, watch: Callable[[Detector], float]) -> None:
-        """The test AUROC so far. Its time does not count as training."""
+        """The test AUROC so far. Its time does not count in the speed."""
         run, began = self.run, time.monotonic()
         auroc = watch(Detector(run.config, run.network).fit(run.images, threshold=False))
         run.network.train()

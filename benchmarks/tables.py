@@ -201,8 +201,8 @@ def maps_table() -> str:
 
 
 def fitting_table() -> str:
-    """What fitting a patch model costs, of two commits on one machine: the rows of results/maps.csv whose note says what
-    was done with the embeddings, of each the last."""
+    """What fitting a patch model costs, of two commits on one machine: the rows of results/maps.csv whose note says
+    what was done with the embeddings, of each the last."""
     rows = pandas.read_csv(ROOT / "results/maps.csv")
     rows = newest("results/maps.csv", rows[rows.note.isin(FITTING)], ["category", "note"])
     cells = [

@@ -1,6 +1,7 @@
 """Types of flags and the parser that scripts share.
 
-Owns `Rule`: what a value may be, as a type of argparse and as a check of a value that is there already.
+Owns `Rule`: what a value may be, as a type of argparse and as a check of a value that is there already; and the rules
+for numbers, names and sizes of images.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 LARGEST_SIDE = 4096  # of images, in pixels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # argparse needs a hash
 class Rule:
     """What a setting may be. Called with a flag's text, as argparse does, it gives the value."""
 
@@ -18,6 +19,7 @@ class Rule:
     words: str  # "a whole number, at least 2"
     allows: Callable[..., bool] = lambda value: True
     parse: Callable[[str], object] | None = None  # text -> value; default: kind
+    choices: Collection[str] = ()  # all that it may be, if they are a few names
 
     def __call__(self, text: str) -> object:
         try:
@@ -46,8 +48,8 @@ def number(least: float, most: float) -> Rule:
 
 
 def one_of(choices: Collection[str]) -> Rule:
-    """One of the names in a table, as it is when the rule is asked."""
-    return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices)
+    """One of the names in a table, which may grow."""
+    return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices, choices=choices)
 
 
 zero_or_one = Rule(bool, "0 or 1", parse={"0": False, "1": True}.__getitem__)
@@ -56,8 +58,8 @@ anything = Rule(str, "text")
 
 def _parse_size(text: str) -> tuple[int, int]:
     """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
-    width, _, height = text.lower().partition("x")
-    return int(height or width), int(width)
+    width, *height = text.lower().split("x")
+    return int(*(height or [width])), int(width)
 
 
 side = int_within(32, LARGEST_SIDE)

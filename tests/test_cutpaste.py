@@ -524,6 +524,7 @@ def test_views_of_a_crop_are_cut_from_the_augmented_image(size):
     parts = cut_paste(crop(augment(images, params), params), params)
     assert torch.equal(views, parts[0])
     assert torch.equal(labels, parts[1])
+    assert torch.equal(views, cut_paste(parts[0][:6].contiguous(), params)[0])  # of any memory layout
     assert views.shape == (18, 3, 32, 32)
     assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert torch.allclose(views[:6], cut, atol=1e-6)

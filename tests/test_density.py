@@ -319,11 +319,11 @@ def test_a_location_that_never_changes_is_no_infinity():
     assert torch.isfinite(fit_density("torch", x, False).score(arranged(x + 0.1, False))).all()
 
 
-def test_a_shared_density_is_fitted_to_no_more_windows_than_fit(monkeypatch):
+def test_a_shared_density_is_fitted_to_no_more_images_than_fit(monkeypatch):
     x = several(20, 5, 3)
-    monkeypatch.setattr(density, "SHARED_BYTES", 8 * 3 * 40)
+    monkeypatch.setattr(density, "SHARED_BYTES", 8 * 3 * 5 * 8)
     few = fit_density("torch", x, True)
-    expected = GaussianTorch().fit(x.flatten(0, 1)[torch.arange(40) * 100 // 40][None])
+    expected = GaussianTorch().fit(x[torch.arange(8) * 20 // 8].flatten(0, 1)[None])
     assert torch.equal(few.mean, expected.mean)
     assert fit_density("torch", x, False).mean.shape == (5, 3)
 
@@ -378,7 +378,8 @@ def test_likelihoods_are_those_of_scipy():
     for shared, total in sums.items():
         _, likelihood = held_out("torch", torch.from_numpy(y), shared)
         assert likelihood - 2 * math.log(2 * math.pi) == pytest.approx(total / (13 * 3), rel=1e-6)
-    assert math.isnan(held_out("kde", torch.from_numpy(y[:, :1]), True)[1])
+    scores, likelihood = held_out("kde", torch.from_numpy(y[:, :1]), True)
+    assert likelihood == pytest.approx(-scores.mean().item())
 
 
 def test_held_out_outlier_does_not_hide_itself():
@@ -389,7 +390,14 @@ def test_held_out_outlier_does_not_hide_itself():
 
 @pytest.mark.parametrize(
     ("count", "rate", "rank", "enough"),
-    [(99, 0.01, 99, True), (98, 0.01, 98, False), (209, 0.01, 208, True), (9, 0.2, 8, True), (9, 0, 9, False)],
+    [
+        (99, 0.01, 99, True),
+        (98, 0.01, 98, False),
+        (209, 0.01, 208, True),
+        (9, 0.2, 8, True),
+        (9, 0, 9, False),
+        (9, 1, 1, True),
+    ],
 )
 def test_threshold_is_the_conformal_rank(count, rate, rank, enough):
     scores = torch.arange(1.0, count + 1)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]

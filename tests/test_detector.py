@@ -9,7 +9,7 @@ import torch
 
 import detector
 from dataset import load_test, load_train
-from density import conformal_threshold, held_out
+from density import conformal_threshold, fit_density, held_out
 from detector import Detector, initial_network, load, load_config, save, stream
 from model import CutPasteNet
 from options import Config, PatchConfig, SettingError
@@ -31,9 +31,17 @@ def images():
     return torch.randint(0, 256, (12, 3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
+def trained_network(config):
+    """As a network is after training: not the initial one."""
+    network = initial_network(config)
+    with torch.no_grad():
+        network.backbone.conv1.weight.mul_(torch.linspace(0.9, 1.1, 64)[:, None, None, None])
+    return network
+
+
 @pytest.fixture(scope="module")
 def fitted(images):
-    made = Detector(CONFIG, initial_network(CONFIG)).fit(images)
+    made = Detector(CONFIG, trained_network(CONFIG)).fit(images)
     made.metadata = {"command": "python run_training.py"}
     return made
 
@@ -158,7 +166,7 @@ def test_bad_files_are_named(tmp_path, fitted):
     fails("update the program", {"version": detector.VERSION + 1})
     fails("backbone: one of resnet18", {"config": content["config"] | {"backbone": "vgg"}})
     fails("head_layer: a whole number from 0 to 64", {"config": content["config"] | {"head_layer": 10_000_000}})
-    fails("hue: no setting", {"config": content["config"] | {"hue": 1}})
+    fails("made by a newer program .hue: no setting", {"config": content["config"] | {"hue": 1}})
     fails("damaged detector file", {"config": None})
     fails("damaged detector file.*state_dict", {"network": {}})
     save_tensors(content, tmp_path / "grass.pt")
@@ -183,6 +191,7 @@ def test_a_patch_model_of_version_2_scores_the_same(tmp_path):
     path.write_bytes(lzma.decompress((Path(__file__).parent / "detector_version_2.pt.xz").read_bytes()))
     made = load(path)
     assert made.metadata["train_images"] == 12
+    assert made.threshold == conformal_threshold(made.normal_scores, 0.2)[0]
     assert made.config.levels == (1,)
     scores, maps = made(VERSION_2_IMAGES)
     assert torch.allclose(scores, made.threshold.new_tensor(made.metadata["scores"]), rtol=1e-5)
@@ -228,7 +237,7 @@ VERSION_2_IMAGES = pictures(3, seed=5)
 
 @pytest.fixture(scope="module")
 def patch_model():
-    return Detector(PATCHES, initial_network(PATCHES)).fit(pictures(20))
+    return Detector(PATCHES, trained_network(PATCHES)).fit(pictures(20))
 
 
 DEFECTS = ((8, 70), (40, 12), (28, 80))
@@ -271,7 +280,7 @@ def test_levels_are_standardized_by_held_out_normal_distances_and_added(patch_mo
         assert level.scale == pytest.approx(distances.std().item(), rel=1e-4)
         expected = expected + (alone(images)[1] - level.center) / level.scale
     assert torch.allclose(both(images)[1], expected.float(), rtol=1e-3, atol=1e-3)
-    assert "standardized" in both.unit
+    assert both.unit == "sum of 2 standardized Mahalanobis distances"
 
 
 @pytest.mark.parametrize(
@@ -344,8 +353,12 @@ def test_the_papers_grid_fits_into_a_file(tmp_path):
 
 
 def test_the_untrained_baseline_has_the_kind_of_density(patch_model):
+    """Also where "auto" would choose the other one for it."""
     made = patch_model.refit(pictures(20), location="auto")
-    assert made.untrained().fit(pictures(20), threshold=False).levels[0].shared == made.levels[0].shared
+    (level,) = made.levels
+    other = not level.shared
+    level.density = fit_density("torch", made.embed_normal(pictures(20))[0], other)
+    assert made.untrained().fit(pictures(20), threshold=False).levels[0].shared == other
 
 
 def test_too_few_or_equal_images(patch_model):

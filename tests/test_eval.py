@@ -251,7 +251,7 @@ def mapped(data, patch_models, tmp_path_factory):
     return run("eval.py", *where, "--control", 1, "--save_maps", 1), folder / "patch_models"
 
 
-def test_a_patch_model_prints_pixel_lines_beside_the_auc(mapped):
+def test_a_patch_model_prints_pixel_lines_beside_the_auc(mapped, patch_models):
     done, folder = mapped
     values = all_lines(done)
     metrics = ["AUC", "pixel AUROC", "AUPRO", "control AUC", "control pixel AUROC"]
@@ -264,7 +264,8 @@ def test_a_patch_model_prints_pixel_lines_beside_the_auc(mapped):
     columns = ["image_auroc", "pixel_auroc", "aupro", "control_auroc", "control_pixel_auroc"]
     for name in ("brick", "grass"):
         assert results.loc[name, columns].astype(float).tolist() == [values[name, metric] for metric in metrics]
-    assert set(results.location_chosen) <= {"shared", "each"}
+    chosen = {name: load(patch_models / f"{name}.pt").levels[0].shared for name in ("brick", "grass")}
+    assert {name: kind == "shared" for name, kind in results.location_chosen.items()} == chosen
     assert {p.name for p in folder.rglob("*.png")} == {"roc.png", "histogram.png", "heatmaps.png", "summary.png"}
 
 
@@ -348,6 +349,7 @@ def test_flags_that_do_not_fit_the_kind_of_model(data, where, patch_models, scri
     patches = [*where, "--model_dir", patch_models]
     one_line(script("eval", *patches, "--density", "kde"), "--density: kde", "patch model")
     one_line(script("eval", *patches, "--window", 64), "--window: 64", "larger than the image")
+    one_line(script("eval", *where, "--backbone", "resnet34"), "--backbone", "resnet18", "leave the flag out")
     one_line(script("eval", *patches, "--stride", 6), "--stride: 6", "multiple of 4")
 
 
@@ -371,8 +373,8 @@ def test_two_levels_are_fitted_by_a_flag(data, patch_models, tmp_path, script):
     done = script("eval", *where, "--level", "2,3", "--window", 16, "--stride", 16, "--control", 1)
     assert 0 <= all_lines(done)["brick", "pixel AUROC"] <= 1
     row = pandas.read_csv(tmp_path / "patch_models/results.csv", dtype=str).iloc[0]
-    assert (row.level, row.stride) == ("2,3", "16")
-    assert set(row.location_chosen.split(",")) <= {"shared", "each"}
+    assert (row.level, row.stride, row.dims) == ("2,3", "16", "64,64")
+    assert len(row.location_chosen.split(",")) == 2
 
 
 def test_a_view_that_is_added_to_the_table_is_drawn(models, data, monkeypatch):

@@ -92,7 +92,15 @@ def test_what_is_resumed_is_what_was_asked_for():
 
 @pytest.mark.parametrize(
     "flags",
-    [["--size", "axb"], ["--size", "8"], ["--level", "0"], ["--level", "1,x"], ["--jitter", "nan"], ["--l2", "yes"]],
+    [
+        ["--size", "axb"],
+        ["--size", "8"],
+        ["--level", "0"],
+        ["--size", "256x"],
+        ["--level", "1,x"],
+        ["--jitter", "nan"],
+        ["--l2", "yes"],
+    ],
 )
 def test_texts_that_are_no_value(flags, capsys):
     with pytest.raises(SystemExit) as stop:
