@@ -304,7 +304,7 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     values = {each.name: getattr(args, each.name) for each in settings_of(Config) if hasattr(args, each.name)}
     given = {name: value for name, value in given_settings(args).items() if name in PATCH_SETTINGS}
     if given and args.patch_size is None:
-        raise SettingError(next(iter(given)), "goes with patch_size, which makes a patch model")
+        raise SettingError(next(iter(given)), "goes with --patch_size, which makes a patch model")
     values |= {"category": category, "height": args.size[0], "width": args.size[1]}
     return Config(**values, patches=PatchConfig(**given) if given else None)
 

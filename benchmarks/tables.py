@@ -132,14 +132,17 @@ def results_table() -> str:
 def image_table() -> str:
     """Image AUROC, one row a detector."""
     rows = pandas.read_csv(ROOT / "results/image.csv")
-    head = "category, variant, size, steps, batch, seed, head, normalize, precision, image AUROC, untrained, AUPRC"
+    head = (
+        "category, variant, size, steps, batch, seed, head, normalize, precision, processor, "
+        "image AUROC, untrained, AUPRC"
+    )
     cells = []
     for row in rows.itertuples():
         size = row.width if row.width == row.height else f"{row.width}x{row.height}"
         precision = "float32" if pandas.isna(row.amp) or row.amp == "off" else row.amp
         setting = [row.category, row.variant, size, row.epochs, row.batch_size, row.seed, row.head_layer, row.normalize]
         found = map(percent, (row.image_auroc, row.control_auroc, row.image_auprc))
-        cells.append([*setting, precision, *found])
+        cells.append([*setting, precision, row.device, *found])
     return markdown(head.split(", "), cells)
 
 

@@ -77,7 +77,7 @@ def test_values_that_cannot_be_are_named(name, value):
 def test_flags_that_contradict_each_other(wrong):
     with pytest.raises(SettingError):
         parsed("--patch_size", 64, *wrong)
-    with pytest.raises(SettingError, match="goes with patch_size"):
+    with pytest.raises(SettingError, match="goes with --patch_size"):
         parsed("--sigma", 3)
     with pytest.raises(SettingError, match="weights"):
         parsed("--no-pretrained", "--weights", "w.pth")
