@@ -216,8 +216,8 @@ def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float
 
 
 def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
-    """The ceil((1 - rate)(n + 1))-th smallest of n normal scores (n,): a new normal image, exchangeable with them, lies
-    above it with a probability of at most ``rate`` (split conformal prediction). False, with the largest score, if n
+    """The ceil((1 - rate)(n + 1))-th smallest of n normal scores (n,), as in split conformal prediction: a new score,
+    exchangeable with them, lies above it with a probability of at most ``rate``. False, with the largest score, if n
     is too small for that: n >= 1 / rate - 1 is needed."""
     rank = max(1, math.ceil((1 - rate) * (len(scores) + 1) - 1e-9))
     return scores.sort().values[min(rank, len(scores)) - 1], rank <= len(scores)

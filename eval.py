@@ -129,7 +129,7 @@ def check_flags(args: argparse.Namespace, path: Path) -> None:
     own = config.to_dict()
     for name in (*AGREEING, "height", "width"):
         if name in given and given[name] != own[name]:
-            reason = f"{name} {given[name]} was asked for, but {path} has {own[name]}; leave the flag out"
+            reason = f"{given[name]} was asked for, but {path} has {own[name]}; leave the flag out"
             raise InputError(flagged(SettingError(name, reason)))
     if config.patches is None and (patch_only := [name for name in PATCH_SETTINGS if name in given]):
         raise InputError(f"--{patch_only[0]}: {path} is no patch model; leave the flag out or choose with --type")

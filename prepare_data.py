@@ -110,7 +110,7 @@ def mvtec(args: argparse.Namespace, data_dir: Path) -> None:
         say(f"{name}: " + ("; ".join(found[name]) or "complete" if name in found else "not there"))
     problems = [f"{name}: {problem}" for name in found for problem in found[name]]
     complete = sum(not of_one for of_one in found.values())
-    say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}; train with --data_dir {root}")
+    say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}, the folder for --data_dir")
     if problems:
         first = f"{len(problems)} problem(s), the first: {problems[0]}"
         raise InputError(f"{root}: {first}; remove that folder and unpack the archive anew")

@@ -188,7 +188,7 @@ def train_category(
     path, state_path = detector_path(args.model_dir, category), checkpoint_path(args.model_dir, category)
     if together.broadcast(lambda: path.exists() and not state_path.exists() and not args.overwrite):
         if together.is_main:
-            say(f"{category}: {path} is finished; skipped")
+            say(f"{category}: {path} is finished; skipped (--overwrite trains it anew, as after adding images)")
         return
     images = load_normal(args, config, together)
     test = load_watched_test(args, config) if args.test_epochs > 0 and together.is_main else None
@@ -202,7 +202,8 @@ def train_category(
         saved = f"; {state_path} has it: leave the flag out, or start anew with --overwrite" if state else ""
         raise InputError(f"{flagged(error)}{saved}") from error
     if args.amp == "auto" and state is None and together.is_main:
-        say("{}: precision {} ({})".format(category, *suitable_precision(device)))
+        amp, reason = suitable_precision(device)
+        say(f"{category}: precision {amp.replace('off', 'float32')} ({reason})")
     torch.set_num_threads(numerics.threads)
     with torch.random.fork_rng(devices=[]):
         run = Run(config, images, digest, device, numerics, state, together)
