@@ -4,9 +4,9 @@ Owns the table ``BACKBONES`` and everything between an image in [0, 1] and its e
 files but the pretrained weights it starts from, nothing of densities.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def _build(name: str, classifier: str) -> nn.Module:
 
 def _resnet(depth: int, widths: tuple[int, ...]) -> Backbone:
     stages = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
-    build, weights = partial(_build, f"resnet{depth}", "fc"), f"ResNet{depth}_Weights.IMAGENET1K_V1"
+    build, weights = functools.partial(_build, f"resnet{depth}", "fc"), f"ResNet{depth}_Weights.IMAGENET1K_V1"
     return Backbone(build, weights, "fc.", stages, (4, 8, 16, 32), widths)
 
 
@@ -69,7 +69,7 @@ BACKBONES = {
     "resnet34": _resnet(34, (64, 128, 256, 512)),
     "resnet50": _resnet(50, (256, 512, 1024, 2048)),
     "mobilenet_v2": Backbone(
-        build=partial(_build, "mobilenet_v2", "classifier"),
+        build=functools.partial(_build, "mobilenet_v2", "classifier"),
         weights="MobileNet_V2_Weights.IMAGENET1K_V1",
         classifier="classifier.",
         stages=(_MOBILENET[:4], _MOBILENET[4:7], _MOBILENET[7:14], _MOBILENET[14:]),
@@ -125,7 +125,8 @@ class CutPasteNet(nn.Module):
         outputs = {}
         for level, stage in enumerate(self.spec.stages[: max(levels)], start=1):
             for name in stage:
-                images = self.backbone.get_submodule(name)(images)
+                # not get_submodule, which torch.export of torch 2.6 cannot trace
+                images = functools.reduce(getattr, name.split("."), self.backbone)(images)
             if level in levels:
                 outputs[level] = images
         return [outputs[level] for level in levels]
