@@ -56,15 +56,21 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     choose_device(args.cuda)  # an error now
     origin = {"bench_command": command(), "commit": commit(), "note": args.note}
-    categories = find_work(args.model_dir, args.data_dir, args.type)
-    for category in categories:
-        if load_config(path := detector_path(args.model_dir, category)).patches is None:
+    configs = {}
+    for category in find_work(args.model_dir, args.data_dir, args.type):
+        configs[category] = load_config(path := detector_path(args.model_dir, category))
+        if configs[category].patches is None:
             raise InputError(f"{path}: no patch model; choose others with --type or --model_dir")
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     for values in itertools.product(*given.values()):
         changes = dict(zip(given, values))
         shown = "".join(f" --{name} {as_typed(value)}" for name, value in changes.items())
-        for category in categories:
+        for category, config in configs.items():
+            try:
+                Config.from_dict(config.to_dict() | changes)
+            except SettingError as error:
+                say(f"{category}{shown}: left out: {flagged(error)}")
+                continue
             # a process of its own; it counts what this one had held as its own peak: no image is read here
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 row = pool.submit(measure, args, category, changes).result()

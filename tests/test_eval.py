@@ -206,10 +206,10 @@ def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
     fails("brick/test", "no such folder", more=more)
 
 
-def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tmp_path):
+def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tmp_path, script):
     shutil.copytree(data, tmp_path / "Data")
     where = ["--data_dir", tmp_path / "Data", "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
-    assert run("eval.py", *where).code == 0
+    assert script("eval", *where).code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()}
     assert len(before) == 9
 
@@ -219,7 +219,7 @@ def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tm
     one_line(run("eval.py", *where, "--density", "kde", preexec=small_disk), ".png", "cannot be written")
     photo = tmp_path / "Data/grass/test/hole/000.png"
     photo.write_bytes(photo.read_bytes()[:100])
-    one_line(run("eval.py", *where), "hole/000.png", "not a readable image")
+    one_line(script("eval", *where), "hole/000.png", "not a readable image")
     assert {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()} == before
 
 

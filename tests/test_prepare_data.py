@@ -27,7 +27,7 @@ def photographs(folder, count):
         Image.fromarray(np.full((6, 8, 3), index, np.uint8)).save(folder / f"{index:03d}.png")
 
 
-def test_elpv_splits_real_cells(tmp_path):
+def test_elpv_splits_real_cells(tmp_path, script):
     done = run("prepare_data.py", "elpv", "--data_dir", tmp_path)
     assert done.code == 0, done.err
     assert counts(tmp_path / "solar_mono") == {"train/good": 441, "test/defective": 313, "test/good": 147}
@@ -35,7 +35,7 @@ def test_elpv_splits_real_cells(tmp_path):
     assert len(names) == len(set(names)) == 901  # no cell in two places
     with Image.open(next(tmp_path.rglob("*.png"))) as image:
         assert image.size == (300, 300)
-    one_line(run("prepare_data.py", "elpv", "--data_dir", tmp_path), "solar_mono", "left alone")
+    one_line(script("prepare_data", "elpv", "--data_dir", tmp_path), "solar_mono", "left alone")
 
 
 def test_split_is_seeded_complete_and_disjoint():
