@@ -155,9 +155,8 @@ def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
 
 
 def test_workers_and_other_categories_change_nothing(data, models, tmp_path, script):
-    done = again(
-        script, data, tmp_path / "none", "--type", "grass", "--workers", 0
-    )  # in ``models`` it came after brick
+    # in ``models`` it came after brick
+    done = again(script, data, tmp_path / "none", "--type", "grass", "--workers", 0)
     assert done.code == 0, done.err
     assert same_weights(tmp_path / "none/grass.pt", models / "grass.pt")
     done = again(script, data, tmp_path / "four", "--type", "grass", "--workers", 4, "--cache_dir", "none")
