@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from config import EACH_DIMS, Config, SettingError, UnknownSettingError
 from cutpaste import VARIANTS, to_float
 from density import DensityError, conformal_threshold
 from gradcam import grad_cam
 from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, upsample
 from model import CutPasteNet, load_backbone_weights
-from options import EACH_DIMS, Config, SettingError, UnknownSettingError
 from runtime.cache import ImageArray, iterate
 from runtime.files import InputError, load_tensors, save_tensors
 

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 import options
+from config import Config, SettingError
 from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps
 from density import conformal_threshold
 from detector import SUFFIX, Detector, detector_path, load, load_config, stream
 from metrics import image_metrics, pixel_metrics
 from model import WeightsError
-from options import PATCH_SETTINGS, Config, SettingError, flagged, given_settings
+from options import PATCH_SETTINGS, flagged, given_settings
 from runtime import ranks
 from runtime.files import InputError, say, write_files
 from runtime.flags import new_parser, zero_or_one
@@ -113,10 +114,8 @@ def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True
             raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
         return found
     for name in sorted({*trained} ^ {*found}) if tell else ():
-        there = f"a detector in {folder} but no images in {data_dir}"
-        say(
-            f"{name}: has {there if name in trained else f'images in {data_dir} but no detector in {folder}'}; left out"
-        )
+        has = (f"a detector in {folder}", f"images in {data_dir}")
+        say(f"{name}: has {' but no '.join(has if name in trained else has[::-1])}; left out".replace("no a ", "no "))
     both = [name for name in found if name in trained]
     if not both:
         raise InputError(f"{folder}: no detector for any category of {data_dir}; train one with run_training.py")

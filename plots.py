@@ -12,10 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional
 
+from config import Config
 from cutpaste import VARIANTS, VIEWS, apply, to_float
 from dataset import GOOD, TestSet
 from detector import Detector, category_seed, stream
-from options import Config
 
 NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
@@ -29,8 +29,9 @@ WORST = 2  # normal images with the highest and anomalous ones with the lowest s
 # Sheets -----------------------------------------------------------------------------------------------------------
 
 
-def preview(images: torch.Tensor, names: Sequence[str], config: Config) -> Figure:
-    """A sheet of images (R, 3, H, W) uint8, each beside its views."""
+def preview(images: torch.Tensor, names: Sequence[str], config: Config, unseen: dict[str, float]) -> Figure:
+    """A sheet of images (R, 3, H, W) uint8, each beside its views. unseen: of each kind of view the share that shows no
+    difference from the image."""
     views = VARIANTS[config.variant].views
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
     augmented, _ = apply(images, config.make_params(len(images), generator))
@@ -40,6 +41,8 @@ def preview(images: torch.Tensor, names: Sequence[str], config: Config) -> Figur
     cells = torch.stack([shown, *augmented.split(len(images))], 1)  # (R, 1 + V, 3, H, W)
     titles = ["crop" if config.patches and name == "image" else VIEWS[name].title for name in views]
     columns = ["original", *(f"{title} ({label})" for label, title in enumerate(titles))]
+    for place, name in enumerate(views[1:], start=2):
+        columns[place] += f"\n{100 * unseen[name]:.0f} % show nothing"
     return views_sheet(cells.permute(0, 1, 3, 4, 2).cpu().numpy(), columns, names)
 
 

@@ -1,7 +1,7 @@
 """Train one detector per category on its normal images alone.
 
     python run_training.py --model_dir models --head_layer 2
-    python run_training.py --model_dir patch_models --patch_size 64 --no-pretrained --epochs 1200
+    python run_training.py --model_dir patch_models --recipe fast --no-pretrained
 
 Writes <model_dir>/<category>.pt. The same command again continues where it stopped; finished categories are skipped.
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 
 import options
+from config import Config, SettingError, resume
 from dataset import TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from density import NotFiniteError
 from detector import Detector, check_enough, detector_path, load_config, save
+from log import PREVIEW_IMAGES, NotFiniteLossError, unseen_shares
 from model import WeightsError
-from options import Config, SettingError, flagged
+from options import flagged
 from runtime import cache, ranks
 from runtime.files import InputError, remove_file, say, write_file
 from runtime.flags import int_at_least, new_parser, number, zero_or_one
@@ -34,7 +36,7 @@ from runtime.script import (
     run_script,
     suitable_precision,
 )
-from training import PREVIEW_IMAGES, NotFiniteLossError, Run, checkpoint_path, choose_numerics, load_checkpoint
+from training import Numerics, Run, checkpoint_path, choose_numerics, load_checkpoint, steps_within
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
         if here.is_main:
             write_preview(args, configs)
         return
-    check_ranks(args, here)
+    check_ranks(args, settings.batch_size, here)
     check_writable(Path(args.model_dir), here)
     if not args.overwrite:
         for config in configs:
@@ -117,16 +119,14 @@ def hints() -> Iterator[None]:
 # What is on disk --------------------------------------------------------------------------------------------------
 
 
-def check_ranks(args: argparse.Namespace, here: Ranks) -> None:
+def check_ranks(args: argparse.Namespace, batch_size: int, here: Ranks) -> None:
     """Raises InputError for what several processes cannot do."""
     if args.overwrite and here.restarts:
         raise InputError("a rank died, and --overwrite would start anew: give the same command without --overwrite")
     if args.overwrite and here.machines > 1:  # torchrun does not tell a machine that another one's rank was restarted
         raise InputError("--overwrite: not on several machines, where a restart would start anew; empty --model_dir")
-    if args.ddp and args.batch_size < here.world_size:
-        raise InputError(
-            f"--batch_size {args.batch_size}: at least one image for each of {here.world_size} ranks is needed"
-        )
+    if args.ddp and batch_size < here.world_size:
+        raise InputError(f"--batch_size {batch_size}: at least one image for each of {here.world_size} ranks is needed")
 
 
 def check_writable(folder: Path, here: Ranks) -> None:
@@ -145,8 +145,11 @@ def check_settings(model_dir: str, config: Config) -> None:
         saved = load_config(path)
     else:
         return
+    asked = config.to_dict()
+    if config.minutes:
+        del asked["epochs"]  # the number of steps that the minutes came to is the saved one
     try:
-        options.resume(config.to_dict(), saved.to_dict())
+        resume(asked, saved.to_dict())
     except SettingError as error:
         way_out = "choose another --model_dir, or start anew with --overwrite"
         raise InputError(f"{path}: {error.reason}; {way_out}") from error
@@ -168,9 +171,11 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
     images, names = [], []
     for config in configs:
         paths = train_paths(args.data_dir, config.category)[:rows]
-        images.append(load_images(paths, args.size, args.workers))
+        images.append(load_images(paths, (config.height, config.width), args.workers))
         names += [f"{config.category}\n{path.name}" for path in paths]
-    write_file(plots.png(plots.preview(torch.cat(images), names, configs[0])), args.preview)
+    shown = torch.cat(images)
+    sheet = plots.preview(shown, names, configs[0], unseen_shares(configs[0], shown))
+    write_file(plots.png(sheet), args.preview)
     say(f"wrote {args.preview}; nothing was trained")
 
 
@@ -206,6 +211,8 @@ def train_category(
         say(f"{category}: precision {amp.replace('off', 'float32')} ({reason})")
     torch.set_num_threads(numerics.threads)
     with torch.random.fork_rng(devices=[]):
+        if config.minutes:
+            config = state["config"] if state else timed(config, images, device, numerics, together)
         run = Run(config, images, digest, device, numerics, state, together)
         run.train(
             Path(args.logdir) / folder_name(args.model_dir) / category,
@@ -220,6 +227,17 @@ def train_category(
         save(finished(run), path)
         remove_file(state_path)
         say(f"{category}: wrote {path}")
+
+
+def timed(
+    config: Config, images: cache.ImageArray, device: torch.device, numerics: Numerics, together: Ranks
+) -> Config:
+    """The settings with as many steps as ``minutes`` allow on this machine."""
+    steps = steps_within(60 * config.minutes, Run(config, images, "", device, numerics, None, together))
+    steps = together.broadcast(lambda: steps)
+    if together.is_main:
+        say(f"{config.category}: {steps} steps in {config.minutes:g} minutes")
+    return replace(config, epochs=steps)
 
 
 def load_normal(args: argparse.Namespace, config: Config, together: Ranks) -> cache.ImageArray:

@@ -1,7 +1,7 @@
 """The training of one category: network, optimizer, schedule and generator, stepped, watched, saved and continued.
 
-Owns the loop, what a saved state holds (``<model_dir>/<category>.checkpoint``), TensorBoard's files, and the choice of
-threads, precision and compilation. Knows no flag and no folder of images.
+Owns the loop, what a saved state holds (``<model_dir>/<category>.checkpoint``), and the choice of threads, precision
+and compilation. Knows no flag and no folder of images.
 """
 
 import os
@@ -12,32 +12,24 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cutpaste import ViewParams, apply, augment, crop, cut_paste, rows
+from config import Config, SettingError, resume
+from cutpaste import ViewParams, apply, augment_crops, cut_paste, visible
 from detector import Detector, category_seed, initial_network
-from options import Config, SettingError, resume
+from log import Log, check_finite, log_start
+from paste import rows
 from runtime.cache import ImageArray
 from runtime.files import InputError, load_tensors, save_tensors, say
 from runtime.ranks import Ranks, data_parallel, sync_batch_norm
 from runtime.script import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
-
-LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
 CHECKPOINT_VERSION = 3
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
-PREVIEW_IMAGES = 6
-
-
-class NotFiniteLossError(InputError):
-    """The training has diverged."""
+TIMED_STEPS = 6  # that a budget of minutes is planned by, after two that warm up
 
 
 # Numerics ---------------------------------------------------------------------------------------------------------
@@ -86,6 +78,16 @@ def load_checkpoint(path: Path) -> dict:
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The views of a batch, and what a step needs beside them."""
+
+    views: Tensor  # (V*B, 3, H, W) in [0, 1]
+    labels: Tensor  # (V*B,) int64
+    statistics: tuple[Tensor, Tensor] | None  # mean and deviation to normalize by; None: each view by its own
+    seen: Tensor | None  # (V*B,) bool, the views that are learned; None: all
 
 
 class Run:
@@ -176,37 +178,54 @@ class Run:
         batch = self.images[chosen]
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
-    def make_views(self, images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Views, labels, and the mean and deviation that the views are normalized by (None: each its own). Those of
-        crops are of the whole images that they are from, as those of the windows of a test image will be."""
+    def make_views(self, images: Tensor, params: ViewParams) -> "Batch":
+        """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
+        windows of a test image will be."""
         if params.corner is None:
-            return *apply(images, params), None
-        base = augment(images, params)
-        views, labels = cut_paste(crop(base, params), params)
-        mean, std = self.network.statistics(base)
-        if mean.ndim == 4:  # of each image
-            mean, std = (each.repeat(len(views) // len(base), 1, 1, 1) for each in (mean, std))
-        return views, labels, (mean, std)
+            views, labels = apply(images, params)
+            whole, statistics = views[: len(images)], None
+        else:
+            base, source, whole = augment_crops(images, params)
+            views, labels = cut_paste(base, source, params)
+            mean, std = self.network.statistics(whole)
+            if mean.ndim == 4:  # of each image
+                mean, std = (each.repeat(len(views) // len(base), 1, 1, 1) for each in (mean, std))
+            statistics = mean, std
+        seen = None
+        if self.config.invisible == "drop":
+            seen = visible(views, params, whole.std((1, 2, 3), correction=0))
+        return Batch(views, labels, statistics, seen)
 
-    def train_step(self) -> tuple[Tensor, Tensor]:
-        """One step. Returns loss and accuracy of its batch, each this rank's share of that of all ranks: 0-d tensors
-        on the device."""
+    def train_step(self) -> Tensor:
+        """One step. Returns loss, accuracy and share of views left out of its batch, each this rank's share of that of
+        all ranks: (3,) on the device."""
         if self.network.frozen and self.step >= self.config.freeze_resnet:
             self.freeze(False)
         chosen, params = self.sample_batch()
-        views, labels, statistics = self.make_views(self.load_batch(chosen), params)
+        batch = self.make_views(self.load_batch(chosen), params)
         precision = PRECISIONS[self.numerics.amp]
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
-            logits, _ = self.forward(views, statistics)
-        share = len(chosen) / self.batch_size
-        loss = functional.cross_entropy(logits, labels) * share
+            logits, _ = self.forward(batch.views, batch.statistics)
+        values = self.batch_values(logits, batch, len(chosen) / self.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss * self.ranks.world_size).backward()  # the ranks' gradients are averaged
+        self.scaler.scale(values[0] * self.ranks.world_size).backward()  # the ranks' gradients are averaged
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         self.step += 1
-        return loss.detach(), (logits.detach().argmax(1) == labels).float().mean() * share
+        return torch.stack(values).detach()
+
+    def batch_values(self, logits: Tensor, batch: "Batch", share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, accuracy and share of views left out, as ``train_step`` returns them, of logits (V*B, C). share: this
+        rank's of the batch. The loss is the mean over the views that are not left out, of all ranks."""
+        hits = (logits.detach().argmax(1) == batch.labels).float()
+        if batch.seen is None:
+            loss = functional.cross_entropy(logits, batch.labels)
+            return loss * share, hits.mean() * share, torch.zeros_like(hits[0])
+        weight = batch.seen.float()
+        total = self.ranks.all_reduce_sum(weight.sum()).clamp(min=1)
+        losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+        return (losses * weight).sum() / total, (hits * weight).sum() / total, (1 - weight.mean()) * share
 
     def train(
         self,
@@ -232,21 +251,21 @@ class Run:
             interrupts = stack.enter_context(Interrupts())
             progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
             if self.step == 0 and is_main:
-                log_config(writer, self)
+                log_start(writer, self)
             log = Log(self, writer, progress)
             saved, began = time.monotonic(), time.monotonic() - self.seconds
             while self.step < steps:
-                loss, hits = self.train_step()
-                log.add(loss, hits)
+                values = self.train_step()
+                log.add(values)
                 last = self.step == steps
                 if watch is not None and is_main and (self.step % watch_every == 0 or last):
-                    check_finite(category, self.step, loss)
+                    check_finite(category, self.step, values[0])
                     log.log_test_auroc(watch)
                 self.seconds = time.monotonic() - began
                 stop = self.ranks.all_reduce_max(interrupts.signal)  # all at the same step
                 # The last step too: fitting the density can be stopped, or its file not be written
                 if is_main and (stop or last or time.monotonic() - saved >= 60 * save_minutes):
-                    check_finite(category, self.step, loss, *self.network.parameters())
+                    check_finite(category, self.step, values[0], *self.network.parameters())
                     save_tensors(self.state(), state_path)
                     saved = time.monotonic()
                 if stop:
@@ -266,61 +285,12 @@ def new_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optim
     return optimizer
 
 
-def check_finite(category: str, step: int, loss: float | Tensor, *weights: Tensor) -> None:
-    """Raises NotFiniteLossError if the loss or a weight is not finite."""
-    for name, value in (("loss", torch.as_tensor(loss)), *(("network", weight) for weight in weights)):
-        if not torch.isfinite(value).all():
-            what = f"the loss is {float(value)}" if name == "loss" else "a weight of the network is not finite"
-            raise NotFiniteLossError(f"{category}: {what} at step {step}")
-
-
-# What a run tells -------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """Loss, accuracy, learning rate and speed of a run's steps, to TensorBoard and the progress bar every LOG_EVERY
-    steps; of several ranks the first one's. writer None: not written."""
-
-    def __init__(self, run: Run, writer: "SummaryWriter | None", progress: "tqdm") -> None:
-        self.run, self.writer, self.progress = run, writer, progress
-        self.sums: Tensor | int = 0
-        self.since, self.lap = run.step, time.monotonic()
-
-    def add(self, loss: Tensor, hits: Tensor) -> None:
-        """What a step returned."""
-        run = self.run
-        self.sums = self.sums + torch.stack([loss, hits])  # on the device: not waited for here
-        self.progress.update()
-        if run.step % LOG_EVERY and run.step < run.config.epochs:
-            return
-        count, now = run.step - self.since, time.monotonic()
-        loss, accuracy = (run.ranks.all_reduce_sum(self.sums) / count).tolist()
-        check_finite(run.config.category, run.step, loss)
-        if self.writer is not None:
-            speed, lr = count * run.batch_size / (now - self.lap), run.optimizer.param_groups[0]["lr"]
-            values = {"loss": loss, "acc": accuracy, "lr": lr, "images_per_second": speed}
-            for tag, value in values.items():
-                self.writer.add_scalar(tag, value, run.step)
-            self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
-        self.sums, self.since, self.lap = 0, run.step, now
-
-    def log_test_auroc(self, watch: Callable[[Detector], float]) -> None:
-        """The test AUROC so far. Its time does not count in the speed."""
-        run, began = self.run, time.monotonic()
-        auroc = watch(Detector(run.config, run.network).fit(run.images, threshold=False))
-        run.network.train()
-        self.writer.add_scalar("eval_auc", auroc, run.step)
-        say(f"{run.config.category}: step {run.step}, test AUROC {auroc:.4f}")
-        self.lap += time.monotonic() - began
-
-
-def log_config(writer: "SummaryWriter", run: Run) -> None:
-    """Settings and a sheet of samples, once at the start."""
-    import plots
-
-    rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in run.config.to_dict().items())]
-    writer.add_text("settings", "\n".join(rows), 0)
-    samples = run.images[:PREVIEW_IMAGES]
-    figure = plots.preview(samples, [f"image {i}" for i in range(len(samples))], run.config)
-    figure.set_dpi(80)
-    writer.add_figure("views", figure, 0)
+def steps_within(seconds: float, run: Run) -> int:
+    """The number of steps that fit into that time, by some steps of a run that is given up then. At least 1."""
+    began = time.monotonic()
+    for number in range(2 + TIMED_STEPS):
+        if number == 2:
+            lap = time.monotonic()
+        run.train_step().tolist()  # waits for the device
+    now = time.monotonic()
+    return max(1, int((seconds - (now - began)) / (now - lap) * TIMED_STEPS))

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from cutpaste import SCAR_IMAGE_SIZE, VARIANTS, VIEWS, paste_
+from cutpaste import VARIANTS, VIEWS
+from paste import SCAR_IMAGE_SIZE, paste_
 
 BOXES = 1024  # drawn beforehand for each view: to draw them one by one in torch would slow the workers by 3 %
 
@@ -31,10 +32,11 @@ class ConventionalViews(Dataset):
         self.to_tensor = ToTensor()
         (width, height), generator = images[0].size, torch.Generator().manual_seed(0)
         for name in VARIANTS[variant].views[1:]:
-            if name not in VIEWS or VIEWS[name].act is not paste_:
-                raise ValueError(f"view {name!r}: the conventional way is written for views that paste a box")
             scale = min(height, width) / SCAR_IMAGE_SIZE
-            drawn = VIEWS[name].draw(BOXES, height, width, scale, generator)
+            pasted = name in VIEWS and VIEWS[name].act is paste_
+            drawn = VIEWS[name].draw(BOXES, height, width, scale, generator) if pasted else {}
+            if not pasted or "soft" in drawn:
+                raise ValueError(f"view {name!r}: the conventional way is written for views that paste a hard box")
             columns = zip(*(values.tolist() for values in drawn.values()))
             self.boxes.append([dict(zip(drawn, values)) for values in columns])
 

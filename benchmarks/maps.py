@@ -24,10 +24,11 @@ import torch
 from record import add_record_flags, append, command, commit, peak_mb, wait
 
 import options
+from config import Config, PatchConfig, SettingError, settings_of
 from dataset import load_masks, load_test, load_train
 from detector import Detector, detector_path, load, load_config, save, stream
 from eval import evaluate, find_work, record
-from options import PATCH_SETTINGS, Config, PatchConfig, SettingError, flagged, settings_of
+from options import PATCH_SETTINGS, flagged
 from runtime.cache import ImageArray
 from runtime.files import InputError, say
 from runtime.flags import int_at_least, new_parser

@@ -29,10 +29,9 @@ import numpy as np
 from PIL import Image
 from record import MAXRSS, ROOT, add_record_flags, append, command, commit
 
-import options
 from detector import detector_path, load
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, number
+from runtime.flags import int_at_least, new_parser, number, side
 from runtime.script import run_script
 
 CATEGORY = "many"
@@ -44,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is trained").add_argument
     count = "images to train on (default: 10000 100000)"
     add("--count", type=int_at_least(2), nargs="+", default=[10_000, 100_000], metavar="N", help=count)
-    add("--size", type=options.side, default=64, metavar="S", help="side of the images in pixels (default: 64)")
+    add("--size", type=side, default=64, metavar="S", help="side of the images in pixels (default: 64)")
     add("--steps", type=int_at_least(1), default=150, metavar="N", help="steps of each run (default: 150)")
     add("--batch_size", type=int_at_least(2), default=32, metavar="N", help="images per step (default: 32)")
     add = parser.add_argument_group("how").add_argument

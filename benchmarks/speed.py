@@ -25,17 +25,18 @@ from record import add_record_flags, append, command, commit, peak_mb, wait
 from torch import Tensor
 from torch.nn import functional
 
-import options
 from color import to_float
+from config import Config, SettingError
 from cutpaste import VARIANTS, apply
 from dataset import decode, find_images, load_images
 from detector import IMAGES_AT_ONCE, Detector, stream
+from log import LOG_EVERY, Log
 from model import CutPasteNet
-from options import Config, SettingError, flagged
+from options import flagged
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, zero_or_one
-from runtime.script import PRECISIONS, choose_device, device_name, run_script
-from training import LOG_EVERY, Log, Run, choose_numerics, new_optimizer, open_tensorboard, progress_bar
+from runtime.flags import int_at_least, new_parser, size, zero_or_one
+from runtime.script import PRECISIONS, choose_device, device_name, open_tensorboard, progress_bar, run_script
+from training import Run, choose_numerics, new_optimizer
 
 PARTS = ("scoring", "files", "step", "augmentation", "conventional")  # the one that needs the least memory first
 LAPS = LOG_EVERY  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone
@@ -45,10 +46,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what is measured").add_argument
     add("--only", choices=PARTS, nargs="+", default=PARTS, metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
-    add("--size", type=options.size, default=(256, 256), metavar="S|WxH", help="of images in pixels (default: 256)")
+    add("--size", type=size, default=(256, 256), metavar="S|WxH", help="of images in pixels (default: 256)")
     add("--batch_size", type=int_at_least(2), default=32, metavar="N", help="images per step (default: 32)")
     add("--variant", choices=tuple(VARIANTS), default="3way", help="default: 3way")
-    add("--original", type=options.size, default=(900, 900), metavar="S|WxH", help="size of files (default: 900)")
+    add("--original", type=size, default=(900, 900), metavar="S|WxH", help="size of files (default: 900)")
     add("--data_dir", metavar="DIR", help="a folder of images (default: textures of scikit-image)")
     add = parser.add_argument_group("how").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
@@ -116,7 +117,7 @@ def step(run: Run, repeats: int) -> dict:
     bare = bare_step(run, run.numerics.amp, run.numerics.compile, torch.channels_last)
     with tempfile.TemporaryDirectory() as folder, open_tensorboard(Path(folder), 0) as writer:
         log = Log(run, writer, progress_bar("", 0, 0, shown=False))
-        ours, alone = medians(repeats, run.device, lambda: log.add(*run.train_step()), bare)
+        ours, alone = medians(repeats, run.device, lambda: log.add(run.train_step()), bare)
     return {
         "step_seconds": ours,
         "bare_seconds": alone,

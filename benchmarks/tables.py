@@ -17,7 +17,7 @@ import pandas
 from pandas import DataFrame, Series
 from record import ROOT, append, read
 
-from options import Config, PatchConfig, settings_of
+from config import Config, PatchConfig, settings_of
 from runtime.files import InputError
 from runtime.flags import new_parser
 from runtime.script import run_script

@@ -14,10 +14,11 @@ import torch
 from conftest import ROOT, one_line, run
 from PIL import Image
 
-from cutpaste import VARIANTS, VIEWS, PasteParams, Variant, View, paste, rows
+from config import Config, PatchConfig
+from cutpaste import VARIANTS, VIEWS, Variant, View
 from dataset import load_train
 from detector import Detector, initial_network, save
-from options import Config, PatchConfig
+from paste import PasteParams, paste, rows
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +178,7 @@ def test_the_conventional_way_pastes_the_same_boxes(benchmarks, picture, name):
             assert (one & other).sum() > 0.6 * (one | other).sum()
 
 
-@pytest.mark.parametrize("view", ["noise", "elsewhere"])
+@pytest.mark.parametrize("view", ["noise", "elsewhere", "soft scar"])
 def test_the_conventional_way_refuses_other_views(benchmarks, monkeypatch, view):
     monkeypatch.setitem(VIEWS, "noise", View(VIEWS["patch"].draw, lambda *_: None, "noise", "#000000"))
     monkeypatch.setitem(VARIANTS, "new", Variant(("image", "patch", view), ""))

@@ -12,23 +12,22 @@ from color import BRIGHTNESS, color_jitter, to_float
 from cutpaste import (
     VARIANTS,
     VIEWS,
-    PasteParams,
     Variant,
     View,
     ViewParams,
     apply,
     augment,
-    crop,
+    augment_crops,
     cut_paste,
-    draw_patch,
     make_params,
-    paste,
-    rows,
     translate,
+    visible,
 )
+from paste import PasteParams, draw_patch, paste, paste_, rows
 
 STILL = {"translate": 0, "jitter": 0, "patch_jitter": 0}  # cut and paste, and nothing else
 MANY = 20_000
+HARD = ["normal", "scar", "union", "3way"]  # variants whose patches have hard edges
 SIDE = 10_000  # drawing costs nothing per pixel, and at this size whole pixels hardly change a ratio
 
 
@@ -88,7 +87,12 @@ def paste_by_hand(image, p, b):
             at = (complex(x + 0.5, y + 0.5) - center) * back + corner
             unsure[y, x] = abs(at.real - round(at.real)) < 1e-3 or abs(at.imag - round(at.imag)) < 1e-3
             if 0 <= at.real < p.width[b] and 0 <= at.imag < p.height[b]:
-                result[:, y, x] = image[:, source_y + int(at.imag), source_x + int(at.real)]
+                share = 1.0
+                if p.soft is not None:
+                    for edge in (at.real, p.width[b] - at.real), (at.imag, p.height[b] - at.imag):
+                        share *= min(1.0, float(min(edge)) / p.soft[b].item())
+                new = image[:, source_y + int(at.imag), source_x + int(at.real)]
+                result[:, y, x] = new if share == 1 else share * new + (1 - share) * image[:, y, x]
     return result, unsure
 
 
@@ -110,11 +114,14 @@ def test_paste_equals_pixel_loop(variant, size):
         for b in range(3):
             expected, unsure = paste_by_hand(images[b], p, b)
             assert unsure.float().mean() < 0.02
-            assert torch.equal(view[b][:, ~unsure], expected[:, ~unsure])
+            if p.soft is None:
+                assert torch.equal(view[b][:, ~unsure], expected[:, ~unsure])
+            else:
+                assert torch.allclose(view[b][:, ~unsure], expected[:, ~unsure], atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(100, 180), (180, 100), (256, 256)])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", HARD)
 def test_changed_pixels_lie_in_target_and_come_from_source(variant, size):
     images = coordinate_images(50, *size)
     params = make_params(variant, 50, *size, seeded(2), **STILL)
@@ -242,6 +249,8 @@ def test_scar_angle_is_uniform_in_its_range():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_source_and_target_lie_inside_the_image(variant, size):
     for p in drawn(variant, *size):
+        if p.soft is not None and size[0] != size[1]:  # turned, a long patch does not fit: its middle does
+            p = replace(p, width=torch.ones_like(p.width), height=torch.ones_like(p.height))
         assert_inside(p, *size)
 
 
@@ -426,8 +435,8 @@ def test_tiny_images(size):
 
 
 def test_variants_start_with_the_image():
-    assert set(VARIANTS) == {"normal", "scar", "union", "3way"}
-    assert [v.num_classes for v in VARIANTS.values()] == [2, 2, 2, 3]
+    assert list(VARIANTS) == [*HARD, "soft"]
+    assert [v.num_classes for v in VARIANTS.values()] == [2, 2, 2, 3, 3]
     assert all(v.views[0] == "image" for v in VARIANTS.values())
     assert {name for v in VARIANTS.values() for name in v.views} == set(VIEWS)
 
@@ -467,8 +476,8 @@ def test_a_new_view_is_one_entry_of_the_table(monkeypatch, patch_size):
 @pytest.mark.parametrize(
     ("views", "message"),
     [
-        (("image", "patch", "hole"), r"'odd': view 2 is 'hole': choose one of patch, scar, patch or scar"),
-        (("image", "image"), r"'odd': view 1 is 'image': choose one of patch, scar, patch or scar"),
+        (("image", "patch", "hole"), r"'odd': view 2 is 'hole': choose one of patch, scar, patch or scar, soft"),
+        (("image", "image"), r"'odd': view 1 is 'image': choose one of patch, scar, patch or scar, soft"),
         (("patch", "scar"), r"'odd': view 0 is 'patch': choose one of image"),
     ],
 )
@@ -515,16 +524,18 @@ def test_a_patch_scales_with_the_crop_and_a_scar_with_the_image(size, patch_size
 
 @pytest.mark.parametrize("size", [(60, 60), (48, 90), (90, 48)])
 def test_views_of_a_crop_are_cut_from_the_augmented_image(size):
-    """Against slices: the base augmentation sees the whole image, CutPaste the crop alone."""
+    """Against slices: the base augmentation sees the whole image, CutPaste the crop alone. Images this small are
+    sampled whole."""
     images = noise(6, 3, *size)
     params = make_params("3way", 6, *size, seeded(1), translate=0.1, patch_size=32)
     base = color_jitter(to_float(translate(images, params.shift)), params.jitter)
     cut = torch.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(base, params.corner.tolist())])
     views, labels = apply(images, params)
-    parts = cut_paste(crop(augment(images, params), params), params)
-    assert torch.equal(views, parts[0])
-    assert torch.equal(labels, parts[1])
-    assert torch.equal(views, cut_paste(parts[0][:6].contiguous(), params)[0])  # of any memory layout
+    crops, source, sample = augment_crops(images, params)
+    assert source is None
+    assert torch.allclose(sample[:, :, 0], base.flatten(2), atol=1e-6)
+    assert torch.equal(views, cut_paste(crops, None, params)[0])
+    assert torch.equal(views, cut_paste(crops.contiguous(memory_format=torch.channels_last), None, params)[0])
     assert views.shape == (18, 3, 32, 32)
     assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert torch.allclose(views[:6], cut, atol=1e-6)
@@ -537,7 +548,95 @@ def test_a_crop_of_the_whole_image_is_the_image():
     params = make_params("normal", 4, 32, 32, seeded(), patch_size=32)
     assert (params.corner == 0).all()
     whole = replace(params, corner=None, patch_size=None)
-    assert torch.equal(apply(images, params)[0], apply(images, whole)[0])
+    assert torch.allclose(apply(images, params)[0], apply(images, whole)[0], atol=1e-6)
+
+
+def test_statistics_of_a_large_image_are_those_of_an_even_sample():
+    images = noise(4, 3, 256, 200) ** torch.tensor([0.3, 1, 2, 4])[:, None, None, None]
+    params = make_params("normal", 4, 256, 200, seeded(3), jitter=0.5, patch_size=64)
+    crops, _, sample = augment_crops(images, params)
+    base = augment(images, params)
+    assert sample.shape == (4, 3, 1, 85 * 67)  # every third pixel
+    for statistic in (torch.mean, torch.std):
+        assert torch.allclose(statistic(sample, (1, 2, 3)), statistic(base, (1, 2, 3)), atol=0.01)
+    cut = torch.stack([image[:, y : y + 64, x : x + 64] for image, (y, x) in zip(base, params.corner.tolist())])
+    assert torch.allclose(crops, cut, atol=0.01)  # the contrast refers to the mean of the sample
+    still = replace(params, jitter=None)
+    assert torch.equal(augment_crops(images, still)[0], crops_by_hand(images, still))
+
+
+def crops_by_hand(images, params):
+    moved = translate(images, params.shift)
+    return torch.stack([image[:, y : y + 64, x : x + 64] for image, (y, x) in zip(moved, params.corner.tolist())])
+
+
+def test_soft_patches_come_from_anywhere_in_the_image():
+    """Against slices: the same boxes, cut from the second crop and pasted into the first."""
+    images = noise(6, 3, 60, 90)
+    params = make_params("soft", 6, 60, 90, seeded(1), translate=0.1, patch_size=32)
+    assert not torch.equal(params.source, params.corner)
+    assert make_params("3way", 6, 60, 90, seeded(1), patch_size=32).source is None
+    base = color_jitter(to_float(translate(images, params.shift)), params.jitter)
+    cut, source = (
+        torch.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(base, corner.tolist())])
+        for corner in (params.corner, params.source)
+    )
+    views = apply(images, params)[0].split(6)
+    assert torch.allclose(views[0], cut, atol=1e-6)
+    for view, boxes in zip(views[1:], params.pastes):
+        target = cut.contiguous(memory_format=torch.channels_last).clone()
+        expected = paste_(target, source.contiguous(memory_format=torch.channels_last), boxes)
+        assert torch.allclose(view, expected, atol=1e-5)
+        assert ((view - cut).abs().amax(1) > 0.01).any((1, 2)).all()
+
+
+def test_soft_patches_are_turned_any_way_and_half_their_edge_is_inside():
+    hard, soft = drawn("3way"), drawn("soft")
+    for of, p in zip(hard, soft):
+        assert p.angle.min() < -179
+        assert p.angle.max() > 179
+        assert abs(p.angle.mean()) < 3
+        for size, other in ((p.width, of.width), (p.height, of.height)):
+            assert (size - p.soft).mean() == pytest.approx(other.mean().item(), rel=0.03)
+        share = p.soft / torch.minimum(p.width - p.soft, p.height - p.soft)
+        assert share.min() > 0.045
+        assert share.max() < 0.51
+        assert share.mean() == pytest.approx(0.275, abs=0.005)
+
+
+# Views that show nothing ------------------------------------------------------------------------------------------
+
+
+def test_visible_counts_pixels_that_differ_by_half_a_deviation():
+    params = make_params("3way", 4, 32, 32, seeded())
+    patch, scar = params.pastes
+    params = replace(params, pastes=(full(patch, 8, 8), full(scar, 2, 4)))
+    base = torch.full((4, 3, 32, 32), 0.5)
+    views = base.repeat(3, 1, 1, 1)
+    views[4, 1, 0, :10] += 0.051  # one channel of ten pixels: just enough
+    views[5, :, 0, :9] += 0.4  # too few
+    views[6, :, :, :] += 0.049  # too little
+    views[9, :, :2, :2] -= 0.06  # half of a patch of eight pixels
+    views[10, :, 0, :3] -= 0.4
+    seen = visible(views, params, torch.full((4,), 0.1))
+    assert seen.view(3, 4).tolist() == [
+        [True, True, False, False],
+        [True, False, False, False],
+        [False, True, *2 * [False]],
+    ]
+    assert visible(views, params, torch.full((4, 1, 1, 1), 0.05)).view(3, 4)[1].tolist() == [True, False, True, False]
+
+
+def full(p, width, height):
+    return replace(p, width=torch.full_like(p.width, width), height=torch.full_like(p.height, height))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_is_visible_on_an_even_image_and_nearly_all_in_noise(variant):
+    params = make_params(variant, 40, 64, 64, seeded(), patch_size=40, jitter=0, patch_jitter=0)
+    for images, share in ((torch.full((40, 3, 64, 64), 0.3), 0.0), (noise(40, 3, 64, 64), 0.95)):
+        seen = visible(apply(images, params)[0], params, images.std((1, 2, 3)).clamp(min=1e-3))
+        assert (seen.float().mean() >= share) if share else not seen.any()
 
 
 @pytest.mark.parametrize("patch_size", [0, 49, 64])
@@ -550,7 +649,7 @@ def test_bad_patch_size(patch_size):
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match=r"'4way'.*normal, scar, union, 3way"):
+    with pytest.raises(ValueError, match=r"'4way'.*normal, scar, union, 3way, soft"):
         make_params("4way", 2, 32, 32, seeded())
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import detector
+from config import Config, PatchConfig, SettingError
 from dataset import load_test, load_train
 from density import conformal_threshold, fit_density, held_out
 from detector import Detector, initial_network, load, load_config, save, stream
 from model import CutPasteNet
-from options import Config, PatchConfig, SettingError
 from runtime.files import InputError, load_tensors, save_tensors
 
 CONFIG = Config("brick", height=32, width=48, false_alarm_rate=0.2, seed=3, pretrained=False)

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 import run_training
-from options import Config, PatchConfig, SettingError, config_of, flagged, resume, settings_of
+from config import RECIPES, Config, PatchConfig, SettingError, resume, settings_of
+from options import config_of, flagged
 
 PATCHES = Config("brick", patches=PatchConfig(level=(1, 2)))
 
@@ -25,6 +26,26 @@ def test_defaults_are_the_papers():
     patches = parsed("--patch_size", 64, "--level", "2,3", "--stride", 16)
     assert patches.patches == PatchConfig(64, stride=16, level=(2, 3))
     assert (patches.l2, patches.levels) == (False, (2, 3))
+
+
+def test_a_recipe_sets_what_no_flag_sets():
+    fast = parsed("--recipe", "fast", "--no-pretrained")
+    assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
+    assert fast.patches == PatchConfig(64, level=(1, 2))
+    other = parsed(
+        "--recipe", "fast", "--no-pretrained", "--variant", "scar", "--level", 1, "--epochs", 7, "--window", 32
+    )
+    assert other == replace(fast, variant="scar", epochs=7, patches=PatchConfig(64, window=32))
+    assert parsed("--recipe", "paper") == parsed()
+    for name, values in RECIPES.items():
+        config = parsed("--recipe", name)
+        assert config.to_dict() | values | {"level": None} == config.to_dict() | {"level": None}
+
+
+def test_minutes_go_without_a_number_of_steps():
+    assert parsed("--minutes", 10).minutes == 10
+    with pytest.raises(SettingError, match="leave --epochs out"):
+        parsed("--minutes", 10, "--epochs", 5)
 
 
 def test_every_setting_has_a_flag_and_a_place_in_the_plain_values():

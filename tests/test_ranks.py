@@ -148,7 +148,8 @@ def test_a_rank_ends_while_a_thread_frees_a_tensor(tmp_path, code):
 GRADIENTS = """
 import sys, torch
 sys.path.insert(0, {root!r})
-from cutpaste import apply, make_params, rows
+from cutpaste import apply, make_params
+from paste import rows
 from model import CutPasteNet
 from runtime import ranks
 from torch.nn.functional import cross_entropy

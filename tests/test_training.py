@@ -17,13 +17,16 @@ from conftest import ROOT, TINY, one_line, same_weights, train
 from PIL import Image
 from torch.nn import functional
 
+from config import Config, PatchConfig, SettingError
 from detector import load
-from options import Config, SettingError, config_of
+from log import check_finite, unseen_shares
+from options import config_of
 from run_training import get_parser
 from runtime.cache import Images, digest
 from runtime.files import InputError, load_tensors, save_tensors
+from runtime.ranks import Ranks
 from runtime.script import suitable_precision
-from training import Numerics, Run, check_finite, choose_numerics
+from training import Numerics, Run, choose_numerics, steps_within
 
 WHERE = ("--data_dir", "--model_dir", "--logdir")
 
@@ -123,6 +126,7 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
         {"freeze_resnet": 4},
         {"freeze_resnet": 2},
         {"variant": "union"},
+        {"variant": "soft", "invisible": "drop", "optim": "adam", "patches": PatchConfig(32, window=8, level=(1, 2))},
         {"amp": "bf16"},
     ],
 )
@@ -220,7 +224,7 @@ def test_tensorboard_holds_what_the_readme_says(data, tmp_path, script):
     events = EventAccumulator(str(tmp_path / "logdirs/models/brick"), {"tensors": 0, "images": 0, "scalars": 0})
     events.Reload()
     tags = events.Tags()
-    assert set(tags["scalars"]) == {"loss", "acc", "lr", "eval_auc", "images_per_second"}
+    assert set(tags["scalars"]) == {"loss", "acc", "lr", "eval_auc", "images_per_second", "left_out"}
     assert tags["images"] == ["views"]
     assert tags["tensors"] == ["settings/text_summary"]
     assert [e.step for e in events.Scalars("loss")] == [10, 12]
@@ -303,12 +307,107 @@ def test_a_crop_is_normalized_as_the_image_that_it_is_from():
     config = tiny_config(*PATCHES, "--translate", 0, "--jitter", 0)
     run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, "off", False))
     chosen, params = run.sample_batch()
-    views, _, (mean, std) = run.make_views(run.load_batch(chosen), params)
-    found = run.network.normalized(views, (mean, std))
+    batch = run.make_views(run.load_batch(chosen), params)
+    found = run.network.normalized(batch.views, batch.statistics)
     whole = run.network.normalized(images[chosen].float() / 255)
     assert found.shape == (12, 3, 32, 32)
     for image, (y, x) in enumerate(params.corner.tolist()):
         assert torch.allclose(found[image], whole[image, :, y : y + 32, x : x + 32], atol=1e-5)
+
+
+def even_and_noisy() -> torch.Tensor:
+    """Four images of one gray, in which no paste shows, and four of noise: (8, 3, 32, 32) uint8."""
+    images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[:4] = 90
+    return images
+
+
+def test_views_that_show_nothing_are_left_out_of_the_loss():
+    """The mean over the others, as by hand; of two ranks' halves the sum is that of the whole batch."""
+    flags = ("--invisible", "drop", "--jitter", 0, "--patch_jitter", 0, "--batch_size", 8)
+    run = Run(tiny_config(*flags), even_and_noisy(), "", torch.device("cpu"), Numerics(1, "off", False))
+    chosen, params = run.sample_batch()
+    batch = run.make_views(run.load_batch(chosen), params)
+    even = (chosen < 4).repeat(3)
+    assert not batch.seen[even].any()
+    assert batch.seen[~even].float().mean() > 0.8
+    logits = torch.randn(24, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    loss, accuracy, left_out = run.batch_values(logits, batch, 1.0)
+    kept = batch.seen
+    assert torch.allclose(loss, functional.cross_entropy(logits[kept], batch.labels[kept]))
+    assert torch.allclose(accuracy, (logits.argmax(1) == batch.labels)[kept].float().mean())
+    assert left_out == pytest.approx(1 - kept.float().mean().item())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(gradient.abs().sum(1) > 0, kept)
+
+    class Both(Ranks):
+        def all_reduce_sum(self, value):
+            return kept.sum().float()
+
+    run.ranks, halves = Both(), []
+    for half in (slice(0, 12), slice(12, 24)):
+        part = replace(batch, labels=batch.labels[half], seen=batch.seen[half])
+        halves.append(run.batch_values(logits[half], part, 0.5))
+    for whole, parts in zip((loss, accuracy, left_out), zip(*halves)):
+        assert torch.allclose(whole, sum(parts))
+
+
+def test_a_batch_that_shows_nothing_changes_no_weight(tmp_path):
+    images = torch.full((8, 3, 32, 32), 90, dtype=torch.uint8)
+    flags = ("--invisible", "drop", "--jitter", 0, "--patch_jitter", 0)
+    run = Run(tiny_config(*flags), images, "", torch.device("cpu"), Numerics(1, "off", False))
+    before = run.network.head[0].weight.clone()
+    loss, _, left_out = run.train_step()
+    assert (loss, left_out) == (0, 1)
+    assert torch.allclose(run.network.head[0].weight, before, atol=1e-5)  # but for the decay
+
+
+def test_shares_of_views_that_show_nothing_are_told(data, tmp_path, script):
+    still = ["--jitter", 0, "--patch_jitter", 0]
+    config = tiny_config(*still)
+    shares = unseen_shares(config, even_and_noisy())
+    assert list(shares) == ["patch", "scar"]
+    assert all(0.5 <= share < 0.7 for share in shares.values())
+    assert unseen_shares(tiny_config("--variant", "union"), even_and_noisy()[4:])["patch or scar"] < 0.2
+    folder = tmp_path / "Data/plate/train/good"
+    folder.mkdir(parents=True)
+    for number, image in enumerate(even_and_noisy()):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", tmp_path / "models", "--logdir", tmp_path / "logdirs"]
+    for name, word in (("keep", "are learned as anomalous (--invisible drop"), ("drop", "are left out of the loss")):
+        done = script("run_training", *where, *TINY, *still, "--epochs", 1, "--overwrite", "--invisible", name)
+        assert done.code == 0, done.err
+        assert re.search(
+            r"plate: views that show no difference from the image: \d+ % of patch, \d+ % of scar; ", done.err
+        )
+        assert word in done.err
+
+
+def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
+    """It is stored, and the same command continues with it; another budget is another setting."""
+    minutes = [*flags(data, tmp_path, "--minutes", 0.05)]
+    place = minutes.index("--epochs")
+    minutes = minutes[:place] + minutes[place + 2 :]
+    began = time.monotonic()
+    done = script("run_training", *minutes)
+    assert done.code == 0, done.err
+    assert time.monotonic() - began < 30
+    steps = int(re.search(r"brick: (\d+) steps in 0.05 minutes", done.err)[1])
+    config = load(tmp_path / "models/brick.pt").config
+    assert (config.epochs, config.minutes) == (steps, 0.05)
+    assert "is finished; skipped" in script("run_training", *minutes).err
+    minutes[-1] = "0.06"
+    one_line(script("run_training", *minutes), "minutes 0.05, now 0.06")
+
+
+def test_steps_within_counts_the_time_that_planning_takes():
+    run = Run(tiny_config(), even_and_noisy(), "", torch.device("cpu"), Numerics(1, "off", False))
+    assert steps_within(0.0, run) == 1
+    began = time.monotonic()
+    count = steps_within(2.0, run)
+    for _ in range(count):
+        run.train_step()
+    assert 0.5 < time.monotonic() - began < 6
 
 
 def test_preview_of_a_patch_model(data, tmp_path, script):

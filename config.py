@@ -1,0 +1,227 @@
+"""Settings: what decides what a detector is, and the recipes that set many at once.
+
+Owns `Config`: each setting's default, range and help. The flags, the detector file, the saved state and the tables of
+results all read it: a new setting is one field. Reads no file, builds no network.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from cutpaste import VARIANTS, ViewParams, make_params
+from density import DENSITIES
+from localization import LOCATIONS
+from model import BACKBONES, LEVELS, NORMALIZATIONS
+from runtime.files import InputError
+from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, side, zero_or_one
+
+# Settings that flags override. "paper" is the paper's way and the default of each setting; "fast" is this project's:
+# what ten minutes on two cores buy, chosen as docs/recipe.md tells.
+RECIPES = {
+    "paper": {},
+    "fast": {
+        "patch_size": 64,
+        "variant": "soft",
+        "invisible": "drop",
+        "optim": "adam",
+        "level": (1, 2),
+        "epochs": 1500,
+    },
+}
+INVISIBLE = ("keep", "drop")
+LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
+EACH_DIMS = 64  # dimensions of Gaussians for each location
+FROZEN_STEPS = 20  # steps that the head trains alone on pretrained weights
+
+
+class SettingError(InputError):
+    """A setting that cannot be. ``name`` is the field of Config, ``reason`` what is wrong; scripts add the flag."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+class UnknownSettingError(SettingError):
+    """A setting that this version does not know: a newer one has written it."""
+
+
+levels = Rule(
+    tuple,
+    f"stages of the network from {LEVELS[0]} to {LEVELS[-1]}, separated by commas",
+    lambda value: value and list(value) == sorted(set(value)) and set(value) <= set(LEVELS),
+    lambda text: tuple(map(int, text.split(","))),
+)
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+def setting(default: object, rule: Rule, group: str, help: str, shown: str = "") -> object:
+    """A field of a Config. default None: none, or derived from other settings; shown: what --help says of it then."""
+    return field(default=default, metadata={"rule": rule, "group": group, "help": help, "shown": shown})
+
+
+@dataclass(frozen=True)
+class PatchConfig:
+    """How a patch model is trained on crops and makes its maps."""
+
+    patch_size: int = setting(64, side, "maps", "train a patch model on crops of that side, such as 64", "none")
+    # Crops below 32 leave the last stage a single feature, whose gradient in bfloat16 oneDNN computes from memory that
+    # nobody wrote: the loss is NaN in some runs
+    window: int = setting(16, int_within(8, 4096), "maps", "side of the windows that are scored, in pixels")
+    stride: int = setting(8, int_within(1, 4096), "maps", "pixels between windows")
+    level: tuple[int, ...] = setting((1,), levels, "maps", "stages whose features are embedded, such as 1 or 1,2")
+    dense: bool = setting(True, zero_or_one, "maps", "run the network once per image; 0: on each window alone")
+    location: str = setting("auto", one_of(LOCATIONS), "maps", "one Gaussian for all locations, or for each its own")
+    dims: int | None = setting(
+        None, int_within(1, 4096), "maps", "directions of most variance kept of embeddings", "64; all if shared"
+    )
+    sigma: float = setting(4.0, number(0.1, 1e3), "maps", "of the kernel that up-samples scores, in pixels")
+
+    @property
+    def most_dims(self) -> float:
+        """``dims``, or what they are if not given: many Gaussians of all dimensions would make a file of gigabytes."""
+        return self.dims or (math.inf if self.location == "shared" else EACH_DIMS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting that decides what a detector is. Raises SettingError for a value that cannot be."""
+
+    category: str = setting("", anything, "", "")
+    recipe: str = setting("paper", one_of(RECIPES), "recipe", "settings that other flags override")
+    backbone: str = setting("resnet18", one_of(BACKBONES), "network", "network that is trained")
+    head_layer: int = setting(1, int_within(0, 64), "network", "layers of 512 in the projection head")
+    height: int = setting(256, side, "", "")
+    width: int = setting(256, side, "", "")
+    normalize: str = setting(
+        "image", one_of(NORMALIZATIONS), "network", "input normalization: each image's own statistics, or ImageNet's"
+    )
+    pretrained: bool = setting(
+        True, zero_or_one, "network", "start from ImageNet weights; --no-pretrained: from scratch, as the paper does"
+    )
+    weights: str | None = setting(None, anything, "network", "file of ImageNet weights", "torchvision's download")
+    variant: str = setting("3way", one_of(VARIANTS), "pretext task", "augmentation that normal images are told from")
+    invisible: str = setting(
+        "keep", one_of(INVISIBLE), "pretext task", "views that show no difference: learned as anomalous, or left out"
+    )
+    jitter: float = setting(0.1, number(0, 0.5), "pretext task", "color jitter of the whole image")
+    patch_jitter: float = setting(0.1, number(0, 0.5), "pretext task", "color jitter of the patch")
+    translate: float = setting(0.04, number(0, 0.5), "pretext task", "largest shift, as a fraction of the side")
+    epochs: int = setting(10000, int_at_least(1), "training", "steps (parameter updates)")
+    batch_size: int = setting(32, int_at_least(2), "training", "images read per step; each gives 2 or 3 views")
+    minutes: float | None = setting(
+        None, number(0.01, 1e6), "training", "as many steps as they allow, instead of --epochs", "none"
+    )
+    optim: str = setting("sgd", one_of(LEARNING_RATES), "training", "optimizer")
+    lr: float = setting(
+        None, number(1e-9, 1e9), "training", "learning rate at the start", "0.03 for sgd, 0.001 for adam"
+    )
+    freeze_resnet: int = setting(
+        None, int_at_least(0), "training", "first steps with the backbone frozen", "20 with pretrained weights, else 0"
+    )
+    seed: int = setting(0, int_at_least(0), "training", "seed of everything random")
+    density: str = setting("torch", one_of(DENSITIES), "density", "density of the embeddings")
+    l2: bool = setting(None, zero_or_one, "density", "L2-normalize embeddings first", "1; 0 for patch models")
+    false_alarm_rate: float = setting(
+        0.01, number(0, 1), "density", "share of normal images that may lie above the threshold"
+    )
+    patches: PatchConfig | None = None  # None: an image-level model
+
+    def __post_init__(self) -> None:
+        self._check()
+        derived = {
+            "lr": LEARNING_RATES[self.optim],
+            "freeze_resnet": FROZEN_STEPS if self.pretrained else 0,
+            "l2": self.patches is None,  # the length of a patch's features says how much there is to see in it
+        }
+        for name, value in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.patches is not None:
+            self._check_patches()
+
+    def _check(self) -> None:
+        if self.weights is not None and not self.pretrained:
+            raise SettingError("weights", "goes with pretrained weights, not with training from scratch")
+        for part in (self, self.patches):
+            for each in settings_of(type(part)) if part is not None else ():
+                value, rule = getattr(part, each.name), each.metadata["rule"]
+                if not (rule.holds(value) or (value is None and each.default is None)):
+                    raise SettingError(each.name, f"{rule.words} is needed, not {value!r}")
+
+    def _check_patches(self) -> None:
+        patches, shown = self.patches, f"{self.width}x{self.height}"
+        for name in ("patch_size", "window"):
+            if (value := getattr(patches, name)) > min(self.height, self.width):
+                raise SettingError(name, f"{value} is larger than the image, {shown}")
+        for level in patches.level if patches.dense else ():
+            unit = BACKBONES[self.backbone].strides[level - 1]
+            for name in ("window", "stride"):
+                if (value := getattr(patches, name)) % unit:
+                    raise SettingError(name, f"{value}: a multiple of {unit} is needed for stage {level}")
+        if not DENSITIES[self.density].several:
+            raise SettingError("density", f"{self.density} is no density for the windows of a patch model")
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The stages that are embedded: the last one of an image-level model."""
+        return self.patches.level if self.patches else (len(BACKBONES[self.backbone].stages),)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a score has a gradient, which Grad-CAM needs."""
+        return DENSITIES[self.density].has_gradient
+
+    def make_params(self, count: int, generator: torch.Generator) -> ViewParams:
+        """Draw the parameters of the views of ``count`` images, see cutpaste.make_params."""
+        patch_size = self.patches.patch_size if self.patches else None
+        amounts = {"translate": self.translate, "jitter": self.jitter, "patch_jitter": self.patch_jitter}
+        return make_params(self.variant, count, self.height, self.width, generator, **amounts, patch_size=patch_size)
+
+    def to_dict(self) -> dict:
+        """Plain values by the names of fields, those of PatchConfig beside the others, None of an image-level model."""
+        values = {each.name: getattr(self, each.name) for each in settings_of(Config)}
+        values |= {each.name: self.patches and getattr(self.patches, each.name) for each in settings_of(PatchConfig)}
+        if self.patches:
+            values["level"] = ",".join(map(str, self.patches.level))
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The Config that ``to_dict`` gave, also by an earlier version: a setting it did not know has its default."""
+        known = {each.name for part in (Config, PatchConfig) for each in settings_of(part)}
+        for name in values:
+            if name not in known:
+                raise UnknownSettingError(str(name), "no setting of this version")
+        given = {name: value for name, value in values.items() if value is not None}
+        if isinstance(given.get("level"), int | str):  # version 2 of the detector file had one level
+            try:
+                given["level"] = levels(str(given["level"]))
+            except argparse.ArgumentTypeError as error:
+                raise SettingError("level", str(error)) from error
+        patches = {each.name: given.pop(each.name) for each in settings_of(PatchConfig) if each.name in given}
+        return cls(**given, patches=PatchConfig(**patches) if "patch_size" in patches else None)
+
+
+def settings_of(part: type) -> list:
+    """The fields of Config or PatchConfig that are settings."""
+    return [each for each in fields(part) if each.metadata]
+
+
+def resume(asked: dict, saved: dict) -> dict:
+    """The settings that a saved run goes on with. asked: those that were asked for, by name.
+
+    The one rule of resuming: what was asked for must be what is saved. Raises SettingError for the first difference.
+    """
+    for name, value in asked.items():
+        if name in saved and saved[name] != value:
+            was, now = (int(each) if isinstance(each, bool) else each for each in (saved[name], value))
+            raise SettingError(name, f"made with {name} {was}, now {now}")
+    return {**asked, **saved}

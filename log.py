@@ -1,0 +1,109 @@
+"""What a run tells: TensorBoard's entries, the progress bar, warnings.
+
+Owns what is logged and how often. Decides nothing but that a loss which is not finite ends the run.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from config import Config
+from cutpaste import VARIANTS, augment, augment_crops, cut_paste, visible
+from detector import Detector
+from runtime.cache import ImageArray
+from runtime.files import InputError, say
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+    from training import Run
+
+LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
+PREVIEW_IMAGES = 6
+UNSEEN_VIEWS, MANY_UNSEEN = 128, 0.1  # views of each kind that are looked at, and the share that is told
+
+
+class NotFiniteLossError(InputError):
+    """The training has diverged."""
+
+
+def check_finite(category: str, step: int, loss: float | Tensor, *weights: Tensor) -> None:
+    """Raises NotFiniteLossError if the loss or a weight is not finite."""
+    for name, value in (("loss", torch.as_tensor(loss)), *(("network", weight) for weight in weights)):
+        if not torch.isfinite(value).all():
+            what = f"the loss is {float(value)}" if name == "loss" else "a weight of the network is not finite"
+            raise NotFiniteLossError(f"{category}: {what} at step {step}")
+
+
+class Log:
+    """Loss, accuracy, learning rate and speed of a run's steps, to TensorBoard and the progress bar every LOG_EVERY
+    steps; of several ranks the first one's. writer None: not written."""
+
+    def __init__(self, run: "Run", writer: "SummaryWriter | None", progress: "tqdm") -> None:
+        self.run, self.writer, self.progress = run, writer, progress
+        self.sums: Tensor | int = 0
+        self.since, self.lap = run.step, time.monotonic()
+
+    def add(self, values: Tensor) -> None:
+        """What a step returned."""
+        run = self.run
+        self.sums = self.sums + values  # on the device: not waited for here
+        self.progress.update()
+        if run.step % LOG_EVERY and run.step < run.config.epochs:
+            return
+        count, now = run.step - self.since, time.monotonic()
+        loss, accuracy, left_out = (run.ranks.all_reduce_sum(self.sums) / count).tolist()
+        check_finite(run.config.category, run.step, loss)
+        if self.writer is not None:
+            speed, lr = count * run.batch_size / (now - self.lap), run.optimizer.param_groups[0]["lr"]
+            values = {"loss": loss, "acc": accuracy, "lr": lr, "images_per_second": speed, "left_out": left_out}
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, run.step)
+            self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
+        self.sums, self.since, self.lap = 0, run.step, now
+
+    def log_test_auroc(self, watch: Callable[[Detector], float]) -> None:
+        """The test AUROC so far. Its time does not count in the speed."""
+        run, began = self.run, time.monotonic()
+        auroc = watch(Detector(run.config, run.network).fit(run.images, threshold=False))
+        run.network.train()
+        self.writer.add_scalar("eval_auc", auroc, run.step)
+        say(f"{run.config.category}: step {run.step}, test AUROC {auroc:.4f}")
+        self.lap += time.monotonic() - began
+
+
+def log_start(writer: "SummaryWriter", run: "Run") -> None:
+    """Settings, a sheet of samples and a warning of views that show nothing, once at the start."""
+    import plots
+
+    config, unseen = run.config, unseen_shares(run.config, run.images)
+    rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
+    writer.add_text("settings", "\n".join(rows), 0)
+    samples = run.images[:PREVIEW_IMAGES]
+    figure = plots.preview(samples, [f"image {i}" for i in range(len(samples))], config, unseen)
+    figure.set_dpi(80)
+    writer.add_figure("views", figure, 0)
+    many = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in unseen.items() if share > MANY_UNSEEN)
+    if many:
+        done = "are left out of the loss" if config.invisible == "drop" else "are learned as anomalous"
+        way_out = "" if config.invisible == "drop" else " (--invisible drop leaves them out)"
+        say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
+
+
+def unseen_shares(config: Config, images: ImageArray) -> dict[str, float]:
+    """Of each kind of view the share in which nothing can be seen to differ from the image, see cutpaste.visible, by
+    its name in VIEWS. images: (N, 3, H, W) uint8, of which UNSEEN_VIEWS are taken, evenly spaced."""
+    some = images[torch.arange(UNSEEN_VIEWS) * len(images) // UNSEEN_VIEWS]
+    params = config.make_params(len(some), torch.Generator().manual_seed(config.seed))
+    if params.corner is None:
+        base = whole = augment(some, params)
+        source = None
+    else:
+        base, source, whole = augment_crops(some, params)
+    seen = visible(cut_paste(base, source, params)[0], params, whole.std((1, 2, 3)))
+    shares = 1 - seen.float().view(-1, len(some)).mean(1)
+    return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))
