@@ -27,6 +27,7 @@ RECIPES = {
         "invisible": "drop",
         "optim": "adam",
         "level": (1, 2),
+        "batch_size": 16,
         "epochs": 1500,
     },
 }

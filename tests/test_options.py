@@ -32,6 +32,7 @@ def test_a_recipe_sets_what_no_flag_sets():
     fast = parsed("--recipe", "fast", "--no-pretrained")
     assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
     assert fast.patches == PatchConfig(64, level=(1, 2))
+    assert (fast.epochs, fast.batch_size) == (1500, 16)
     other = parsed(
         "--recipe", "fast", "--no-pretrained", "--variant", "scar", "--level", 1, "--epochs", 7, "--window", 32
     )
