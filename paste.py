@@ -150,9 +150,9 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
         tile_w, tile_h = min(width, int(half_w.max() * 2) + 2), min(height, int(half_h.max() * 2) + 2)
         left, top = left.clamp(0, width - tile_w), top.clamp(0, height - tile_h)
     turn = p.angle.deg2rad()
-    soft = None if p.soft is None else p.soft.to(device, non_blocking=True)[:, None, None]
-    numbers = (left, top, p.source_x, p.source_y, p.width, p.height, p.center_x, p.center_y, turn.cos(), turn.sin())
-    numbers = torch.stack(numbers).to(device, non_blocking=True)[:, :, None]  # (10, B, 1): one copy
+    numbers = [left, top, p.source_x, p.source_y, p.width, p.height, p.center_x, p.center_y, turn.cos(), turn.sin()]
+    numbers += [] if p.soft is None else [p.soft]
+    numbers = torch.stack(numbers).to(device, non_blocking=True)[:, :, None]  # (10 or 11, B, 1): one copy
     left, top, source_x, source_y, w, h = numbers[:6]
 
     # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
@@ -171,7 +171,7 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
     if upright:
         place = first + ((top + y) * width + left + x).long()
     else:
-        w, h, center_x, center_y, cos, sin = numbers[4:, ..., None]
+        w, h, center_x, center_y, cos, sin, *soft = numbers[4:, ..., None]
         y = top[:, None] + torch.arange(tile_h, device=device)[:, None]  # (B, h, 1)
         x = left[:, None] + torch.arange(tile_w, device=device)  # (B, 1, w)
         dx, dy = x + 0.5 - center_x, y + 0.5 - center_y
@@ -182,10 +182,10 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
         origin = torch.arange(count, device=device)[:, None, None] * most + (v * w + u).long()
         place = first[:, None] + (y * width + x).long()
         new, covered = patch.index_select(0, origin.view(-1)), changed.index_select(0, place.view(-1))
-        if soft is None:
-            patch = torch.where(inside.view(-1, 1), new, covered)
-        else:
-            share = ((w / 2 - across.abs()) / soft).clamp(0, 1) * ((h / 2 - along.abs()) / soft).clamp(0, 1)
+        if soft:
+            share = ((w / 2 - across.abs()) / soft[0]).clamp(0, 1) * ((h / 2 - along.abs()) / soft[0]).clamp(0, 1)
             patch = torch.lerp(covered, new, share.view(-1, 1))
+        else:
+            patch = torch.where(inside.view(-1, 1), new, covered)
     changed.index_copy_(0, place.view(-1), patch)
     return target

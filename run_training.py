@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import options
-from config import Config, SettingError, resume
+from config import RECIPES, Config, SettingError, resume
 from dataset import TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from density import NotFiniteError
 from detector import Detector, check_enough, detector_path, load_config, save
@@ -83,6 +83,9 @@ def main(args: argparse.Namespace) -> None:
         for config in configs:
             check_settings(args.model_dir, config)
     torch.backends.cudnn.deterministic = True
+    if RECIPES[settings.recipe] and here.is_main:
+        own = settings.to_dict()
+        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {own[name]}" for name in RECIPES[settings.recipe]))
 
     from tqdm import tqdm
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from color import to_float
-from config import Config, SettingError
+from config import RECIPES, Config, SettingError
 from cutpaste import VARIANTS, apply
 from dataset import decode, find_images, load_images
 from detector import IMAGES_AT_ONCE, Detector, stream
@@ -47,8 +47,9 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what is measured").add_argument
     add("--only", choices=PARTS, nargs="+", default=PARTS, metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     add("--size", type=size, default=(256, 256), metavar="S|WxH", help="of images in pixels (default: 256)")
-    add("--batch_size", type=int_at_least(2), default=32, metavar="N", help="images per step (default: 32)")
-    add("--variant", choices=tuple(VARIANTS), default="3way", help="default: 3way")
+    add("--batch_size", type=int_at_least(2), metavar="N", help="images per step (default: the recipe's, 32 of paper)")
+    add("--recipe", choices=tuple(RECIPES), default="paper", help="default: paper")
+    add("--variant", choices=tuple(VARIANTS), help="default: the recipe's, 3way of paper")
     add("--original", type=size, default=(900, 900), metavar="S|WxH", help="size of files (default: 900)")
     add("--data_dir", metavar="DIR", help="a folder of images (default: textures of scikit-image)")
     add = parser.add_argument_group("how").add_argument
@@ -65,11 +66,12 @@ def main(args: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     asked = {"compile": args.compile} | ({} if args.amp == "auto" else {"amp": args.amp})
     # On a CPU every step is the last and so logged, a little more than it costs: laps of ten would take too long
-    settings = {"epochs": 1} if device.type == "cpu" else {}
-    settings |= {"height": args.size[0], "width": args.size[1], "variant": args.variant, "batch_size": args.batch_size}
+    settings = {"recipe": args.recipe, "height": args.size[0], "width": args.size[1]}
+    settings |= {name: getattr(args, name) for name in ("variant", "batch_size") if getattr(args, name) is not None}
+    settings |= {"epochs": 1} if device.type == "cpu" else {}
     try:
         numerics = choose_numerics(asked, {}, device, threads)
-        config = Config("speed", pretrained=False, **settings)
+        config = Config.from_dict({"category": "speed", "pretrained": False} | RECIPES[args.recipe] | settings)
     except SettingError as error:
         raise argparse.ArgumentTypeError(flagged(error)) from error
     row = {
@@ -80,13 +82,13 @@ def main(args: argparse.Namespace) -> None:
         "gpu": device_name(device) if args.cuda else "",
         "torch": str(torch.__version__),
         "commit": commit(),
-        **{name: getattr(config, name) for name in ("height", "width", "batch_size", "variant")},
+        **{name: getattr(config, name) for name in ("height", "width", "batch_size", "variant", "recipe")},
         "amp": numerics.amp,
         "compile": numerics.compile,
         "repeats": args.repeats,
         "note": args.note,
     }
-    photographs = load_photographs(args.data_dir, max(64, 2 * args.batch_size))
+    photographs = load_photographs(args.data_dir, max(64, 2 * config.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(photographs, Path(folder), args.original)
         run = Run(config, load_images(paths, args.size, os.cpu_count()), "", device, numerics)
@@ -204,7 +206,8 @@ def bare_step(run: Run, amp: str, compile: bool, layout: torch.memory_format) ->
     network = network.to(device, memory_format=layout)
     forward = torch.compile(network) if compile else network
     optimizer = new_optimizer(config, network)
-    resident = torch.rand(classes * run.batch_size, 3, config.height, config.width, device=device)
+    height, width = (config.patches.patch_size,) * 2 if config.patches else (config.height, config.width)
+    resident = torch.rand(classes * run.batch_size, 3, height, width, device=device)
     resident = resident.contiguous(memory_format=layout)
     labels = torch.arange(classes, device=device).repeat_interleave(run.batch_size)
     precision = PRECISIONS[amp]

@@ -25,6 +25,21 @@ from runtime.script import run_script
 FITTING = ("streamed as moments", "held")  # notes of rows that say what fitting costs
 PAPER_PIXEL = {"bottle": 97.6, "screw": 96.7, "grid": 97.5}  # its Table 2, 3-way patch models
 PAPER_SIZE = 256  # pixels
+TRIAL_CATEGORIES = ("screw", "ball_screw", "bottle", "brick", "grass", "gravel")
+WAYS = {  # columns of results/trials.csv
+    **{f"image_stage{level}": f"stage {level}, maximum of the map" for level in (1, 2, 3, 4)},
+    "image_sum12": "stages 1 and 2 added, maximum",
+    "image_sum12_top1": "stages 1 and 2 added, mean of the largest 1 %",
+    "image_sum12_mean": "stages 1 and 2 added, mean of the map",
+    "image_sum123": "stages 1 to 3 added, maximum",
+    "image_sum1234": "all stages added, maximum",
+    "image_shared2": "stage 2, one Gaussian for all locations, mean of the largest 1 %",
+    "image_nearest2": "stage 2, distance to the nearest of 20,000 normal windows, maximum",
+    "image_pooled3": "stage 3, one Gaussian of the image's mean",
+    "image_pooled4": "stage 4, one Gaussian of the image's mean",
+    "image_pooled4_deviation": "stage 4, of its mean and deviation",
+    "image_head": "the classifier's log odds, maximum over windows of 64 px",
+}
 START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
 # What a table that does not show it must not mix; of "location" it is location_chosen that counts
 SETTINGS = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
@@ -222,6 +237,64 @@ def fitting_table() -> str:
     return markdown(["embeddings", "category", "seconds to fit", "peak MB", "file MB", "pixel AUROC"], cells)
 
 
+def recipe_table() -> str:
+    """Detectors by recipes within a budget of minutes, mean and deviation over seeds."""
+    told = ["category", "recipe", "minutes", "device", "amp"]
+    rows = pandas.read_csv(ROOT / "results/recipe.csv")
+    cells = []
+    for key, own in newest("results/recipe.csv", rows, told, ["seed", "epochs"]).groupby(told, sort=False):
+        found = (own.image_auroc, own.control_auroc, own.pixel_auroc, own.control_pixel_auroc, own.aupro)
+        steps = "{}".format(" to ".join(map(str, sorted({own.epochs.min(), own.epochs.max()}))))
+        category, recipe, minutes, device, amp = key
+        cells.append([category, recipe, f"{minutes:g}", steps, len(own), *map(spread, found)])
+        cells[-1].append(f"{device}, {amp.replace('off', 'float32')}")
+    head = "category, recipe, minutes, steps, seeds, image AUROC, untrained, pixel AUROC, untrained, AUPRO, processor"
+    return markdown(head.split(", "), cells)
+
+
+def trial_rows() -> DataFrame:
+    return pandas.read_csv(ROOT / "results/trials.csv")
+
+
+def trials_table() -> str:
+    """What was tried on the way to the recipe: image and pixel AUROC of the sum of stages 1 and 2, mean over seeds."""
+    rows = trial_rows()
+    categories = [name for name in TRIAL_CATEGORIES if name in set(rows.category)]
+    head = ["trial", "what it is", *(f"{name} {kind}" for name in categories for kind in ("image", "pixel"))]
+    cells = []
+    for trial, own in rows.groupby("trial", sort=False):
+        of = {name: own[own.category == name] for name in categories}
+        found = [percent(part[name].mean()) for part in of.values() for name in ("image_sum12", "pixel_sum12")]
+        seeds = f" ({own.seed.nunique()} seeds)" if own.seed.nunique() > 1 else ""
+        cells.append([trial, own.what.iloc[0] + seeds, *found])
+    return markdown(head, cells)
+
+
+def ways_table() -> str:
+    """Image AUROC of the ways to look at one network: untrained, by the paper's recipe, and as in the recipe "fast"."""
+    rows = trial_rows()
+    trials = ["untrained", "paper", "adam other soft"]
+    categories = ["screw", "ball_screw", "bottle"]
+    cells = []
+    for column, words in WAYS.items():
+        found = [
+            percent(rows[(rows.trial == trial) & (rows.category == name)][column].mean())
+            for name in categories
+            for trial in trials
+        ]
+        cells.append([words, *found])
+    return markdown(["way", *(f"{name}: {trial}" for name in categories for trial in trials)], cells)
+
+
+def unseen_table() -> str:
+    """The share of views that show nothing, of each kind of view."""
+    rows = pandas.read_csv(ROOT / "results/unseen.csv")
+    rows["view"] += rows.patch_size.map(lambda side: ", whole image" if pandas.isna(side) else ", crop")
+    table = rows.pivot_table("share", "category", "view", sort=False)
+    cells = ([name, *(percent(value, 0) for value in values)] for name, values in table.iterrows())
+    return markdown(["category", *table.columns], cells)
+
+
 def speed_table() -> str:
     """What benchmarks/speed.py measured, one column a row of the file."""
     rows = pandas.read_csv(ROOT / "results/speed.csv")
@@ -230,6 +303,7 @@ def speed_table() -> str:
         "cores": lambda r: r.cores,
         "torch": lambda r: r.torch,
         "commit": lambda r: r.commit,
+        "recipe": lambda r: r.recipe,
         "variant, size, images per step": lambda r: f"{r.variant}, {r.width} x {r.height}, {r.batch_size}",
         "precision": lambda r: r.amp + (", compiled" if r.compile else ""),
         "training step, seconds": lambda r: f"{r.step_seconds:.2f}",
@@ -269,6 +343,10 @@ TABLES = {
     "pixel": pixel_table,
     "maps": maps_table,
     "fitting": fitting_table,
+    "recipe": recipe_table,
+    "trials": trials_table,
+    "ways": ways_table,
+    "unseen": unseen_table,
     "speed": speed_table,
     "memory": memory_table,
 }
