@@ -4,7 +4,6 @@ Owns what is logged and how often. Decides nothing but that a loss which is not 
 """
 
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +11,13 @@ from torch import Tensor
 
 from config import Config
 from cutpaste import VARIANTS, augment, augment_crops, cut_paste, visible
-from detector import Detector
 from runtime.cache import ImageArray
 from runtime.files import InputError, say
+from runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
-
-    from training import Run
 
 LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
 PREVIEW_IMAGES = 6
@@ -41,49 +38,59 @@ def check_finite(category: str, step: int, loss: float | Tensor, *weights: Tenso
 
 class Log:
     """Loss, accuracy, learning rate and speed of a run's steps, to TensorBoard and the progress bar every LOG_EVERY
-    steps; of several ranks the first one's. writer None: not written."""
+    steps; of several ranks the first one's. step: those done before; writer None: not written."""
 
-    def __init__(self, run: "Run", writer: "SummaryWriter | None", progress: "tqdm") -> None:
-        self.run, self.writer, self.progress = run, writer, progress
+    def __init__(
+        self,
+        config: Config,
+        step: int,
+        batch_size: int,
+        ranks: Ranks,
+        writer: "SummaryWriter | None",
+        progress: "tqdm",
+    ) -> None:
+        self.config, self.batch_size, self.ranks, self.writer, self.progress = (
+            config,
+            batch_size,
+            ranks,
+            writer,
+            progress,
+        )
         self.sums: Tensor | int = 0
-        self.since, self.lap = run.step, time.monotonic()
+        self.since, self.lap = step, time.monotonic()
 
-    def add(self, values: Tensor) -> None:
-        """What a step returned."""
-        run = self.run
+    def add(self, step: int, values: Tensor, lr: float) -> None:
+        """What a step returned: loss, accuracy, share of views left out, (3,)."""
         self.sums = self.sums + values  # on the device: not waited for here
         self.progress.update()
-        if run.step % LOG_EVERY and run.step < run.config.epochs:
+        if step % LOG_EVERY and step < self.config.epochs:
             return
-        count, now = run.step - self.since, time.monotonic()
-        loss, accuracy, left_out = (run.ranks.all_reduce_sum(self.sums) / count).tolist()
-        check_finite(run.config.category, run.step, loss)
+        count, now = step - self.since, time.monotonic()
+        loss, accuracy, left_out = (self.ranks.all_reduce_sum(self.sums) / count).tolist()
+        check_finite(self.config.category, step, loss)
         if self.writer is not None:
-            speed, lr = count * run.batch_size / (now - self.lap), run.optimizer.param_groups[0]["lr"]
+            speed = count * self.batch_size / (now - self.lap)
             values = {"loss": loss, "acc": accuracy, "lr": lr, "images_per_second": speed, "left_out": left_out}
             for tag, value in values.items():
-                self.writer.add_scalar(tag, value, run.step)
+                self.writer.add_scalar(tag, value, step)
             self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
-        self.sums, self.since, self.lap = 0, run.step, now
+        self.sums, self.since, self.lap = 0, step, now
 
-    def log_test_auroc(self, watch: Callable[[Detector], float]) -> None:
-        """The test AUROC so far. Its time does not count in the speed."""
-        run, began = self.run, time.monotonic()
-        auroc = watch(Detector(run.config, run.network).fit(run.images, threshold=False))
-        run.network.train()
-        self.writer.add_scalar("eval_auc", auroc, run.step)
-        say(f"{run.config.category}: step {run.step}, test AUROC {auroc:.4f}")
-        self.lap += time.monotonic() - began
+    def add_test_auroc(self, step: int, auroc: float, seconds: float) -> None:
+        """The test AUROC so far. The time it took does not count in the speed."""
+        self.writer.add_scalar("eval_auc", auroc, step)
+        say(f"{self.config.category}: step {step}, test AUROC {auroc:.4f}")
+        self.lap += seconds
 
 
-def log_start(writer: "SummaryWriter", run: "Run") -> None:
+def log_start(writer: "SummaryWriter", config: Config, images: ImageArray) -> None:
     """Settings, a sheet of samples and a warning of views that show nothing, once at the start."""
     import plots
 
-    config, unseen = run.config, unseen_shares(run.config, run.images)
+    unseen = unseen_shares(config, images)
     rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
     writer.add_text("settings", "\n".join(rows), 0)
-    samples = run.images[:PREVIEW_IMAGES]
+    samples = images[:PREVIEW_IMAGES]
     figure = plots.preview(samples, [f"image {i}" for i in range(len(samples))], config, unseen)
     figure.set_dpi(80)
     writer.add_figure("views", figure, 0)

@@ -251,16 +251,19 @@ class Run:
             interrupts = stack.enter_context(Interrupts())
             progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
             if self.step == 0 and is_main:
-                log_start(writer, self)
-            log = Log(self, writer, progress)
+                log_start(writer, self.config, self.images)
+            log = Log(self.config, self.step, self.batch_size, self.ranks, writer, progress)
             saved, began = time.monotonic(), time.monotonic() - self.seconds
             while self.step < steps:
                 values = self.train_step()
-                log.add(values)
+                log.add(self.step, values, self.optimizer.param_groups[0]["lr"])
                 last = self.step == steps
                 if watch is not None and is_main and (self.step % watch_every == 0 or last):
                     check_finite(category, self.step, values[0])
-                    log.log_test_auroc(watch)
+                    looked = time.monotonic()
+                    auroc = watch(Detector(self.config, self.network).fit(self.images, threshold=False))
+                    self.network.train()
+                    log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began
                 stop = self.ranks.all_reduce_max(interrupts.signal)  # all at the same step
                 # The last step too: fitting the density can be stopped, or its file not be written

@@ -118,8 +118,13 @@ def step(run: Run, repeats: int) -> dict:
     peak = peak_mb(run.device)  # before there is another network
     bare = bare_step(run, run.numerics.amp, run.numerics.compile, torch.channels_last)
     with tempfile.TemporaryDirectory() as folder, open_tensorboard(Path(folder), 0) as writer:
-        log = Log(run, writer, progress_bar("", 0, 0, shown=False))
-        ours, alone = medians(repeats, run.device, lambda: log.add(run.train_step()), bare)
+        log = Log(run.config, run.step, run.batch_size, run.ranks, writer, progress_bar("", 0, 0, shown=False))
+
+        def work() -> None:
+            values = run.train_step()
+            log.add(run.step, values, run.optimizer.param_groups[0]["lr"])
+
+        ours, alone = medians(repeats, run.device, work, bare)
     return {
         "step_seconds": ours,
         "bare_seconds": alone,
