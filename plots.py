@@ -5,6 +5,7 @@ The only module that imports matplotlib or seaborn; computes nothing but what dr
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import seaborn
@@ -16,6 +17,9 @@ from config import Config
 from cutpaste import VARIANTS, VIEWS, apply, to_float
 from dataset import GOOD, TestSet
 from detector import Detector, category_seed, stream
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
@@ -235,6 +239,24 @@ def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure
     axes.set(title=f"{category}: t-SNE of test images and their augmented views", xticks=[], yticks=[])
     axes.set(xlabel="t-SNE, no unit", ylabel="t-SNE, no unit")
     axes.legend(loc="best", frameon=True, fontsize=9)
+    return figure
+
+
+def curves(rows: "DataFrame") -> Figure:
+    """Image AUROC against minutes of training, a panel a category, a line a recipe and seed; from rows with category,
+    recipe, seed, seconds, image_auroc."""
+    categories = list(dict.fromkeys(rows.category))
+    figure = Figure(figsize=(4.2 * len(categories), 3.6), layout="constrained")
+    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
+        panels = figure.subplots(1, len(categories), squeeze=False)[0]
+    colors = dict(zip(dict.fromkeys(rows.recipe), (ANOMALY_COLOR, NORMAL_COLOR, "#6aa84f", "#e8a33d")))
+    for axes, category in zip(panels, categories):
+        for (recipe, seed), own in rows[rows.category == category].groupby(["recipe", "seed"], sort=False):
+            label = recipe if seed == rows[rows.recipe == recipe].seed.min() else None
+            axes.plot(own.seconds / 60, 100 * own.image_auroc, ".-", color=colors[recipe], label=label)
+        seaborn.despine(ax=axes)
+        axes.set(title=category, xlabel="minutes of training", ylabel="image AUROC, percent", xlim=(0, None))
+    panels[-1].legend(title="recipe", loc="lower right", frameon=True)
     return figure
 
 

@@ -1,0 +1,76 @@
+"""Test AUROC against seconds of training -> results/curve.csv -> images/curve.png.
+
+    python run_training.py --type screw --model_dir fast --recipe fast --no-pretrained --minutes 10 --test_epochs 60
+    python eval.py --type screw --model_dir fast --control 1
+    python benchmarks/curve.py add logdirs/fast Eval/fast/results.csv
+    python benchmarks/curve.py draw
+
+add takes what training wrote for TensorBoard. The time of the looks at the test images does not count, and these chose
+nothing: the curve is for looking at.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas
+from record import ROOT, add_record_flags, append, read
+
+from runtime.files import InputError, say, write_file
+from runtime.flags import new_parser
+from runtime.script import run_script
+
+KEPT = ("category", "recipe", "seed", "batch_size", "minutes", "device", "amp", "torch", "train_command")
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.add_argument("command", choices=("add", "draw"))
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="add: a folder of TensorBoard's files, results.csv of eval.py"
+    )
+    add_record_flags(parser, "curve.csv")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if len(args.files) != (2 if args.command == "add" else 0):
+        raise argparse.ArgumentTypeError("add needs a folder of TensorBoard's files and a results.csv, draw needs none")
+    if args.command == "add":
+        logdir, results = args.files
+        if not (rows := read(results)):
+            raise InputError(f"{results}: no such file; eval.py writes it")
+        for row in rows:
+            for point in curve(logdir / row["category"], row):
+                append(point, args.results)
+        return
+    import plots
+
+    rows = pandas.read_csv(args.results)
+    write_file(plots.png(plots.curves(rows)), ROOT / "images/curve.png")
+    say("wrote images/curve.png")
+
+
+def curve(folder: Path, row: dict[str, str]) -> list[dict]:
+    """Points of one training: its settings, step, seconds and image AUROC; the first is the untrained baseline."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), {"scalars": 0})
+    events.Reload()
+    if "eval_auc" not in events.Tags()["scalars"]:
+        raise InputError(f"{folder}: no test AUROC; train with --test_epochs N")
+    clock, seconds, last = {0: 0.0}, 0.0, 0
+    for entry in events.Scalars("images_per_second"):
+        images = min(int(row["batch_size"]), int(row["train_images"])) * (entry.step - last)
+        seconds, last = seconds + images / entry.value, entry.step
+        clock[last] = seconds
+    found = [(0, row["control_auroc"]), *((entry.step, entry.value) for entry in events.Scalars("eval_auc"))]
+    kept = {name: row[name] for name in KEPT} | {"note": row.get("note", "")}
+    return [
+        kept | {"step": step, "seconds": round(clock[step], 1), "image_auroc": value}
+        for step, value in found
+        if value != "" and step in clock
+    ]
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())
