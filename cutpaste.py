@@ -24,13 +24,13 @@ from paste import (
     draw_soft_scar,
     paste_,
     rows,
-    whole,
+    whole_numbers,
 )
 
 CROP_SIZE = 64  # the paper's crops of a patch model, of images of SCAR_IMAGE_SIZE (2.4)
-# A view shows something where enough of its pixels differ from the image by more than what the network takes for noise
-SEEN_CHANGE = 0.5  # of the deviation of the whole image's values, the unit of the network's input
-SEEN_PIXELS, SEEN_SHARE = 10.0, 0.5  # as many pixels, or that share of a patch that is smaller
+# A pasted view shows something if enough of its pixels differ from the image by enough
+VISIBLE_CHANGE = 0.5  # deviations of the whole image's values, the unit that --normalize image measures in
+VISIBLE_PIXELS, VISIBLE_SHARE = 10.0, 0.5  # as many pixels, or that share of a patch that is smaller
 SAMPLE_SIDE = 64  # pixels along the shorter side of an image that its statistics are taken from
 BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that fit into a processor's cache with all that is computed of them
 
@@ -136,7 +136,7 @@ def make_params(
     if patch_size is not None and not 1 <= patch_size <= min(height, width):
         raise ValueError(f"patch_size lies in [1, {min(height, width)}], the image's shorter side, not {patch_size}")
     most = torch.tensor([int(translate * height), int(translate * width)])
-    shift = whole((2 * most).expand(batch_size, 2), generator).long() - most if translate else None
+    shift = whole_numbers((2 * most).expand(batch_size, 2), generator).long() - most if translate else None
     base = draw_jitter(batch_size, jitter, generator)
     corner, source, size, scar_scale = None, None, (height, width), min(height, width) / SCAR_IMAGE_SIZE
     if patch_size is not None:
@@ -155,7 +155,8 @@ def make_params(
 
 def _corner(count: int, height: int, width: int, side: int, generator: Generator) -> Tensor:
     """(top, left) of squares anywhere in images: (count, 2) int64."""
-    return torch.stack([whole(torch.full((count,), most - side), generator) for most in (height, width)], 1).long()
+    most = [torch.full((count,), float(size - side)) for size in (height, width)]
+    return torch.stack([whole_numbers(each, generator) for each in most], 1).long()
 
 
 def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
@@ -229,19 +230,20 @@ def cut_paste(
     return views, labels
 
 
-def visible(views: Tensor, params: ViewParams, deviation: Tensor) -> Tensor:
+def visible(views: Tensor, params: ViewParams, whole: Tensor) -> Tensor:
     """Whether each of the views (V*B, 3, H, W) shows something: (V*B,) bool. Of an image, the first view, it says
     whether any of its other views does.
 
     A pasted view in which nothing can be seen to differ from the image is no anomaly: smooth surfaces and backgrounds
-    give many, and each is a wrong label. deviation: of the values of each whole image, (B,) or (B, 1, 1, 1).
+    give many, and each is a wrong label. whole: pixels of the augmented whole images, (B, 3, h, w), or a sample.
     """
     base, *further = views.chunk(1 + len(params.pastes))
-    least = SEEN_CHANGE * deviation.view(-1, 1, 1)
+    least = VISIBLE_CHANGE * whole.flatten(1).std(1, correction=0).clamp(min=1e-3)[:, None, None]
     found = []
     for view, boxes in zip(further, params.pastes):
-        enough = (SEEN_SHARE * boxes.width * boxes.height).clamp(max=SEEN_PIXELS).to(views.device, non_blocking=True)
-        found.append(((view - base).abs().amax(1) > least).sum((1, 2)) >= enough)
+        enough = (VISIBLE_SHARE * boxes.width * boxes.height).clamp(max=VISIBLE_PIXELS)
+        changed = ((view - base).abs().amax(1) > least).sum((1, 2))
+        found.append(changed >= enough.to(views.device, non_blocking=True))
     return torch.cat([torch.stack(found).any(0), *found])
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
 PREVIEW_IMAGES = 6
-UNSEEN_VIEWS, MANY_UNSEEN = 128, 0.1  # views of each kind that are looked at, and the share that is told
+LOOKED_AT, AT_ONCE, MANY_INVISIBLE = 128, 8, 0.1  # views of each kind, images together, the share that is told
 
 
 class NotFiniteLossError(InputError):
@@ -87,30 +87,31 @@ def log_start(writer: "SummaryWriter", config: Config, images: ImageArray) -> No
     """Settings, a sheet of samples and a warning of views that show nothing, once at the start."""
     import plots
 
-    unseen = unseen_shares(config, images)
+    invisible = invisible_shares(config, images)
     rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
     writer.add_text("settings", "\n".join(rows), 0)
     samples = images[:PREVIEW_IMAGES]
-    figure = plots.preview(samples, [f"image {i}" for i in range(len(samples))], config, unseen)
+    figure = plots.preview(samples, [f"image {i}" for i in range(len(samples))], config, invisible)
     figure.set_dpi(80)
     writer.add_figure("views", figure, 0)
-    many = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in unseen.items() if share > MANY_UNSEEN)
+    many = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in invisible.items() if share > MANY_INVISIBLE)
     if many:
         done = "are left out of the loss" if config.invisible == "drop" else "are learned as anomalous"
         way_out = "" if config.invisible == "drop" else " (--invisible drop leaves them out)"
         say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
 
 
-def unseen_shares(config: Config, images: ImageArray) -> dict[str, float]:
-    """Of each kind of view the share in which nothing can be seen to differ from the image, see cutpaste.visible, by
-    its name in VIEWS. images: (N, 3, H, W) uint8, of which UNSEEN_VIEWS are taken, evenly spaced."""
-    some = images[torch.arange(UNSEEN_VIEWS) * len(images) // UNSEEN_VIEWS]
-    params = config.make_params(len(some), torch.Generator().manual_seed(config.seed))
-    if params.corner is None:
-        base = whole = augment(some, params)
-        source = None
-    else:
-        base, source, whole = augment_crops(some, params)
-    seen = visible(cut_paste(base, source, params)[0], params, whole.std((1, 2, 3)))
-    shares = 1 - seen.float().view(-1, len(some)).mean(1)
+def invisible_shares(config: Config, images: ImageArray) -> dict[str, float]:
+    """Of each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
+    cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced."""
+    generator, found = torch.Generator().manual_seed(config.seed), []
+    for part in (torch.arange(LOOKED_AT) * len(images) // LOOKED_AT).split(AT_ONCE):
+        params = config.make_params(len(part), generator)
+        if params.corner is None:
+            base = whole = augment(images[part], params)
+            source = None
+        else:
+            base, source, whole = augment_crops(images[part], params)
+        found.append(visible(cut_paste(base, source, params)[0], params, whole).view(-1, len(part)))
+    shares = 1 - torch.cat(found, 1).float().mean(1)
     return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))

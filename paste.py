@@ -51,8 +51,8 @@ def rows(params: Any, part: slice | Tensor) -> Any:
 def draw_patch(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
     """Large upright patches."""
     w, h = _patch_size(count, height, width, generator)
-    x, y, angle = whole(width - w, generator), whole(height - h, generator), torch.zeros(count)
-    to_x, to_y = whole(width - w, generator) + w / 2, whole(height - h, generator) + h / 2
+    x, y, angle = whole_numbers(width - w, generator), whole_numbers(height - h, generator), torch.zeros(count)
+    to_x, to_y = whole_numbers(width - w, generator) + w / 2, whole_numbers(height - h, generator) + h / 2
     return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
 
 
@@ -98,7 +98,7 @@ def _softened(w: Tensor, h: Tensor, height: int, width: int, generator: Generato
 def _turned(w: Tensor, h: Tensor, angle: Tensor, height: int, width: int, generator: Generator) -> dict[str, Tensor]:
     """Boxes of rotated rectangles, from anywhere to anywhere in the image."""
     count = len(w)
-    x, y = whole(width - w, generator), whole(height - h, generator)
+    x, y = whole_numbers(width - w, generator), whole_numbers(height - h, generator)
     half_w, half_h = (e.clamp(max=side / 2) for e, side in zip(_half_extents(w, h, angle), (width, height)))
     to_x, to_y = _uniform(half_w, width - half_w, count, generator), _uniform(half_h, height - half_h, count, generator)
     return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
@@ -115,7 +115,7 @@ def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: G
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def whole(high: Tensor, generator: Generator) -> Tensor:
+def whole_numbers(high: Tensor, generator: Generator) -> Tensor:
     """Whole numbers from 0 to ``high``, both included, as float32."""
     draw = (torch.rand(high.shape, generator=generator) * (high + 1)).floor()
     return torch.minimum(draw, high)  # float32 rounding could reach high + 1

@@ -33,9 +33,9 @@ WORST = 2  # normal images with the highest and anomalous ones with the lowest s
 # Sheets -----------------------------------------------------------------------------------------------------------
 
 
-def preview(images: torch.Tensor, names: Sequence[str], config: Config, unseen: dict[str, float]) -> Figure:
-    """A sheet of images (R, 3, H, W) uint8, each beside its views. unseen: of each kind of view the share that shows no
-    difference from the image."""
+def preview(images: torch.Tensor, names: Sequence[str], config: Config, invisible: dict[str, float]) -> Figure:
+    """A sheet of images (R, 3, H, W) uint8, each beside its views. invisible: of each kind of view the share that shows
+    no difference from the image."""
     views = VARIANTS[config.variant].views
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
     augmented, _ = apply(images, config.make_params(len(images), generator))
@@ -46,7 +46,7 @@ def preview(images: torch.Tensor, names: Sequence[str], config: Config, unseen: 
     titles = ["crop" if config.patches and name == "image" else VIEWS[name].title for name in views]
     columns = ["original", *(f"{title} ({label})" for label, title in enumerate(titles))]
     for place, name in enumerate(views[1:], start=2):
-        columns[place] += f"\n{100 * unseen[name]:.0f} % show nothing"
+        columns[place] += f"\n{100 * invisible[name]:.0f} % show nothing"
     return views_sheet(cells.permute(0, 1, 3, 4, 2).cpu().numpy(), columns, names)
 
 

@@ -20,7 +20,7 @@ from config import RECIPES, Config, SettingError, resume
 from dataset import TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
 from density import NotFiniteError
 from detector import Detector, check_enough, detector_path, load_config, save
-from log import PREVIEW_IMAGES, NotFiniteLossError, unseen_shares
+from log import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
 from model import WeightsError
 from options import flagged
 from runtime import cache, ranks
@@ -84,8 +84,9 @@ def main(args: argparse.Namespace) -> None:
             check_settings(args.model_dir, config)
     torch.backends.cudnn.deterministic = True
     if RECIPES[settings.recipe] and here.is_main:
-        own = settings.to_dict()
-        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {own[name]}" for name in RECIPES[settings.recipe]))
+        own = {name: settings.to_dict()[name] for name in RECIPES[settings.recipe]}
+        own.pop("epochs" if settings.minutes else "", None)
+        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {value}" for name, value in own.items()))
 
     from tqdm import tqdm
 
@@ -177,7 +178,7 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
         images.append(load_images(paths, (config.height, config.width), args.workers))
         names += [f"{config.category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
-    sheet = plots.preview(shown, names, configs[0], unseen_shares(configs[0], shown))
+    sheet = plots.preview(shown, names, configs[0], invisible_shares(configs[0], shown))
     write_file(plots.png(sheet), args.preview)
     say(f"wrote {args.preview}; nothing was trained")
 
@@ -236,7 +237,8 @@ def timed(
     config: Config, images: cache.ImageArray, device: torch.device, numerics: Numerics, together: Ranks
 ) -> Config:
     """The settings with as many steps as ``minutes`` allow on this machine."""
-    steps = steps_within(60 * config.minutes, Run(config, images, "", device, numerics, None, together))
+    whole = replace(config, freeze_resnet=0)  # steps with the backbone frozen cost less
+    steps = steps_within(60 * config.minutes, Run(whole, images, "", device, numerics, None, together))
     steps = together.broadcast(lambda: steps)
     if together.is_main:
         say(f"{config.category}: {steps} steps in {config.minutes:g} minutes")

@@ -87,7 +87,7 @@ class Batch:
     views: Tensor  # (V*B, 3, H, W) in [0, 1]
     labels: Tensor  # (V*B,) int64
     statistics: tuple[Tensor, Tensor] | None  # mean and deviation to normalize by; None: each view by its own
-    seen: Tensor | None  # (V*B,) bool, the views that are learned; None: all
+    learned: Tensor | None  # (V*B,) bool, the views that enter the loss; None: all
 
 
 class Run:
@@ -178,7 +178,7 @@ class Run:
         batch = self.images[chosen]
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
-    def make_views(self, images: Tensor, params: ViewParams) -> "Batch":
+    def make_views(self, images: Tensor, params: ViewParams) -> Batch:
         """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
         windows of a test image will be."""
         if params.corner is None:
@@ -191,10 +191,8 @@ class Run:
             if mean.ndim == 4:  # of each image
                 mean, std = (each.repeat(len(views) // len(base), 1, 1, 1) for each in (mean, std))
             statistics = mean, std
-        seen = None
-        if self.config.invisible == "drop":
-            seen = visible(views, params, whole.std((1, 2, 3), correction=0))
-        return Batch(views, labels, statistics, seen)
+        learned = visible(views, params, whole) if self.config.invisible == "drop" else None
+        return Batch(views, labels, statistics, learned)
 
     def train_step(self) -> Tensor:
         """One step. Returns loss, accuracy and share of views left out of its batch, each this rank's share of that of
@@ -215,14 +213,14 @@ class Run:
         self.step += 1
         return torch.stack(values).detach()
 
-    def batch_values(self, logits: Tensor, batch: "Batch", share: float) -> tuple[Tensor, Tensor, Tensor]:
+    def batch_values(self, logits: Tensor, batch: Batch, share: float) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, accuracy and share of views left out, as ``train_step`` returns them, of logits (V*B, C). share: this
         rank's of the batch. The loss is the mean over the views that are not left out, of all ranks."""
         hits = (logits.detach().argmax(1) == batch.labels).float()
-        if batch.seen is None:
+        if batch.learned is None:
             loss = functional.cross_entropy(logits, batch.labels)
             return loss * share, hits.mean() * share, torch.zeros_like(hits[0])
-        weight = batch.seen.float()
+        weight = batch.learned.float()
         total = self.ranks.all_reduce_sum(weight.sum()).clamp(min=1)
         losses = functional.cross_entropy(logits, batch.labels, reduction="none")
         return (losses * weight).sum() / total, (hits * weight).sum() / total, (1 - weight.mean()) * share

@@ -12,6 +12,7 @@ nothing: the curve is for looking at.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pandas
 from record import ROOT, add_record_flags, append, read
 
@@ -58,17 +59,17 @@ def curve(folder: Path, row: dict[str, str]) -> list[dict]:
     events.Reload()
     if "eval_auc" not in events.Tags()["scalars"]:
         raise InputError(f"{folder}: no test AUROC; train with --test_epochs N")
-    clock, seconds, last = {0: 0.0}, 0.0, 0
+    steps, seconds = [0], [0.0]
     for entry in events.Scalars("images_per_second"):
-        images = min(int(row["batch_size"]), int(row["train_images"])) * (entry.step - last)
-        seconds, last = seconds + images / entry.value, entry.step
-        clock[last] = seconds
+        images = min(int(row["batch_size"]), int(row["train_images"])) * (entry.step - steps[-1])
+        seconds.append(seconds[-1] + images / entry.value)
+        steps.append(entry.step)
     found = [(0, row["control_auroc"]), *((entry.step, entry.value) for entry in events.Scalars("eval_auc"))]
     kept = {name: row[name] for name in KEPT} | {"note": row.get("note", "")}
     return [
-        kept | {"step": step, "seconds": round(clock[step], 1), "image_auroc": value}
+        kept | {"step": step, "seconds": round(float(np.interp(step, steps, seconds)), 1), "image_auroc": value}
         for step, value in found
-        if value != "" and step in clock
+        if value != ""
     ]
 
 

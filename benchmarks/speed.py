@@ -74,6 +74,9 @@ def main(args: argparse.Namespace) -> None:
         config = Config.from_dict({"category": "speed", "pretrained": False} | RECIPES[args.recipe] | settings)
     except SettingError as error:
         raise argparse.ArgumentTypeError(flagged(error)) from error
+    alone = config.patches is not None or config.variant == "soft"
+    if alone and set(args.only) != {"step"}:
+        raise argparse.ArgumentTypeError("of a patch model or soft patches the step alone is measured: add --only step")
     row = {
         "command": command(),
         "processor": device_name(torch.device("cpu")),

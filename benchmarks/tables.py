@@ -201,13 +201,14 @@ def recipe_table() -> str:
     """Detectors by recipes within a budget of minutes, mean and deviation over seeds."""
     told = ["category", "recipe", "minutes", "device", "amp"]
     rows = pandas.read_csv(ROOT / "results/recipe.csv")
+    rows = newest("results/recipe.csv", rows.rename(columns={"epochs": "steps"}), told, ["seed"])
     cells = []
-    for key, own in newest("results/recipe.csv", rows, told, ["seed", "epochs"]).groupby(told, sort=False):
+    for key, own in rows.groupby(told, sort=False, dropna=False):
         found = (own.image_auroc, own.control_auroc, own.pixel_auroc, own.control_pixel_auroc, own.aupro)
-        steps = "{}".format(" to ".join(map(str, sorted({own.epochs.min(), own.epochs.max()}))))
         category, recipe, minutes, device, amp = key
-        cells.append([category, recipe, f"{minutes:g}", steps, len(own), *map(spread, found)])
-        cells[-1].append(f"{device}, {amp.replace('off', 'float32')}")
+        steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()})))
+        cells.append([category, recipe, "" if pandas.isna(minutes) else f"{minutes:g}", steps, len(own)])
+        cells[-1] += [*map(spread, found), f"{device}, {amp.replace('off', 'float32')}"]
     head = "category, recipe, minutes, steps, seeds, image AUROC, untrained, pixel AUROC, untrained, AUPRO, processor"
     return markdown(head.split(", "), cells)
 
@@ -225,13 +226,15 @@ def trials_table() -> str:
     for trial, own in rows.groupby("trial", sort=False):
         of = {name: own[own.category == name] for name in categories}
         found = [percent(part[name].mean()) for part in of.values() for name in ("image_sum12", "pixel_sum12")]
-        seeds = f" ({own.seed.nunique()} seeds)" if own.seed.nunique() > 1 else ""
-        cells.append([trial, own.what.iloc[0] + seeds, *found])
+        seeds = own.groupby("category").seed.nunique()
+        several = ", ".join(f"{name} {count} seeds" for name, count in seeds.items() if count > 1)
+        cells.append([trial, own.what.iloc[0] + (f" ({several})" if several else ""), *found])
     return markdown(head, cells)
 
 
 def ways_table() -> str:
-    """Image AUROC of the ways to look at one network: untrained, by the paper's recipe, and as in the recipe "fast"."""
+    """Image AUROC of the ways to look at one network: untrained, by the paper's recipe, and with Adam and patches from
+    other images with soft edges."""
     rows = trial_rows()
     trials = ["untrained", "paper", "adam other soft"]
     categories = ["screw", "ball_screw", "bottle"]
@@ -246,10 +249,11 @@ def ways_table() -> str:
     return markdown(["way", *(f"{name}: {trial}" for name in categories for trial in trials)], cells)
 
 
-def unseen_table() -> str:
+def invisible_table() -> str:
     """The share of views that show nothing, of each kind of view."""
-    rows = pandas.read_csv(ROOT / "results/unseen.csv")
+    rows = pandas.read_csv(ROOT / "results/invisible.csv")
     rows["view"] += rows.patch_size.map(lambda side: ", whole image" if pandas.isna(side) else ", crop")
+    rows = newest("results/invisible.csv", rows, ["category", "view", "size"])
     table = rows.pivot_table("share", "category", "view", sort=False)
     cells = ([name, *(percent(value, 0) for value in values)] for name, values in table.iterrows())
     return markdown(["category", *table.columns], cells)
@@ -263,7 +267,7 @@ def speed_table() -> str:
         "cores": lambda r: r.cores,
         "torch": lambda r: r.torch,
         "commit": lambda r: r.commit,
-        "recipe": lambda r: r.recipe,
+        "recipe": lambda r: getattr(r, "recipe", "paper"),
         "variant, size, images per step": lambda r: f"{r.variant}, {r.width} x {r.height}, {r.batch_size}",
         "precision": lambda r: r.amp + (", compiled" if r.compile else ""),
         "training step, seconds": lambda r: f"{r.step_seconds:.2f}",
@@ -306,7 +310,7 @@ TABLES = {
     "recipe": recipe_table,
     "trials": trials_table,
     "ways": ways_table,
-    "unseen": unseen_table,
+    "invisible": invisible_table,
     "speed": speed_table,
     "memory": memory_table,
 }

@@ -155,12 +155,12 @@ def test_the_benchmark_of_speed_runs(data, tmp_path):
             assert 0 < value < 1e6, name
 
 
-def test_the_benchmark_of_unseen_views_runs(script, data, tmp_path):
-    table = tmp_path / "unseen.csv"
+def test_the_benchmark_of_invisible_views_runs(script, data, tmp_path):
+    table = tmp_path / "invisible.csv"
     flags = ["--data_dir", data, "--type", "brick", "--size", 32, "--patch_size", 32, "--results", table]
-    assert script("unseen", *flags).code == 0
+    assert script("invisible", *flags).code == 0
     rows = table_of(table)
-    assert set(rows[0]) == set(table_of(ROOT / "results/unseen.csv")[0])
+    assert set(rows[0]) == set(table_of(ROOT / "results/invisible.csv")[0])
     kinds = [(row["patch_size"], row["variant"], row["view"]) for row in rows]
     views = [(variant, view) for variant in ("3way", "soft") for view in VARIANTS[variant].views[1:]]
     assert kinds == [(side, *view) for side in ("32", "") for view in views]

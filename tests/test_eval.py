@@ -385,8 +385,8 @@ def test_a_view_that_is_added_to_the_table_is_drawn(models, data, monkeypatch):
     test = load_test(data, "brick", (32, 32), 0)
     trained = load(models / "brick.pt")
     trained.config = replace(trained.config, variant="4way")
-    unseen = {"patch": 0.0, "scar": 0.256, "hole": 1.0}
-    titles = [axes.get_title() for axes in plots.preview(test.images[:2], ["a", "b"], trained.config, unseen).axes]
+    invisible = {"patch": 0.0, "scar": 0.256, "hole": 1.0}
+    titles = [axes.get_title() for axes in plots.preview(test.images[:2], ["a", "b"], trained.config, invisible).axes]
     shown = [("CutPaste (1)", 0), ("CutPaste-Scar (2)", 26), ("Hole (3)", 100)]
     shown = [f"{title}\n{share} % show nothing" for title, share in shown]
     assert titles[:5] == ["original", "image view (0)", *shown]

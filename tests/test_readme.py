@@ -15,6 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, one_line, run
 
+from options import config_of
+
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 MODULES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("runtime/*.py"))]
@@ -22,8 +24,9 @@ SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = [
-    *["runtime", *RUNTIME, "color", "cutpaste", "density", "metrics", "dataset", "model", "localization", "gradcam"],
-    *["options", "detector", "plots", "training", "eval", "run_training", "predict", "export", "prepare_data"],
+    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "metrics", "dataset", "model", "localization"],
+    *["gradcam", "config", "options", "detector", "plots", "log", "training", "eval", "run_training", "predict"],
+    *["export", "prepare_data"],
 ]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
@@ -93,9 +96,9 @@ def test_the_commands_people_know_are_in_the_readme_and_mean_what_they_meant():
         args = parsed(command)
         assert args.cuda == ("--cuda 1" in command)
         if "run_training" in command:
-            assert args.pretrained == ("--no-pretrained" not in command)
-            assert args.epochs == 10000
-            assert args.batch_size == 32
+            config = config_of(args, "bottle")
+            assert config.pretrained == ("--no-pretrained" not in command)
+            assert (config.epochs, config.batch_size, config.recipe) == (10000, 32, "paper")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +188,7 @@ def test_each_table_has_one_place():
     assert places == {
         "results": "README.md",
         **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
-        **dict.fromkeys(("recipe", "unseen", "trials", "ways"), "recipe.md"),
+        **dict.fromkeys(("recipe", "invisible", "trials", "ways"), "recipe.md"),
         **dict.fromkeys(("speed", "fitting", "memory"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)

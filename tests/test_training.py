@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from config import Config, PatchConfig, SettingError
 from detector import load
-from log import check_finite, unseen_shares
+from log import check_finite, invisible_shares
 from options import config_of
 from run_training import get_parser
 from runtime.cache import Images, digest
@@ -329,11 +329,11 @@ def test_views_that_show_nothing_are_left_out_of_the_loss():
     chosen, params = run.sample_batch()
     batch = run.make_views(run.load_batch(chosen), params)
     even = (chosen < 4).repeat(3)
-    assert not batch.seen[even].any()
-    assert batch.seen[~even].float().mean() > 0.8
+    assert not batch.learned[even].any()
+    assert batch.learned[~even].float().mean() > 0.8
     logits = torch.randn(24, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
     loss, accuracy, left_out = run.batch_values(logits, batch, 1.0)
-    kept = batch.seen
+    kept = batch.learned
     assert torch.allclose(loss, functional.cross_entropy(logits[kept], batch.labels[kept]))
     assert torch.allclose(accuracy, (logits.argmax(1) == batch.labels)[kept].float().mean())
     assert left_out == pytest.approx(1 - kept.float().mean().item())
@@ -346,13 +346,13 @@ def test_views_that_show_nothing_are_left_out_of_the_loss():
 
     run.ranks, halves = Both(), []
     for half in (slice(0, 12), slice(12, 24)):
-        part = replace(batch, labels=batch.labels[half], seen=batch.seen[half])
+        part = replace(batch, labels=batch.labels[half], learned=batch.learned[half])
         halves.append(run.batch_values(logits[half], part, 0.5))
     for whole, parts in zip((loss, accuracy, left_out), zip(*halves)):
         assert torch.allclose(whole, sum(parts))
 
 
-def test_a_batch_that_shows_nothing_changes_no_weight(tmp_path):
+def test_a_batch_that_shows_nothing_changes_no_weight():
     images = torch.full((8, 3, 32, 32), 90, dtype=torch.uint8)
     flags = ("--invisible", "drop", "--jitter", 0, "--patch_jitter", 0)
     run = Run(tiny_config(*flags), images, "", torch.device("cpu"), Numerics(1, "off", False))
@@ -362,13 +362,13 @@ def test_a_batch_that_shows_nothing_changes_no_weight(tmp_path):
     assert torch.allclose(run.network.head[0].weight, before, atol=1e-5)  # but for the decay
 
 
-def test_shares_of_views_that_show_nothing_are_told(data, tmp_path, script):
+def test_shares_of_views_that_show_nothing_are_told(tmp_path, script):
     still = ["--jitter", 0, "--patch_jitter", 0]
     config = tiny_config(*still)
-    shares = unseen_shares(config, even_and_noisy())
+    shares = invisible_shares(config, even_and_noisy())
     assert list(shares) == ["patch", "scar"]
     assert all(0.5 <= share < 0.7 for share in shares.values())
-    assert unseen_shares(tiny_config("--variant", "union"), even_and_noisy()[4:])["patch or scar"] < 0.2
+    assert invisible_shares(tiny_config("--variant", "union"), even_and_noisy()[4:])["patch or scar"] < 0.2
     folder = tmp_path / "Data/plate/train/good"
     folder.mkdir(parents=True)
     for number, image in enumerate(even_and_noisy()):
@@ -384,30 +384,46 @@ def test_shares_of_views_that_show_nothing_are_told(data, tmp_path, script):
 
 
 def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
-    """It is stored, and the same command continues with it; another budget is another setting."""
-    minutes = [*flags(data, tmp_path, "--minutes", 0.05)]
-    place = minutes.index("--epochs")
-    minutes = minutes[:place] + minutes[place + 2 :]
-    began = time.monotonic()
-    done = script("run_training", *minutes)
+    """It is stored, and an interrupted run continues with it; another budget is another setting."""
+    given = [str(flag) for flag in flags(data, tmp_path, "--save_minutes", 0, "--minutes", 0.25)]
+    place = given.index("--epochs")
+    del given[place : place + 2]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "run_training.py", *given],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    state = tmp_path / "models/brick.checkpoint"
+    wait_for_step(process, state, 1)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate()[1]
+    steps = int(re.search(r"brick: (\d+) steps in 0.25 minutes", told)[1])
+    assert process.returncode == 130
+    assert load_tensors(state, "checkpoint")["config"]["epochs"] == steps
+    done = script("run_training", *given)
     assert done.code == 0, done.err
-    assert time.monotonic() - began < 30
-    steps = int(re.search(r"brick: (\d+) steps in 0.05 minutes", done.err)[1])
+    assert re.search(rf"continuing at step \d+ of {steps}", done.err)
     config = load(tmp_path / "models/brick.pt").config
-    assert (config.epochs, config.minutes) == (steps, 0.05)
-    assert "is finished; skipped" in script("run_training", *minutes).err
-    minutes[-1] = "0.06"
-    one_line(script("run_training", *minutes), "minutes 0.05, now 0.06")
+    assert (config.epochs, config.minutes) == (steps, 0.25)
+    assert "is finished; skipped" in script("run_training", *given).err
+    given[-1] = "0.5"
+    one_line(script("run_training", *given), "minutes 0.25, now 0.5")
 
 
-def test_steps_within_counts_the_time_that_planning_takes():
+def test_steps_within_takes_the_time_of_planning_off(monkeypatch):
+    """With a clock that each step moves on by a second: 8 steps of planning and 92 are a hundred seconds."""
     run = Run(tiny_config(), even_and_noisy(), "", torch.device("cpu"), Numerics(1, "off", False))
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def step():
+        now[0] += 1
+        return torch.zeros(3)
+
+    monkeypatch.setattr(run, "train_step", step)
+    assert steps_within(100.0, run) == 92
     assert steps_within(0.0, run) == 1
-    began = time.monotonic()
-    count = steps_within(2.0, run)
-    for _ in range(count):
-        run.train_step()
-    assert 0.5 < time.monotonic() - began < 6
 
 
 def test_preview_of_a_patch_model(data, tmp_path, script):

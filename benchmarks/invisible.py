@@ -1,6 +1,6 @@
-"""How many pasted views show nothing: the share of each kind of view, category by category -> results/unseen.csv.
+"""How many pasted views show nothing: the share of each kind of view, category by category -> results/invisible.csv.
 
-    python benchmarks/unseen.py
+    python benchmarks/invisible.py
 
 Draws views as training does, of the variants 3way and soft, in crops and in whole images; trains nothing.
 """
@@ -13,7 +13,7 @@ from record import add_record_flags, append, command, commit
 import options
 from config import Config, PatchConfig
 from dataset import choose_categories, load_train
-from log import unseen_shares
+from log import invisible_shares
 from runtime.flags import new_parser, side
 from runtime.script import run_script
 
@@ -25,7 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_data_flags(parser)
     parser.add_argument("--size", type=side, default=256, metavar="S", help="side of the images (default: 256)")
     parser.add_argument("--patch_size", type=side, default=64, metavar="S", help="side of the crops (default: 64)")
-    add_record_flags(parser, "unseen.csv")
+    add_record_flags(parser, "invisible.csv")
     return parser
 
 
@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
         for patches in (PatchConfig(args.patch_size), None):
             for variant in VARIANTS:
                 config = Config(category, height=args.size, width=args.size, variant=variant, patches=patches)
-                for view, share in unseen_shares(config, images).items():
+                for view, share in invisible_shares(config, images).items():
                     row = {"category": category, "size": args.size, "patch_size": patches and args.patch_size}
                     row |= {"variant": variant, "view": view, "share": round(share, 4)}
                     append(row | {"command": command(), "commit": commit(), "note": args.note}, args.results)
