@@ -17,8 +17,8 @@ from model import BACKBONES, LEVELS, NORMALIZATIONS
 from runtime.files import InputError
 from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, side, zero_or_one
 
-# Settings that flags override. "paper" is the paper's way and the default of each setting; "fast" is this project's:
-# what ten minutes on two cores buy, chosen as docs/recipe.md tells.
+# Settings that flags override. "paper" is the default of each setting; "fast" is for ten minutes on two cores, and was
+# chosen as docs/recipe.md tells.
 RECIPES = {
     "paper": {},
     "fast": {
@@ -31,6 +31,9 @@ RECIPES = {
         "epochs": 1500,
     },
 }
+RECIPE_HELP = "defaults of other flags; fast: " + ", ".join(
+    f"{name} {value}" for name, value in RECIPES["fast"].items()
+)
 INVISIBLE = ("keep", "drop")
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 EACH_DIMS = 64  # dimensions of Gaussians for each location
@@ -96,7 +99,7 @@ class Config:
     """Every setting that decides what a detector is. Raises SettingError for a value that cannot be."""
 
     category: str = setting("", anything, "", "")
-    recipe: str = setting("paper", one_of(RECIPES), "recipe", "settings that other flags override")
+    recipe: str = setting("paper", one_of(RECIPES), "recipe", RECIPE_HELP)
     backbone: str = setting("resnet18", one_of(BACKBONES), "network", "network that is trained")
     head_layer: int = setting(1, int_within(0, 64), "network", "layers of 512 in the projection head")
     height: int = setting(256, side, "", "")
@@ -118,7 +121,7 @@ class Config:
     epochs: int = setting(10000, int_at_least(1), "training", "steps (parameter updates)")
     batch_size: int = setting(32, int_at_least(2), "training", "images read per step; each gives 2 or 3 views")
     minutes: float | None = setting(
-        None, number(0.01, 1e6), "training", "as many steps as they allow, instead of --epochs", "none"
+        None, number(0.01, 1e6), "training", "as many steps as they allow, each category", "none"
     )
     optim: str = setting("sgd", one_of(LEARNING_RATES), "training", "optimizer")
     lr: float = setting(

@@ -204,7 +204,7 @@ class Run:
         precision = PRECISIONS[self.numerics.amp]
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             logits, _ = self.forward(batch.views, batch.statistics)
-        values = self.batch_values(logits, batch, len(chosen) / self.batch_size)
+        values = batch_values(logits, batch, len(chosen) / self.batch_size, self.ranks)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(values[0] * self.ranks.world_size).backward()  # the ranks' gradients are averaged
         self.scaler.step(self.optimizer)
@@ -212,18 +212,6 @@ class Run:
         self.schedule.step()
         self.step += 1
         return torch.stack(values).detach()
-
-    def batch_values(self, logits: Tensor, batch: Batch, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, accuracy and share of views left out, as ``train_step`` returns them, of logits (V*B, C). share: this
-        rank's of the batch. The loss is the mean over the views that are not left out, of all ranks."""
-        hits = (logits.detach().argmax(1) == batch.labels).float()
-        if batch.learned is None:
-            loss = functional.cross_entropy(logits, batch.labels)
-            return loss * share, hits.mean() * share, torch.zeros_like(hits[0])
-        weight = batch.learned.float()
-        total = self.ranks.all_reduce_sum(weight.sum()).clamp(min=1)
-        losses = functional.cross_entropy(logits, batch.labels, reduction="none")
-        return (losses * weight).sum() / total, (hits * weight).sum() / total, (1 - weight.mean()) * share
 
     def train(
         self,
@@ -274,6 +262,19 @@ class Run:
                     if is_main:
                         say(f"{category}: stopped at step {self.step}, state saved; {again} continues")
                     sys.exit(128 + stop)
+
+
+def batch_values(logits: Tensor, batch: Batch, share: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, accuracy and share of views left out, of logits (V*B, C): each this rank's part of that of all ranks, which
+    have to be here together. share: this rank's of the batch. The loss is the mean over all views that are learned."""
+    hits = (logits.detach().argmax(1) == batch.labels).float()
+    if batch.learned is None:
+        loss = functional.cross_entropy(logits, batch.labels)
+        return loss * share, hits.mean() * share, torch.zeros_like(hits[0])
+    weight = batch.learned.float()
+    total = ranks.all_reduce_sum(weight.sum()).clamp(min=1)
+    losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+    return (losses * weight).sum() / total, (hits * weight).sum() / total, (1 - weight.mean()) * share
 
 
 def new_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:

@@ -24,9 +24,8 @@ from options import config_of
 from run_training import get_parser
 from runtime.cache import Images, digest
 from runtime.files import InputError, load_tensors, save_tensors
-from runtime.ranks import Ranks
 from runtime.script import suitable_precision
-from training import Numerics, Run, choose_numerics, steps_within
+from training import Numerics, Run, batch_values, choose_numerics, steps_within
 
 WHERE = ("--data_dir", "--model_dir", "--logdir")
 
@@ -323,7 +322,7 @@ def even_and_noisy() -> torch.Tensor:
 
 
 def test_views_that_show_nothing_are_left_out_of_the_loss():
-    """The mean over the others, as by hand; of two ranks' halves the sum is that of the whole batch."""
+    """The mean over the others, as by hand."""
     flags = ("--invisible", "drop", "--jitter", 0, "--patch_jitter", 0, "--batch_size", 8)
     run = Run(tiny_config(*flags), even_and_noisy(), "", torch.device("cpu"), Numerics(1, "off", False))
     chosen, params = run.sample_batch()
@@ -332,24 +331,13 @@ def test_views_that_show_nothing_are_left_out_of_the_loss():
     assert not batch.learned[even].any()
     assert batch.learned[~even].float().mean() > 0.8
     logits = torch.randn(24, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    loss, accuracy, left_out = run.batch_values(logits, batch, 1.0)
+    loss, accuracy, left_out = batch_values(logits, batch, 1.0, run.ranks)
     kept = batch.learned
     assert torch.allclose(loss, functional.cross_entropy(logits[kept], batch.labels[kept]))
     assert torch.allclose(accuracy, (logits.argmax(1) == batch.labels)[kept].float().mean())
     assert left_out == pytest.approx(1 - kept.float().mean().item())
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(gradient.abs().sum(1) > 0, kept)
-
-    class Both(Ranks):
-        def all_reduce_sum(self, value):
-            return kept.sum().float()
-
-    run.ranks, halves = Both(), []
-    for half in (slice(0, 12), slice(12, 24)):
-        part = replace(batch, labels=batch.labels[half], learned=batch.learned[half])
-        halves.append(run.batch_values(logits[half], part, 0.5))
-    for whole, parts in zip((loss, accuracy, left_out), zip(*halves)):
-        assert torch.allclose(whole, sum(parts))
 
 
 def test_a_batch_that_shows_nothing_changes_no_weight():
@@ -424,6 +412,29 @@ def test_steps_within_takes_the_time_of_planning_off(monkeypatch):
     monkeypatch.setattr(run, "train_step", step)
     assert steps_within(100.0, run) == 92
     assert steps_within(0.0, run) == 1
+
+
+def test_the_fast_recipe_trains_and_tells_what_it_sets(data, tmp_path, script):
+    where = [
+        "--data_dir",
+        data,
+        "--model_dir",
+        tmp_path / "models",
+        "--logdir",
+        tmp_path / "logdirs",
+        "--type",
+        "brick",
+    ]
+    small = ["--size", 32, "--patch_size", 32, "--window", 8, "--epochs", 3, "--no-pretrained"]
+    done = script("run_training", *where, "--recipe", "fast", *small)
+    assert done.code == 0, done.err
+    assert "recipe fast: patch_size 32, variant soft, invisible drop, optim adam," in done.err
+    made = load(tmp_path / "models/brick.pt")
+    assert (made.config.recipe, made.config.variant, made.config.batch_size) == ("fast", "soft", 16)
+    evaluated = script("eval", *where[:4], "--eval_dir", tmp_path / "Eval", "--save_plots", 0)
+    assert evaluated.code == 0, evaluated.err
+    assert "brick pixel AUROC: " in evaluated.out
+    one_line(script("run_training", *where, *small), "made with")
 
 
 def test_preview_of_a_patch_model(data, tmp_path, script):
