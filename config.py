@@ -26,7 +26,6 @@ RECIPES = {
         "variant": "soft",
         "invisible": "drop",
         "optim": "adam",
-        "level": (1, 2),
         "batch_size": 16,
         "epochs": 1500,
     },

@@ -199,18 +199,19 @@ def fitting_table() -> str:
 
 def recipe_table() -> str:
     """Detectors by recipes within a budget of minutes, mean and deviation over seeds."""
-    told = ["category", "recipe", "minutes", "device", "amp"]
+    told = ["category", "recipe", "minutes", "level", "device", "amp"]
     rows = pandas.read_csv(ROOT / "results/recipe.csv")
     rows = newest("results/recipe.csv", rows.rename(columns={"epochs": "steps"}), told, ["seed"])
     cells = []
     for key, own in rows.groupby(told, sort=False, dropna=False):
         found = (own.image_auroc, own.control_auroc, own.pixel_auroc, own.control_pixel_auroc, own.aupro)
-        category, recipe, minutes, device, amp = key
+        category, recipe, minutes, level, device, amp = key
         steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()})))
-        cells.append([category, recipe, "" if pandas.isna(minutes) else f"{minutes:g}", steps, len(own)])
+        minutes = "" if pandas.isna(minutes) else f"{minutes:g}"
+        cells.append([category, recipe, minutes, steps, len(own), level])
         cells[-1] += [*map(spread, found), f"{device}, {amp.replace('off', 'float32')}"]
-    head = "category, recipe, minutes, steps, seeds, image AUROC, untrained, pixel AUROC, untrained, AUPRO, processor"
-    return markdown(head.split(", "), cells)
+    head = ["category", "recipe", "minutes", "steps", "seeds", "stages", "image AUROC", "untrained", "pixel AUROC"]
+    return markdown([*head, "untrained", "AUPRO", "processor"], cells)
 
 
 def trial_rows() -> DataFrame:
