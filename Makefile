@@ -16,7 +16,7 @@ help: ## print this list
 demo: .venv/installed ## install, train on photographs of solar cells, evaluate, plot (minutes)
 	test -d $(DEMO)/Data/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DEMO)/Data
 	$(BIN)/python run_training.py --data_dir $(DEMO)/Data --model_dir $(DEMO)/models --logdir $(DEMO)/logdirs \
-	  --no-pretrained --variant normal --size 96 --batch_size 16 --epochs 400 --test_epochs 100
+	  --recipe fast --no-pretrained --epochs 300 --test_epochs 100
 	$(BIN)/python eval.py --data_dir $(DEMO)/Data --model_dir $(DEMO)/models --eval_dir $(DEMO)/Eval --control 1
 	@echo "plots: $(DEMO)/Eval/models/   curves: $(BIN)/tensorboard --logdir $(DEMO)/logdirs"
 

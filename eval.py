@@ -114,10 +114,9 @@ def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True
             raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
         return found
     for name in sorted({*trained} ^ {*found}) if tell else ():
-        if name in trained:
-            say(f"{name}: has a detector in {folder} but no images in {data_dir}; left out")
-        else:
-            say(f"{name}: has images in {data_dir} but no detector in {folder}; left out")
+        has = f"a detector in {folder} but no images in {data_dir}"
+        lacks = f"images in {data_dir} but no detector in {folder}"
+        say(f"{name}: has {has if name in trained else lacks}; left out")
     both = [name for name in found if name in trained]
     if not both:
         raise InputError(f"{folder}: no detector for any category of {data_dir}; train one with run_training.py")

@@ -373,11 +373,11 @@ def test_shares_of_views_that_show_nothing_are_told(tmp_path, script):
 
 def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     """It is stored, and an interrupted run continues with it; another budget is another setting."""
-    given = [str(flag) for flag in flags(data, tmp_path, "--save_minutes", 0, "--minutes", 0.25)]
+    given = [str(flag) for flag in flags(data, tmp_path, "--minutes", 0.15)]
     place = given.index("--epochs")
     del given[place : place + 2]
     process = subprocess.Popen(
-        [sys.executable, ROOT / "run_training.py", *given],
+        [sys.executable, ROOT / "run_training.py", "--save_minutes", "0", *given],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -386,17 +386,17 @@ def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     wait_for_step(process, state, 1)
     process.send_signal(signal.SIGINT)
     told = process.communicate()[1]
-    steps = int(re.search(r"brick: (\d+) steps in 0.25 minutes", told)[1])
+    steps = int(re.search(r"brick: (\d+) steps in 0.15 minutes", told)[1])
     assert process.returncode == 130
     assert load_tensors(state, "checkpoint")["config"]["epochs"] == steps
     done = script("run_training", *given)
     assert done.code == 0, done.err
     assert re.search(rf"continuing at step \d+ of {steps}", done.err)
     config = load(tmp_path / "models/brick.pt").config
-    assert (config.epochs, config.minutes) == (steps, 0.25)
+    assert (config.epochs, config.minutes) == (steps, 0.15)
     assert "is finished; skipped" in script("run_training", *given).err
     given[-1] = "0.5"
-    one_line(script("run_training", *given), "minutes 0.25, now 0.5")
+    one_line(script("run_training", *given), "minutes 0.15, now 0.5")
 
 
 def test_steps_within_takes_the_time_of_planning_off(monkeypatch):
