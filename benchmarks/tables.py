@@ -210,8 +210,8 @@ def recipe_table() -> str:
         minutes = "" if pandas.isna(minutes) else f"{minutes:g}"
         cells.append([category, recipe, minutes, steps, len(own), level, location])
         cells[-1] += [*map(spread, found), f"{device}, {amp.replace('off', 'float32')}"]
-    head = ["category", "recipe", "minutes", "steps", "seeds", "stages", "Gaussian", "image AUROC", "untrained", "pixel AUROC"]
-    return markdown([*head, "untrained", "AUPRO", "processor"], cells)
+    head = ["category", "recipe", "minutes", "steps", "seeds", "stages", "Gaussian", "image AUROC", "untrained"]
+    return markdown([*head, "pixel AUROC", "untrained", "AUPRO", "processor"], cells)
 
 
 def trial_rows() -> DataFrame:
