@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import ROOT, one_line, run
+from conftest import ROOT, TINY, one_line, run
 from PIL import Image
 
 from config import Config, PatchConfig
@@ -165,6 +165,31 @@ def test_the_benchmark_of_invisible_views_runs(script, data, tmp_path):
     views = [(variant, view) for variant in ("3way", "soft") for view in VARIANTS[variant].views[1:]]
     assert kinds == [(side, *view) for side in ("32", "") for view in views]
     assert all(0 <= float(row["share"]) < 1 for row in rows)
+
+
+def test_a_curve_starts_untrained_and_ends_at_the_detector(script, benchmarks, data, tmp_path, monkeypatch):
+    models, table = tmp_path / "models", tmp_path / "curve.csv"
+    where = ["--data_dir", data, "--model_dir", models, "--type", "brick"]
+    results = tmp_path / "Eval/models/results.csv"
+    for name, more in (
+        ("run_training", [*TINY, "--logdir", tmp_path / "logdirs", "--test_epochs", 5]),
+        ("eval", ["--eval_dir", tmp_path / "Eval", "--save_plots", 0, "--control", 1]),
+        ("curve", ["add", tmp_path / "logdirs/models", results, "--results", table]),
+    ):
+        done = script(name, *([] if name == "curve" else where), *more)
+        assert done.code == 0, done.err
+    rows, (found,) = table_of(table), table_of(results)
+    assert [row["step"] for row in rows] == ["0", "5", "10", "12"]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[-1] < 60
+    assert float(rows[0]["image_auroc"]) == float(found["control_auroc"])
+    assert float(rows[-1]["image_auroc"]) == pytest.approx(float(found["image_auroc"]), abs=1e-6)
+    monkeypatch.setattr(benchmarks("curve"), "ROOT", tmp_path)
+    (tmp_path / "images").mkdir()
+    assert script("curve", "draw", "--results", table).code == 0
+    assert (tmp_path / "images/curve.png").read_bytes().startswith(b"\x89PNG")
+    one_line(script("curve", "add", tmp_path, tmp_path / "none.csv"), "none.csv")
 
 
 @pytest.fixture
