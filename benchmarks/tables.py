@@ -199,19 +199,19 @@ def fitting_table() -> str:
 
 def recipe_table() -> str:
     """Detectors by recipes within a budget of minutes, mean and deviation over seeds."""
-    told = ["category", "recipe", "minutes", "level", "location_chosen", "device", "amp"]
+    told = ["category", "recipe", "minutes", "batch_size", "level", "location_chosen", "device", "amp"]
     rows = pandas.read_csv(ROOT / "results/recipe.csv")
     rows = newest("results/recipe.csv", rows.rename(columns={"epochs": "steps"}), told, ["seed"])
     cells = []
     for key, own in rows.groupby(told, sort=False, dropna=False):
         found = (own.image_auroc, own.control_auroc, own.pixel_auroc, own.control_pixel_auroc, own.aupro)
-        category, recipe, minutes, level, location, device, amp = key
+        category, recipe, minutes, batch, level, location, device, amp = key
         steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()})))
         minutes = "" if pandas.isna(minutes) else f"{minutes:g}"
-        cells.append([category, recipe, minutes, steps, len(own), level, location])
+        cells.append([category, recipe, minutes, steps, batch, len(own), level, location])
         cells[-1] += [*map(spread, found), f"{device}, {amp.replace('off', 'float32')}"]
-    head = ["category", "recipe", "minutes", "steps", "seeds", "stages", "Gaussian", "image AUROC", "untrained"]
-    return markdown([*head, "pixel AUROC", "untrained", "AUPRO", "processor"], cells)
+    head = ["category", "recipe", "minutes", "steps", "images a step", "seeds", "stages", "Gaussian", "image AUROC"]
+    return markdown([*head, "untrained", "pixel AUROC", "untrained", "AUPRO", "processor"], cells)
 
 
 def trial_rows() -> DataFrame:
