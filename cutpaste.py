@@ -7,7 +7,7 @@ the images' device and changes no input; its parts are ``augment`` or, for a pat
 Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, 2.4, A.1, A.2 and A.5.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ VARIANTS = {
     "scar": Variant(("image", "scar"), "normal against CutPaste-Scar"),
     "union": Variant(("image", "patch or scar"), "normal against either, drawn per image"),
     "3way": Variant(("image", "patch", "scar"), "normal, CutPaste and CutPaste-Scar as three classes"),
-    "soft": Variant(("image", "soft patch", "soft scar"), "as 3way, patches turned any way, with soft edges"),
+    "soft": Variant(("image", "soft patch", "soft scar"), "as 3way, patches turned any way, half with soft edges"),
 }
 
 
@@ -191,23 +191,39 @@ def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | 
     image's: the color jitter of a whole image would cost more than all else that is done to the crops.
     """
     _check_fit(images, params)
-    images = images if params.shift is None else translate(images, params.shift)
-    windows = images.unfold(2, params.patch_size, 1).unfold(3, params.patch_size, 1)  # (B, 3, H-P+1, W-P+1, P, P)
-    index, pieces = torch.arange(len(images), device=images.device), []
-    for corner in (params.corner, params.source):
-        if corner is not None:
-            top, left = corner.to(images.device, non_blocking=True).unbind(1)
-            pieces.append(windows[index, :, top, left])
-    apart = max(1, min(params.height, params.width) // SAMPLE_SIDE)
-    pieces.append(images[:, :, apart // 2 :: apart, apart // 2 :: apart])
-    pixels = to_float(torch.cat([piece.flatten(2) for piece in pieces], 2))[:, :, None]  # (B, 3, 1, pixels)
+    count, side, apart = len(images), params.patch_size, max(1, min(params.height, params.width) // SAMPLE_SIDE)
+    begin = torch.full((count, 2), apart // 2)
+    sample = [len(range(apart // 2, size, apart)) for size in (params.height, params.width)]
+    squares = [(corner, (side, side), 1) for corner in (params.corner, params.source) if corner is not None]
+    places = [_places(*piece, params) for piece in (*squares, (begin, sample, apart))]
+    index = torch.cat(places, 1).to(images.device, non_blocking=True)[:, None].expand(-1, 3, -1)
+    pixels = to_float(images.flatten(2).gather(2, index))[:, :, None]  # (B, 3, 1, pixels)
     if params.jitter is not None:
         sampled = torch.zeros(pixels.shape[-1], dtype=torch.bool, device=pixels.device)
-        sampled[-pieces[-1][0, 0].numel() :] = True  # the contrast of all refers to the whole image's mean gray
-        pixels = color_jitter(pixels, params.jitter, sampled.expand(len(pixels), 1, 1, -1))
-    parts = pixels.split([piece[0, 0].numel() for piece in pieces], 3)
-    base, *source = (part.view(len(images), 3, *piece.shape[2:]) for part, piece in zip(parts[:-1], pieces))
-    return base, source[0] if source else None, parts[-1]
+        sampled[-places[-1].shape[1] :] = True  # the contrast of all refers to the whole image's mean gray
+        pixels = color_jitter(pixels, params.jitter, sampled.expand(count, 1, 1, -1))
+    *parts, sample = pixels.split([piece.shape[1] for piece in places], 3)
+    base, *source = (part.view(count, 3, side, side) for part in parts)
+    return base, source[0] if source else None, sample
+
+
+def _places(corner: Tensor, size: Sequence[int], step: int, params: ViewParams) -> Tensor:
+    """Where the pixels of rectangles in translated images come from, as numbers of an image's pixels: (B, h * w).
+
+    corner (B, 2), size (h, w), a pixel every ``step``. What ``translate`` does, for these pixels alone.
+    """
+    if params.shift is not None:
+        corner = corner - params.shift
+    rows, columns = (
+        _reflected(corner[:, axis, None] + step * torch.arange(size[axis]), side)
+        for axis, side in enumerate((params.height, params.width))
+    )
+    return (rows[:, :, None] * params.width + columns[:, None]).flatten(1)
+
+
+def _reflected(places: Tensor, size: int) -> Tensor:
+    """Places along an axis, those beyond the border as reflections at the border pixel."""
+    return size - 1 - (size - 1 - places.abs()).abs()
 
 
 def cut_paste(

@@ -19,6 +19,7 @@ SCAR_WIDTH, SCAR_LENGTH = (2.0, 16.0), (10.0, 25.0)  # pixels of an image of SCA
 SCAR_ANGLE = 45.0  # degrees, either way (A.2)
 SCAR_IMAGE_SIZE = 256
 SOFT_EDGE = (0.05, 0.5)  # width of a soft edge as a fraction of the patch's shorter side
+SOFT_SHARE = 0.5  # of the patches of the soft views that have one
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class PasteParams:
     center_y: Tensor
     angle: Tensor  # degrees, clockwise as seen
     jitter: JitterParams | None  # None leaves the patch's colors alone
-    soft: Tensor | None = None  # over how many pixels inside the rectangle it fades in; None: a hard cut
+    soft: Tensor | None = None  # over how many pixels inside the rectangle it fades in, 0 a hard cut; None: all hard
 
 
 def rows(params: Any, part: slice | Tensor) -> Any:
@@ -63,13 +64,13 @@ def draw_scar(count: int, height: int, width: int, scar_scale: float, generator:
 
 
 def draw_soft_patch(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
-    """Patches of the same sizes, turned any way, with soft edges. In an image that is not square, a long one that is
-    turned too far to fit sticks out of it."""
+    """Patches of the same sizes, turned any way, half of them with soft edges. In an image that is not square, a long
+    one that is turned too far to fit sticks out of it."""
     return _softened(*_patch_size(count, height, width, generator), height, width, generator)
 
 
 def draw_soft_scar(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
-    """Scars of the same sizes, turned any way, with soft edges."""
+    """Scars of the same sizes, turned any way, half of them with soft edges."""
     return _softened(*_scar_size(count, height, width, scar_scale, generator), height, width, generator)
 
 
@@ -89,8 +90,13 @@ def _scar_size(count: int, height: int, width: int, scar_scale: float, generator
 
 
 def _softened(w: Tensor, h: Tensor, height: int, width: int, generator: Generator) -> dict[str, Tensor]:
-    """Boxes of rectangles turned any way, a soft edge, half of it inside the given size, around each."""
+    """Boxes of rectangles turned any way, around some of each a soft edge, half of it inside the given size.
+
+    Defects have both kinds of edges, and cuts alone would be all that a network learns to see; without any, it misses
+    what is scratched or cut.
+    """
     soft = _uniform(*SOFT_EDGE, len(w), generator) * torch.minimum(w, h)
+    soft *= torch.rand(len(w), generator=generator) < SOFT_SHARE
     w, h = ((size + soft).round().clamp(max=side) for size, side in ((w, width), (h, height)))
     return _turned(w, h, _uniform(-180.0, 180.0, len(w), generator), height, width, generator) | {"soft": soft}
 
@@ -151,7 +157,7 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
         left, top = left.clamp(0, width - tile_w), top.clamp(0, height - tile_h)
     turn = p.angle.deg2rad()
     numbers = [left, top, p.source_x, p.source_y, p.width, p.height, p.center_x, p.center_y, turn.cos(), turn.sin()]
-    numbers += [] if p.soft is None else [p.soft]
+    numbers += [] if p.soft is None else [p.soft.clamp(min=1e-3)]
     numbers = torch.stack(numbers).to(device, non_blocking=True)[:, :, None]  # (10 or 11, B, 1): one copy
     left, top, source_x, source_y, w, h = numbers[:6]
 

@@ -88,7 +88,7 @@ def paste_by_hand(image, p, b):
             unsure[y, x] = abs(at.real - round(at.real)) < 1e-3 or abs(at.imag - round(at.imag)) < 1e-3
             if 0 <= at.real < p.width[b] and 0 <= at.imag < p.height[b]:
                 share = 1.0
-                if p.soft is not None:
+                if p.soft is not None and p.soft[b] > 0:
                     for edge in (at.real, p.width[b] - at.real), (at.imag, p.height[b] - at.imag):
                         share *= min(1.0, float(min(edge)) / p.soft[b].item())
                 new = image[:, source_y + int(at.imag), source_x + int(at.real)]
@@ -590,7 +590,7 @@ def test_soft_patches_come_from_anywhere_in_the_image():
         assert ((view - cut).abs().amax(1) > 0.01).any((1, 2)).all()
 
 
-def test_soft_patches_are_turned_any_way_and_half_their_edge_is_inside():
+def test_soft_patches_are_turned_any_way_and_half_have_an_edge_half_of_which_is_inside():
     hard, soft = drawn("3way"), drawn("soft")
     for of, p in zip(hard, soft):
         assert p.angle.min() < -179
@@ -598,7 +598,8 @@ def test_soft_patches_are_turned_any_way_and_half_their_edge_is_inside():
         assert abs(p.angle.mean()) < 3
         for size, other in ((p.width, of.width), (p.height, of.height)):
             assert (size - p.soft).mean() == pytest.approx(other.mean().item(), rel=0.03)
-        share = p.soft / torch.minimum(p.width - p.soft, p.height - p.soft)
+        share = (p.soft / torch.minimum(p.width - p.soft, p.height - p.soft))[p.soft > 0]
+        assert len(share) / len(p.soft) == pytest.approx(0.5, abs=0.02)
         assert share.min() > 0.045
         assert share.max() < 0.51
         assert share.mean() == pytest.approx(0.275, abs=0.005)

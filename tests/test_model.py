@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 from torchvision.transforms import Normalize
 
-from model import BACKBONES, LEVELS, NORMALIZATIONS, CutPasteNet, WeightsError, load_backbone_weights
+from model import BACKBONES, LEVELS, NORMALIZATIONS, CutPasteNet, SmallMapConv, WeightsError, load_backbone_weights
 from runtime.files import InputError
 
 IMAGES = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -76,16 +76,40 @@ def test_stages_in_order_are_torchvisions_trunk(backbone, tmp_path):
     network = make(backbone=backbone).eval()
     head = state_of(network.head)
     load_backbone_weights(network, backbone, tmp_path / "weights.pth")
-    pooled = []
+    pooled, images = [], torch.rand(2, 3, 96, 96)  # smaller ones have maps that are not convolved by torch
     classifier = reference.get_submodule(BACKBONES[backbone].classifier.removesuffix("."))
     classifier.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
     with torch.no_grad():
-        reference(IMAGENET(IMAGES))
-        assert torch.equal(network.embed(IMAGES), pooled[0])
-        assert torch.equal(network(IMAGES)[1], pooled[0])
-    assert pooled[0].shape == (7, BACKBONES[backbone].embedding_dim)
+        reference(IMAGENET(images))
+        assert torch.equal(network.embed(images), pooled[0])
+        assert torch.equal(network(images)[1], pooled[0])
+    assert pooled[0].shape == (2, BACKBONES[backbone].embedding_dim)
     assert pooled[0].std(0).mean() > 0.01
     assert changed(network.head, head) == set()
+
+
+@pytest.mark.parametrize("size", [(2, 2), (1, 1), (1, 3), (4, 1), (3, 3)])
+def test_small_maps_are_convolved_as_by_torch(size):
+    """Values and gradients, in the memory format of the network."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 5, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
+    features = torch.randn(4, 6, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = torch.randn(4, 5, *size)
+    found = []
+    for kind in (nn.Conv2d, SmallMapConv):
+        conv.__class__ = kind
+        result = conv(features)
+        found.append((result, *torch.autograd.grad(result, (features, conv.weight), upstream)))
+    assert all(same(own, other) for own, other in zip(*found))
+    assert torch.equal(found[0][0], found[1][0]) or size != (3, 3)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[1])
+
+
+def test_every_plain_3x3_convolution_takes_small_maps():
+    kinds = [type(module) for module in make().backbone.layer4.modules() if isinstance(module, nn.Conv2d)]
+    assert kinds == [nn.Conv2d, SmallMapConv, nn.Conv2d, SmallMapConv, SmallMapConv]  # strided, 1 x 1 of the shortcut
+    for arguments in ((5, 1, 1), (3, 1, 0), (3, 2, 1), (3, 1, 1, 2), (3, 1, 1, 1, 2)):
+        assert not SmallMapConv.replaces(nn.Conv2d(4, 4, *arguments))
 
 
 @every_backbone
