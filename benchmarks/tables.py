@@ -16,6 +16,7 @@ import pandas
 from cells import markdown, newest, percent, spread, yes_or_no
 from pandas import DataFrame
 from record import ROOT, append, read
+from trials import around_table, trials_table, ways_table
 
 from runtime.files import InputError
 from runtime.flags import new_parser
@@ -24,21 +25,6 @@ from runtime.script import run_script
 FITTING = ("streamed as moments", "held")  # notes of rows that say what fitting costs
 PAPER_PIXEL = {"bottle": 97.6, "screw": 96.7, "grid": 97.5}  # its Table 2, 3-way patch models
 PAPER_SIZE = 256  # pixels
-TRIAL_CATEGORIES = ("screw", "ball_screw", "bottle", "brick", "grass", "gravel")
-WAYS = {  # columns of results/trials.csv
-    **{f"image_stage{level}": f"stage {level}, maximum of the map" for level in (1, 2, 3, 4)},
-    "image_sum12": "stages 1 and 2 added, maximum",
-    "image_sum12_top1": "stages 1 and 2 added, mean of the largest 1 %",
-    "image_sum12_mean": "stages 1 and 2 added, mean of the map",
-    "image_sum123": "stages 1 to 3 added, maximum",
-    "image_sum1234": "all stages added, maximum",
-    "image_shared2": "stage 2, one Gaussian for all locations, mean of the largest 1 %",
-    "image_nearest2": "stage 2, distance to the nearest of 20,000 normal windows, maximum",
-    "image_pooled3": "stage 3, one Gaussian of the image's mean",
-    "image_pooled4": "stage 4, one Gaussian of the image's mean",
-    "image_pooled4_deviation": "stage 4, of its mean and deviation",
-    "image_head": "the classifier's log odds, maximum over windows of 64 px",
-}
 START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
 
 
@@ -199,55 +185,30 @@ def fitting_table() -> str:
 
 def recipe_table() -> str:
     """Detectors by recipes within a budget of minutes, mean and deviation over seeds."""
-    told = ["category", "recipe", "minutes", "batch_size", "level", "location_chosen", "device", "amp"]
+    told = ["category", "recipe", "minutes", "width", "batch_size", "level", "location_chosen", "device", "amp", "note"]
     rows = pandas.read_csv(ROOT / "results/recipe.csv")
     rows = newest("results/recipe.csv", rows.rename(columns={"epochs": "steps"}), told, ["seed"])
     cells = []
-    for key, own in rows.groupby(told, sort=False, dropna=False):
-        found = (own.image_auroc, own.control_auroc, own.pixel_auroc, own.control_pixel_auroc, own.aupro)
-        category, recipe, minutes, batch, level, location, device, amp = key
-        steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()})))
-        minutes = "" if pandas.isna(minutes) else f"{minutes:g}"
-        cells.append([category, recipe, minutes, steps, batch, len(own), level, location])
-        cells[-1] += [*map(spread, found), f"{device}, {amp.replace('off', 'float32')}"]
-    head = ["category", "recipe", "minutes", "steps", "images a step", "seeds", "stages", "Gaussian", "image AUROC"]
+    for _, own in rows.groupby(told, sort=False, dropna=False):
+        found, row = (
+            (own.image_auroc, own.control_auroc, own.pixel_auroc, own.control_pixel_auroc, own.aupro),
+            own.iloc[0],
+        )
+        recipe = row.recipe + ("" if pandas.isna(row.note) else f", {row.note}")
+        steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()}))) + f" of {row.batch_size}"
+        minutes = "" if pandas.isna(row.minutes) else f"{row.minutes:g}"
+        size, stages = f"{row.width} x {row.height}", f"{row.level}, {row.location_chosen}"
+        cells.append([row.category, size, recipe, minutes, steps, stages, len(own)])
+        cells[-1] += [*map(spread, found), f"{row.device}, {row.amp.replace('off', 'float32')}"]
+    head = ["category", "size", "recipe", "minutes", "steps of images", "stages, Gaussian", "seeds", "image AUROC"]
     return markdown([*head, "untrained", "pixel AUROC", "untrained", "AUPRO", "processor"], cells)
 
 
-def trial_rows() -> DataFrame:
-    return pandas.read_csv(ROOT / "results/trials.csv")
-
-
-def trials_table() -> str:
-    """What was tried on the way to the recipe: image and pixel AUROC of the sum of stages 1 and 2, mean over seeds."""
-    rows = trial_rows()
-    categories = [name for name in TRIAL_CATEGORIES if name in set(rows.category)]
-    head = ["trial", "what it is", *(f"{name} {kind}" for name in categories for kind in ("image", "pixel"))]
-    cells = []
-    for trial, own in rows.groupby("trial", sort=False):
-        of = {name: own[own.category == name] for name in categories}
-        found = [percent(part[name].mean()) for part in of.values() for name in ("image_sum12", "pixel_sum12")]
-        seeds = own.groupby("category").seed.nunique()
-        several = ", ".join(f"{name} {count} seeds" for name, count in seeds.items() if count > 1)
-        cells.append([trial, own.what.iloc[0] + (f" ({several})" if several else ""), *found])
-    return markdown(head, cells)
-
-
-def ways_table() -> str:
-    """Image AUROC of the ways to look at one network: untrained, by the paper's recipe, and with Adam and patches from
-    other images with soft edges."""
-    rows = trial_rows()
-    trials = ["untrained", "paper", "adam other soft"]
-    categories = ["screw", "ball_screw", "bottle"]
-    cells = []
-    for column, words in WAYS.items():
-        found = [
-            percent(rows[(rows.trial == trial) & (rows.category == name)][column].mean())
-            for name in categories
-            for trial in trials
-        ]
-        cells.append([words, *found])
-    return markdown(["way", *(f"{name}: {trial}" for name in categories for trial in trials)], cells)
+def areas_table() -> str:
+    """Which defects are found: image AUROC by their area, and within groups."""
+    rows = newest("results/areas.csv", pandas.read_csv(ROOT / "results/areas.csv"), ["category", "part"])
+    cells = ([r.category, r.part, r.normal, r.anomalous, percent(r.image_auroc)] for r in rows.itertuples())
+    return markdown(["category", "anomalous images", "normal", "anomalous", "image AUROC"], cells)
 
 
 def invisible_table() -> str:
@@ -310,7 +271,9 @@ TABLES = {
     "fitting": fitting_table,
     "recipe": recipe_table,
     "trials": trials_table,
+    "around": around_table,
     "ways": ways_table,
+    "areas": areas_table,
     "invisible": invisible_table,
     "speed": speed_table,
     "memory": memory_table,

@@ -33,6 +33,9 @@ def table_of(path):
         return list(csv.DictReader(file))
 
 
+GOOD = {"a0": 1, "a1": 2, "b0": 11, "b1": 12}
+BAD = {"a2": 3, "a3": 4, "b2": 13, "b3": 14}
+
 # Rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +224,39 @@ def test_the_conventional_way_refuses_other_views(benchmarks, monkeypatch, view)
     monkeypatch.setitem(VARIANTS, "new", Variant(("image", "patch", view), ""))
     with pytest.raises(ValueError, match=view):
         benchmarks("conventional").ConventionalViews([Image.new("RGB", (40, 40))], "new")
+
+
+def test_areas_of_defects_and_groups(script, tmp_path):
+    """Two groups of images, one with higher scores throughout: told apart within each, not over both."""
+    holes, table, scores = tmp_path / "Data/lid/ground_truth/hole", tmp_path / "areas.csv", tmp_path / "scores.csv"
+    holes.mkdir(parents=True)
+    lines = ["category,path,label,score", *(f"lid,lid/test/good/{name}.png,0,{v}" for name, v in GOOD.items())]
+    for side, (name, value) in enumerate(BAD.items(), start=2):
+        mask = np.zeros((20, 20), np.uint8)
+        mask[1 : 1 + side, 2 : 2 + side] = 255
+        Image.fromarray(mask).save(holes / f"{name}_mask.png")
+        lines.append(f"lid,lid/test/hole/{name}.png,1,{value}")
+    scores.write_text("\n".join(lines))
+    flags = [scores, "--data_dir", tmp_path / "Data", "--results", table, "--type"]
+    done = script("areas", *flags, "lid", "--group", "^(.)")
+    assert done.code == 0, done.err
+    assert {row["part"]: float(row["image_auroc"]) for row in table_of(table)} == {
+        "all": 12 / 16,
+        "4 to 4 px": 2 / 4,
+        "9 to 9 px": 2 / 4,
+        "16 to 16 px": 1,
+        "25 to 25 px": 1,
+        "standardized within groups": 1,
+        "group a": 1,
+        "group b": 1,
+    }
+    assert [int(row["anomalous"]) for row in table_of(table)] == [4, 1, 1, 1, 1, 4, 2, 2]
+    one_line(script("areas", *flags, "lid", "--group", "(..)"), "--group (..): no group has two normal test images")
+    one_line(script("areas", *flags, "lid", "--group", "(x)"), "lid/test/good/a0.png", "finds nothing in its name")
+    one_line(script("areas", *flags, "cap"), "no category cap")
+    one_line(script("areas", tmp_path / "none.csv", *flags[1:], "lid"), "none.csv", "eval.py writes it")
+    (holes / "a2_mask.png").unlink()
+    one_line(script("areas", *flags, "lid"), "3 anomalous images with a mask, 4 are needed")
 
 
 def test_the_benchmark_of_maps_runs(script, data, tmp_path):
