@@ -192,12 +192,12 @@ def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | 
     """
     _check_fit(images, params)
     count, side, apart = len(images), params.patch_size, max(1, min(params.height, params.width) // SAMPLE_SIDE)
-    begin = torch.full((count, 2), apart // 2)
-    sample = [len(range(apart // 2, size, apart)) for size in (params.height, params.width)]
+    first = torch.full((count, 2), apart // 2)
+    counts = [len(range(apart // 2, size, apart)) for size in (params.height, params.width)]
     squares = [(corner, (side, side), 1) for corner in (params.corner, params.source) if corner is not None]
-    places = [_places(*piece, params) for piece in (*squares, (begin, sample, apart))]
-    index = torch.cat(places, 1).to(images.device, non_blocking=True)[:, None].expand(-1, 3, -1)
-    pixels = to_float(images.flatten(2).gather(2, index))[:, :, None]  # (B, 3, 1, pixels)
+    places = [_places(*piece, params, images.device) for piece in (*squares, (first, counts, apart))]
+    pixels = to_float(images.flatten(2).gather(2, torch.cat(places, 1)[:, None].expand(-1, 3, -1)))
+    pixels = pixels[:, :, None]  # (B, 3, 1, pixels)
     if params.jitter is not None:
         sampled = torch.zeros(pixels.shape[-1], dtype=torch.bool, device=pixels.device)
         sampled[-places[-1].shape[1] :] = True  # the contrast of all refers to the whole image's mean gray
@@ -207,18 +207,19 @@ def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | 
     return base, source[0] if source else None, sample
 
 
-def _places(corner: Tensor, size: Sequence[int], step: int, params: ViewParams) -> Tensor:
+def _places(corner: Tensor, size: Sequence[int], step: int, params: ViewParams, device: torch.device) -> Tensor:
     """Where the pixels of rectangles in translated images come from, as numbers of an image's pixels: (B, h * w).
 
     corner (B, 2), size (h, w), a pixel every ``step``. What ``translate`` does, for these pixels alone.
     """
     if params.shift is not None:
         corner = corner - params.shift
-    rows, columns = (
-        _reflected(corner[:, axis, None] + step * torch.arange(size[axis]), side)
+    corner = corner.to(device, non_blocking=True)
+    down, across = (
+        _reflected(corner[:, axis, None] + step * torch.arange(size[axis], device=device), side)
         for axis, side in enumerate((params.height, params.width))
     )
-    return (rows[:, :, None] * params.width + columns[:, None]).flatten(1)
+    return (down[:, :, None] * params.width + across[:, None]).flatten(1)
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:

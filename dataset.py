@@ -173,11 +173,8 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
-            with _opened(path) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
-                marked = Image.fromarray((values > 0).reshape(*values.shape[:2], -1).any(2))
-                masks[index] = torch.from_numpy(np.array(marked.resize(size[::-1], Image.Resampling.NEAREST)))
+            marked = Image.fromarray(decode_mask(path))
+            masks[index] = torch.from_numpy(np.array(marked.resize(size[::-1], Image.Resampling.NEAREST)))
 
     _for_each(decode_into, len(test.paths), workers)
     return masks
@@ -229,6 +226,14 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
         if size is not None and image.size != size[::-1]:
             image = image.resize(size[::-1], Image.Resampling.BILINEAR)
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def decode_mask(path: str | Path) -> np.ndarray:
+    """One mask upright: (H, W) bool, whether a pixel is not black. Raises InputError as ``decode`` does."""
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
+        return (values > 0).reshape(*values.shape[:2], -1).any(2)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import numpy as np
 import seaborn
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch.nn import functional
 
 from config import Config
@@ -243,20 +244,25 @@ def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure
 
 
 def curves(rows: "DataFrame") -> Figure:
-    """Image AUROC against minutes of training, a panel a category, a line a recipe and seed; from rows with category,
-    recipe, seed, seconds, image_auroc."""
+    """Image AUROC and, below, accuracy of the pretext task against minutes of training, a column of panels a category,
+    a line a recipe and seed; from rows with category, recipe, seed, seconds, image_auroc, accuracy."""
     categories = list(dict.fromkeys(rows.category))
-    figure = Figure(figsize=(4.2 * len(categories), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(categories), 5.8), layout="constrained")
     with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
-        panels = figure.subplots(1, len(categories), squeeze=False)[0]
+        panels = figure.subplots(2, len(categories), squeeze=False, sharex="col", sharey="row")
     colors = dict(zip(dict.fromkeys(rows.recipe), (ANOMALY_COLOR, NORMAL_COLOR, "#6aa84f", "#e8a33d")))
-    for axes, category in zip(panels, categories):
-        for (recipe, seed), own in rows[rows.category == category].groupby(["recipe", "seed"], sort=False):
-            label = recipe if seed == rows[rows.recipe == recipe].seed.min() else None
-            axes.plot(own.seconds / 60, 100 * own.image_auroc, ".-", color=colors[recipe], label=label)
-        seaborn.despine(ax=axes)
-        axes.set(title=category, xlabel="minutes of training", ylabel="image AUROC, percent", xlim=(0, None))
-    panels[-1].legend(title="recipe", loc="lower right", frameon=True)
+    for column, category in enumerate(categories):
+        for axes, name, style in zip(panels[:, column], ("image_auroc", "accuracy"), (".-", "-")):
+            for (recipe, _), own in rows[rows.category == category].groupby(["recipe", "seed"], sort=False):
+                own = own.dropna(subset=[name])
+                axes.plot(own.seconds / 60, 100 * own[name], style, color=colors[recipe])
+            seaborn.despine(ax=axes)
+        panels[0, column].set(title=category)
+        panels[1, column].set(xlabel="minutes of training", xlim=(0, None))
+    panels[0, 0].set(ylabel="image AUROC, percent")
+    panels[1, 0].set(ylabel="pretext accuracy, percent")
+    handles = [Line2D([], [], color=color, label=recipe) for recipe, color in colors.items()]
+    panels[0, -1].legend(handles=handles, title="recipe", loc="lower right", frameon=True)
     return figure
 
 

@@ -27,7 +27,7 @@ from runtime.files import InputError, load_tensors, save_tensors, say
 from runtime.ranks import Ranks, data_parallel, sync_batch_norm
 from runtime.script import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
 TIMED_STEPS = 6  # that a budget of minutes is planned by, after two that warm up
 

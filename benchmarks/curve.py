@@ -1,4 +1,4 @@
-"""Test AUROC against seconds of training -> results/curve.csv -> images/curve.png.
+"""Test AUROC and pretext accuracy against seconds of training -> results/curve.csv -> images/curve.png.
 
     python run_training.py --type screw --model_dir fast --recipe fast --no-pretrained --minutes 10 --test_epochs 60
     python eval.py --type screw --model_dir fast --control 1
@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def curve(folder: Path, row: dict[str, str]) -> list[dict]:
-    """Points of one training: its settings, step, seconds and image AUROC; the first is the untrained baseline."""
+    """Points of one training: its settings, step, seconds, image AUROC and accuracy of the pretext task since the point
+    before, where there are such; the first is the untrained baseline."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), {"scalars": 0})
@@ -64,12 +65,16 @@ def curve(folder: Path, row: dict[str, str]) -> list[dict]:
         images = min(int(row["batch_size"]), int(row["train_images"])) * (entry.step - steps[-1])
         seconds.append(seconds[-1] + images / entry.value)
         steps.append(entry.step)
-    found = [(0, row["control_auroc"]), *((entry.step, entry.value) for entry in events.Scalars("eval_auc"))]
+    points = {0: {"image_auroc": row["control_auroc"]}} if row["control_auroc"] else {}
+    for tag, column in (("eval_auc", "image_auroc"), ("acc", "accuracy")):
+        for entry in events.Scalars(tag):
+            points.setdefault(entry.step, {})[column] = entry.value
     kept = {name: row[name] for name in KEPT} | {"note": row.get("note", "")}
     return [
-        kept | {"step": step, "seconds": round(float(np.interp(step, steps, seconds)), 1), "image_auroc": value}
-        for step, value in found
-        if value != ""
+        kept
+        | {"step": step, "seconds": round(float(np.interp(step, steps, seconds)), 1)}
+        | {column: found.get(column, "") for column in ("image_auroc", "accuracy")}
+        for step, found in sorted(points.items())
     ]
 
 

@@ -45,13 +45,16 @@ def trials_table() -> str:
 
 
 def around_table() -> str:
-    """What was tried around the recipe: image and pixel AUROC of stage 1, mean over seeds."""
+    """What was tried around the recipe: image and pixel AUROC of stage 1, mean over seeds; with the Gaussian that
+    --location auto chose, and in the last rows with one for each location whatever it chose."""
     rows = trial_rows(later=True)
-    rows["place"] = rows.category + rows.side.map(lambda side: "" if side == SIDE else f", {side} px")
+    rows = rows.assign(place=rows.category + rows.side.map(lambda side: "" if side == SIDE else f", {side} px"))
     places = list(rows.sort_values("side", ascending=False, kind="stable").place.unique())
+    trials = [(trial, own, "auto1") for trial, own in rows.groupby("trial", sort=False)]
+    trials += [(f"{trial}, each", rows[rows.trial == trial], "stage1") for trial in ("half soft", "untrained")]
     cells = []
-    for trial, own in rows.groupby("trial", sort=False):
-        mean = own.groupby("place")[["image_auto1", "pixel_auto1"]].mean()
+    for trial, own, way in trials:
+        mean = own.groupby("place")[[f"image_{way}", f"pixel_{way}"]].mean()
         seeds = own.groupby("place").seed.nunique()
         counts = " to ".join(map(str, sorted({seeds.min(), seeds.max()})))
         found = [" / ".join(map(percent, mean.loc[place])) if place in mean.index else "" for place in places]

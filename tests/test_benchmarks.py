@@ -33,8 +33,8 @@ def table_of(path):
         return list(csv.DictReader(file))
 
 
-GOOD = {"a0": 1, "a1": 2, "b0": 11, "b1": 12}
-BAD = {"a2": 3, "a3": 4, "b2": 13, "b3": 14}
+GOOD = {"a0": 1, "a1": 2, "b0": 11}
+BAD = {"b4": 10, "a2": 1.5, "a3": 4, "b2": 12, "b3": 13}  # by area
 
 # Rows -------------------------------------------------------------------------------------------------------------
 
@@ -74,7 +74,8 @@ def tables(benchmarks, monkeypatch, tmp_path):
     (tmp_path / "README.md").write_text(marked("results"))
     (tmp_path / "docs/results.md").write_text(marked(*(name for name in module.TABLES if name != "results")))
     (tmp_path / "docs/none.md").write_text("No table.\n")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    for each in (module, benchmarks("trials")):
+        monkeypatch.setattr(each, "ROOT", tmp_path)
     return module
 
 
@@ -112,22 +113,32 @@ def test_tables_show_the_deviation_of_several_seeds(tables):
     assert tables.spread(pandas.Series([float("nan")])) == ""
 
 
-def test_the_results_are_those_of_patch_models_at_the_papers_size(tables, tmp_path):
-    found = [line.strip("| ").split(" | ") for line in tables.results_table().splitlines()]
-    assert found[0] == ["category", "seeds", "image AUROC", "pixel AUROC", "untrained", "paper", "AUPRO"]
-    own = [row for row in table_of(tmp_path / "results/pixel.csv") if row["patch_size"] and row["width"] == "256"]
-    assert sorted(line[0] for line in found[2:]) == sorted({row["category"] for row in own}) != []
-    for category, *cells in found[2:]:
-        seeds = {row["seed"]: row for row in own if row["category"] == category}.values()
-        expected = [str(len(seeds))]
-        for name in ("image_auroc", "pixel_auroc", "control_pixel_auroc", "paper", "aupro"):
-            values = [100 * float(row.get(name, 0)) for row in seeds]
-            shown = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-            expected.append(str(tables.PAPER_PIXEL[category]) if name == "paper" else shown)
-        assert cells == expected
+def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
+    """Rows with other steps, on another device or of a single seed are not mixed in."""
+    path = tmp_path / "results/recipe.csv"
+    before, first = tables.results_table(), table_of(path)[0]
+    for change in ({"epochs": "300"}, {"device": "other"}, {"category": "single"}, {"minutes": "10"}, {"note": "old"}):
+        tables.append(first | {"image_auroc": "0.1", "seed": "9"} | change, path)
+    assert tables.results_table() == before
+    head, _, *found = [line.strip("|").strip().split(" | ") for line in before.splitlines()]
+    assert " ".join(head) == "category seeds image AUROC untrained paper pixel AUROC untrained paper AUPRO"
+    assert len(found) == 9
+    for category, count, *cells in found:
+        wanted = {"category": category, "recipe": "fast", "epochs": "1100", "minutes": "", "note": ""}
+        wanted |= {name: first[name] for name in ("device", "batch_size")}
+        own = [row for row in table_of(path) if all(row[name] == value for name, value in wanted.items())]
+        assert int(count) == len({row["seed"] for row in own}) == len(own) == 3
+        shown = iter(cells)
+        for name in ("image_auroc", "control_auroc", "IMAGE", "pixel_auroc", "control_pixel_auroc", "PIXEL", "aupro"):
+            cell = next(shown).strip()
+            if name.isupper():
+                assert cell == str(getattr(tables, f"PAPER_{name}").get(category, ""))
+                continue
+            values = [100 * float(row[name]) for row in own if row[name]]
+            assert cell == (f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if values else "")
 
 
-@pytest.mark.parametrize(("name", "table"), [("pixel", "results"), ("pixel", "pixel"), ("maps", "maps")])
+@pytest.mark.parametrize(("name", "table"), [("recipe", "results"), ("pixel", "pixel"), ("maps", "maps")])
 def test_the_newest_row_of_a_setting_counts(tables, tmp_path, name, table):
     path = tmp_path / f"results/{name}.csv"
     before, first = tables.TABLES[table](), table_of(path)[0]
@@ -187,6 +198,8 @@ def test_a_curve_starts_untrained_and_ends_at_the_detector(script, benchmarks, d
     assert seconds == sorted(seconds)
     assert 0 < seconds[-1] < 60
     assert float(rows[0]["image_auroc"]) == float(found["control_auroc"])
+    assert [row["accuracy"] == "" for row in rows] == [True, True, True, False]  # logged at the last step
+    assert 0 < float(rows[-1]["accuracy"]) < 1
     assert float(rows[-1]["image_auroc"]) == pytest.approx(float(found["image_auroc"]), abs=1e-6)
     monkeypatch.setattr(benchmarks("curve"), "ROOT", tmp_path)
     (tmp_path / "images").mkdir()
@@ -227,36 +240,44 @@ def test_the_conventional_way_refuses_other_views(benchmarks, monkeypatch, view)
 
 
 def test_areas_of_defects_and_groups(script, tmp_path):
-    """Two groups of images, one with higher scores throughout: told apart within each, not over both."""
-    holes, table, scores = tmp_path / "Data/lid/ground_truth/hole", tmp_path / "areas.csv", tmp_path / "scores.csv"
+    """Two groups of images, one with higher scores throughout: 11 of all 15 pairs are in order, 5 of the 7 within."""
+    holes, table, folder = tmp_path / "Data/lid/ground_truth/hole", tmp_path / "areas.csv", tmp_path / "Eval"
     holes.mkdir(parents=True)
+    folder.mkdir()
     lines = ["category,path,label,score", *(f"lid,lid/test/good/{name}.png,0,{v}" for name, v in GOOD.items())]
     for side, (name, value) in enumerate(BAD.items(), start=2):
-        mask = np.zeros((20, 20), np.uint8)
-        mask[1 : 1 + side, 2 : 2 + side] = 255
+        mask = np.zeros((20, 20), np.uint16)
+        mask[1 : 1 + side, 2 : 2 + side] = 1  # a mask is what is not black, however dark
         Image.fromarray(mask).save(holes / f"{name}_mask.png")
         lines.append(f"lid,lid/test/hole/{name}.png,1,{value}")
-    scores.write_text("\n".join(lines))
-    flags = [scores, "--data_dir", tmp_path / "Data", "--results", table, "--type"]
+    (folder / "scores.csv").write_text("\n".join(lines))
+    (folder / "results.csv").write_text("category,seed,train_command\nlid,7,python run_training.py\n")
+    flags = [folder, "--data_dir", tmp_path / "Data", "--results", table, "--type"]
     done = script("areas", *flags, "lid", "--group", "^(.)")
     assert done.code == 0, done.err
-    assert {row["part"]: float(row["image_auroc"]) for row in table_of(table)} == {
-        "all": 12 / 16,
-        "4 to 4 px": 2 / 4,
-        "9 to 9 px": 2 / 4,
-        "16 to 16 px": 1,
-        "25 to 25 px": 1,
-        "standardized within groups": 1,
-        "group a": 1,
-        "group b": 1,
-    }
-    assert [int(row["anomalous"]) for row in table_of(table)] == [4, 1, 1, 1, 1, 4, 2, 2]
-    one_line(script("areas", *flags, "lid", "--group", "(..)"), "--group (..): no group has two normal test images")
+    rows = table_of(table)
+    assert [(row["part"], row["least_area"], row["most_area"], row["anomalous"]) for row in rows] == [
+        ("all", "", "", "5"),
+        ("smallest quarter", "4", "9", "2"),
+        ("second quarter", "16", "16", "1"),
+        ("third quarter", "25", "25", "1"),
+        ("largest quarter", "36", "36", "1"),
+        ("within groups", "", "", "5"),
+        ("group a", "", "", "2"),
+        ("group b", "", "", "3"),
+    ]
+    expected = [11 / 15, 3 / 6, 2 / 3, 3 / 3, 3 / 3, 5 / 7, 3 / 4, 2 / 3]
+    assert [float(row["image_auroc"]) for row in rows] == pytest.approx(expected)
+    assert {(row["seed"], row["train_command"]) for row in rows} == {("7", "python run_training.py")}
+    one_line(script("areas", *flags, "lid", "--group", "(...)"), "no group has both normal and anomalous test images")
     one_line(script("areas", *flags, "lid", "--group", "(x)"), "lid/test/good/a0.png", "finds nothing in its name")
     one_line(script("areas", *flags, "cap"), "no category cap")
-    one_line(script("areas", tmp_path / "none.csv", *flags[1:], "lid"), "none.csv", "eval.py writes it")
-    (holes / "a2_mask.png").unlink()
-    one_line(script("areas", *flags, "lid"), "3 anomalous images with a mask, 4 are needed")
+    one_line(script("areas", tmp_path / "none", *flags[1:], "lid"), "none: no scores.csv", "eval.py writes them")
+    for pattern in ("(", "a", "(a)(b)"):
+        assert script("areas", *flags, "lid", "--group", pattern).code == 2
+    for name in ("a3", "b3"):
+        (holes / f"{name}_mask.png").unlink()
+    one_line(script("areas", *flags, "lid"), "lid: 3 anomalous images with a mask, 4 are needed")
 
 
 def test_the_benchmark_of_maps_runs(script, data, tmp_path):

@@ -76,7 +76,10 @@ def test_stages_in_order_are_torchvisions_trunk(backbone, tmp_path):
     network = make(backbone=backbone).eval()
     head = state_of(network.head)
     load_backbone_weights(network, backbone, tmp_path / "weights.pth")
-    pooled, images = [], torch.rand(2, 3, 96, 96)  # smaller ones have maps that are not convolved by torch
+    pooled, images = (
+        [],
+        torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(2)),
+    )  # smaller ones have maps that are not convolved by torch
     classifier = reference.get_submodule(BACKBONES[backbone].classifier.removesuffix("."))
     classifier.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
     with torch.no_grad():
@@ -88,28 +91,42 @@ def test_stages_in_order_are_torchvisions_trunk(backbone, tmp_path):
     assert changed(network.head, head) == set()
 
 
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("size", [(2, 2), (1, 1), (1, 3), (4, 1), (3, 3)])
-def test_small_maps_are_convolved_as_by_torch(size):
-    """Values and gradients, in the memory format of the network."""
+def test_small_maps_are_convolved_as_by_torch(monkeypatch, size, autocast, layout):
+    """Values and gradients. torch's own convolution is not run where it is slow, and is where it is not."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 5, 3, padding=1, bias=False).to(memory_format=torch.channels_last)
-    features = torch.randn(4, 6, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
+    conv = nn.Conv2d(6, 5, 3, padding=1, bias=False).to(memory_format=layout)
+    features = torch.randn(4, 6, *size).contiguous(memory_format=layout).requires_grad_()
     upstream = torch.randn(4, 5, *size)
-    found = []
-    for kind in (nn.Conv2d, SmallMapConv):
-        conv.__class__ = kind
-        result = conv(features)
-        found.append((result, *torch.autograd.grad(result, (features, conv.weight), upstream)))
-    assert all(same(own, other) for own, other in zip(*found))
-    assert torch.equal(found[0][0], found[1][0]) or size != (3, 3)
-    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[1])
+
+    def results():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            result = conv(features)
+        return (result, *torch.autograd.grad(result, (features, conv.weight), upstream.to(result.dtype)))
+
+    expected, calls, plain = results(), [], nn.Conv2d.forward
+    conv.__class__ = SmallMapConv
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(1) or plain(self, x))
+    found = results()
+    assert len(calls) == (size == (3, 3))
+    for own, other in zip(found, expected):
+        assert own.dtype == other.dtype
+        assert (own - other).abs().max() < (2e-2 if autocast else 1e-5) * other.abs().max()
+    assert found[0].is_contiguous(memory_format=torch.channels_last) or layout != torch.channels_last
 
 
 def test_every_plain_3x3_convolution_takes_small_maps():
     kinds = [type(module) for module in make().backbone.layer4.modules() if isinstance(module, nn.Conv2d)]
     assert kinds == [nn.Conv2d, SmallMapConv, nn.Conv2d, SmallMapConv, SmallMapConv]  # strided, 1 x 1 of the shortcut
-    for arguments in ((5, 1, 1), (3, 1, 0), (3, 2, 1), (3, 1, 1, 2), (3, 1, 1, 1, 2)):
-        assert not SmallMapConv.replaces(nn.Conv2d(4, 4, *arguments))
+    assert SmallMapConv.replaces(nn.Conv2d(4, 4, 3, 1, 1, bias=False))
+    for arguments in ((5, 1, 1), (3, 1, 0), (3, 2, 1), (3, 1, 1, 2), (3, 1, 1, 1, 2), (3, 1, 1, 1, 1, True)):
+        arguments = {"bias": False} | dict(
+            zip(("kernel_size", "stride", "padding", "dilation", "groups", "bias"), arguments)
+        )
+        assert not SmallMapConv.replaces(nn.Conv2d(4, 4, **arguments))
+    assert not SmallMapConv.replaces(nn.Conv2d(4, 4, 3, padding=1, bias=False, padding_mode="reflect"))
 
 
 @every_backbone

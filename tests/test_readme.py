@@ -188,7 +188,7 @@ def test_each_table_has_one_place():
     assert places == {
         "results": "README.md",
         **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
-        **dict.fromkeys(("recipe", "invisible", "trials", "ways"), "recipe.md"),
+        **dict.fromkeys(("recipe", "areas", "invisible", "trials", "around", "ways"), "recipe.md"),
         **dict.fromkeys(("speed", "fitting", "memory"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
