@@ -120,7 +120,7 @@ def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
     for change in ({"epochs": "300"}, {"device": "other"}, {"category": "single"}, {"minutes": "10"}, {"note": "old"}):
         tables.append(first | {"image_auroc": "0.1", "seed": "9"} | change, path)
     assert tables.results_table() == before
-    head, _, *found = [line.strip("|").strip().split(" | ") for line in before.splitlines()]
+    head, _, *found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in before.splitlines()]
     assert " ".join(head) == "category seeds image AUROC untrained paper pixel AUROC untrained paper AUPRO"
     assert len(found) == 9
     for category, count, *cells in found:
@@ -130,7 +130,7 @@ def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
         assert int(count) == len({row["seed"] for row in own}) == len(own) == 3
         shown = iter(cells)
         for name in ("image_auroc", "control_auroc", "IMAGE", "pixel_auroc", "control_pixel_auroc", "PIXEL", "aupro"):
-            cell = next(shown).strip()
+            cell = next(shown)
             if name.isupper():
                 assert cell == str(getattr(tables, f"PAPER_{name}").get(category, ""))
                 continue
@@ -198,7 +198,7 @@ def test_a_curve_starts_untrained_and_ends_at_the_detector(script, benchmarks, d
     assert seconds == sorted(seconds)
     assert 0 < seconds[-1] < 60
     assert float(rows[0]["image_auroc"]) == float(found["control_auroc"])
-    assert [row["accuracy"] == "" for row in rows] == [True, True, True, False]  # logged at the last step
+    assert [row["accuracy"] == "" for row in rows] == [True, True, False, False]  # logged every ten steps
     assert 0 < float(rows[-1]["accuracy"]) < 1
     assert float(rows[-1]["image_auroc"]) == pytest.approx(float(found["image_auroc"]), abs=1e-6)
     monkeypatch.setattr(benchmarks("curve"), "ROOT", tmp_path)
@@ -206,6 +206,24 @@ def test_a_curve_starts_untrained_and_ends_at_the_detector(script, benchmarks, d
     assert script("curve", "draw", "--results", table).code == 0
     assert (tmp_path / "images/curve.png").read_bytes().startswith(b"\x89PNG")
     one_line(script("curve", "add", tmp_path, tmp_path / "none.csv"), "none.csv")
+
+
+def test_curves_of_two_recipes():
+    """A line for each category, recipe and measure, through the points that have it."""
+    from plots import curves
+
+    rows = [("lid", "fast", 0, 0.5, None), ("lid", "fast", 60, None, 0.4), ("lid", "fast", 120, 0.9, 0.8)]
+    rows += [("cap", "fast", 60, 0.7, 0.6), ("lid", "paper", 60, 0.6, 0.5)]
+    figure = curves(
+        pandas.DataFrame(rows, columns=["category", "recipe", "seconds", "image_auroc", "accuracy"]).assign(seed=0)
+    )
+    assert [[line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes] == [
+        [[[0, 50], [2, 90]], [[1, 60]]],
+        [[[1, 70]]],
+        [[[1, 40], [2, 80]], [[1, 50]]],
+        [[[1, 60]]],
+    ]
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["fast", "paper"]
 
 
 @pytest.fixture
