@@ -18,6 +18,7 @@ from pandas import DataFrame
 from record import ROOT, append, read
 from trials import around_table, trials_table, ways_table
 
+from config import RECIPES
 from runtime.files import InputError
 from runtime.flags import new_parser
 from runtime.script import run_script
@@ -84,6 +85,7 @@ def results_table() -> str:
     """The fast recipe, as it is, on the categories of which there are several seeds, next to the paper."""
     rows = recipe_rows()
     rows = rows[(rows.recipe == "fast") & rows.note.isna() & (rows.budget == f"{RESULT_STEPS} steps")]
+    rows = rows[rows.patch_size == RECIPES["fast"]["patch_size"]]
     cells = []
     for (category, *_), own in rows.groupby(TOLD, sort=False, dropna=False):
         if len(own) > 1:
@@ -186,7 +188,8 @@ def fitting_table() -> str:
     return markdown(["embeddings", "category", "seconds to fit", "peak MB", "file MB", "pixel AUROC"], cells)
 
 
-TOLD = ["category", "recipe", "budget", "width", "batch_size", "level", "location_chosen", "device", "amp", "note"]
+TOLD = ["category", "recipe", "budget", "width", "patch_size", "batch_size", "level", "location_chosen"]
+TOLD += ["device", "amp", "note"]
 
 
 def recipe_rows() -> DataFrame:
@@ -203,12 +206,13 @@ def recipe_table() -> str:
     for _, own in recipe_rows().groupby(TOLD, sort=False, dropna=False):
         row = own.iloc[0]
         recipe = row.recipe + ("" if pandas.isna(row.note) else f", {row.note}")
-        steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()}))) + f" of {row.batch_size}"
+        steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()})))
+        steps += f" of {row.batch_size}, {row.patch_size} px"
         minutes = "" if pandas.isna(row.minutes) else f"{row.minutes:g}"
         size, stages = f"{row.width} x {row.height}", f"{row.level}, {row.location_chosen}"
         cells.append([row.category, size, recipe, minutes, steps, stages, len(own)])
         cells[-1] += [*figures(own), f"{row.device}, {row.amp.replace('off', 'float32')}"]
-    head = ["category", "size", "recipe", "minutes", "steps of images", "stages, Gaussian", "seeds"]
+    head = ["category", "size", "recipe", "minutes", "steps of images, crops", "stages, Gaussian", "seeds"]
     return markdown([*head, *FIGURES, "processor"], cells)
 
 

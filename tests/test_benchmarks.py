@@ -114,11 +114,13 @@ def test_tables_show_the_deviation_of_several_seeds(tables):
 
 
 def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
-    """Rows with other steps, on another device or of a single seed are not mixed in."""
+    """Rows with other steps or crops, on another device or of a single seed are not mixed in."""
     path = tmp_path / "results/recipe.csv"
     before, first = tables.results_table(), table_of(path)[0]
     for change in ({"epochs": "300"}, {"device": "other"}, {"category": "single"}, {"minutes": "10"}, {"note": "old"}):
         tables.append(first | {"image_auroc": "0.1", "seed": "9"} | change, path)
+    for seed in ("8", "9"):
+        tables.append(first | {"image_auroc": "0.1", "seed": seed, "patch_size": "48"}, path)
     assert tables.results_table() == before
     head, _, *found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in before.splitlines()]
     assert " ".join(head) == "category seeds image AUROC untrained paper pixel AUROC untrained paper AUPRO"
