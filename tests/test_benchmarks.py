@@ -127,7 +127,7 @@ def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
     assert len(found) == 9
     for category, count, *cells in found:
         wanted = {"category": category, "recipe": "fast", "epochs": "1100", "minutes": "", "note": ""}
-        wanted |= {name: first[name] for name in ("device", "batch_size")}
+        wanted |= {name: first[name] for name in ("device", "batch_size", "patch_size")}
         own = [row for row in table_of(path) if all(row[name] == value for name, value in wanted.items())]
         assert int(count) == len({row["seed"] for row in own}) == len(own) == 3
         shown = iter(cells)
