@@ -22,11 +22,11 @@ from runtime.flags import Rule, anything, int_at_least, int_within, number, one_
 RECIPES = {
     "paper": {},
     "fast": {
-        "patch_size": 64,
+        "patch_size": 48,
         "variant": "soft",
         "invisible": "drop",
         "optim": "adam",
-        "batch_size": 16,
+        "batch_size": 28,
         "epochs": 1500,
     },
 }

@@ -165,12 +165,21 @@ def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
     Returns views (V*B, 3, H, W), float32 in [0, 1] and channels_last, view after view in the variant's order, and
     labels (V*B,) int64; with a patch size P views (V*B, 3, P, P). Raises ValueError for images that params do not fit.
     """
+    return apply_and_sample(images, params)[:2]
+
+
+def apply_and_sample(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``apply`` gives, and pixels of the augmented whole images whose statistics stand for theirs: (B, 3, h, w),
+    of crops a sample."""
     if params.corner is not None:
-        base, source, _ = augment_crops(images, params)
-        return cut_paste(base, source, params)
-    size = ((1 + len(params.pastes)) * len(images), 3, params.height, params.width)
-    views = torch.empty(size, device=images.device, memory_format=torch.channels_last)
-    return cut_paste(augment(images, params, views[: len(images)]), None, params, views)
+        base, source, whole = augment_crops(images, params)
+        views, labels = cut_paste(base, source, params)
+    else:
+        size = ((1 + len(params.pastes)) * len(images), 3, params.height, params.width)
+        views = torch.empty(size, device=images.device, memory_format=torch.channels_last)
+        whole = augment(images, params, views[: len(images)])
+        views, labels = cut_paste(whole, None, params, views)
+    return views, labels, whole
 
 
 def augment(images: Tensor, params: ViewParams, out: Tensor | None = None) -> Tensor:

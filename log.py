@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from cutpaste import VARIANTS, augment, augment_crops, cut_paste, visible
+from cutpaste import VARIANTS, apply_and_sample, visible
 from runtime.cache import ImageArray
 from runtime.files import InputError, say
 from runtime.ranks import Ranks
@@ -107,11 +107,7 @@ def invisible_shares(config: Config, images: ImageArray) -> dict[str, float]:
     generator, found = torch.Generator().manual_seed(config.seed), []
     for part in (torch.arange(LOOKED_AT) * len(images) // LOOKED_AT).split(AT_ONCE):
         params = config.make_params(len(part), generator)
-        if params.corner is None:
-            base = whole = augment(images[part], params)
-            source = None
-        else:
-            base, source, whole = augment_crops(images[part], params)
-        found.append(visible(cut_paste(base, source, params)[0], params, whole).view(-1, len(part)))
+        views, _, whole = apply_and_sample(images[part], params)
+        found.append(visible(views, params, whole).view(-1, len(part)))
     shares = 1 - torch.cat(found, 1).float().mean(1)
     return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from config import Config, SettingError, resume
-from cutpaste import ViewParams, apply, augment_crops, cut_paste, visible
+from cutpaste import ViewParams, apply_and_sample, visible
 from detector import Detector, category_seed, initial_network
 from log import Log, check_finite, log_start
 from paste import rows
@@ -181,15 +181,12 @@ class Run:
     def make_views(self, images: Tensor, params: ViewParams) -> Batch:
         """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
         windows of a test image will be."""
-        if params.corner is None:
-            views, labels = apply(images, params)
-            whole, statistics = views[: len(images)], None
-        else:
-            base, source, whole = augment_crops(images, params)
-            views, labels = cut_paste(base, source, params)
+        views, labels, whole = apply_and_sample(images, params)
+        statistics = None
+        if params.corner is not None:
             mean, std = self.network.statistics(whole)
             if mean.ndim == 4:  # of each image
-                mean, std = (each.repeat(len(views) // len(base), 1, 1, 1) for each in (mean, std))
+                mean, std = (each.repeat(len(views) // len(images), 1, 1, 1) for each in (mean, std))
             statistics = mean, std
         learned = visible(views, params, whole) if self.config.invisible == "drop" else None
         return Batch(views, labels, statistics, learned)

@@ -31,12 +31,12 @@ def test_defaults_are_the_papers():
 def test_a_recipe_sets_what_no_flag_sets():
     fast = parsed("--recipe", "fast", "--no-pretrained")
     assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
-    assert fast.patches == PatchConfig(64)
-    assert (fast.epochs, fast.batch_size) == (1500, 16)
+    assert fast.patches == PatchConfig(48)
+    assert (fast.epochs, fast.batch_size) == (1500, 28)
     other = parsed(
         "--recipe", "fast", "--no-pretrained", "--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32
     )
-    assert other == replace(fast, variant="scar", epochs=7, patches=PatchConfig(64, window=32, level=(1, 2)))
+    assert other == replace(fast, variant="scar", epochs=7, patches=PatchConfig(48, window=32, level=(1, 2)))
     assert parsed("--recipe", "paper") == parsed()
     for name, values in RECIPES.items():
         config = parsed("--recipe", name)

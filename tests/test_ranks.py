@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, one_line, run, same_weights
+from conftest import ROOT, TINY, one_line, same_weights
 from torch.nn.functional import cross_entropy
 
 from cutpaste import apply, make_params, visible
@@ -45,7 +45,7 @@ def flags(data, folder, *more):
     return ("run_training.py", *where, *TINY, *more)
 
 
-def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_path):
+def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_path, script):
     folder = tmp_path / "models"
     done = finish(launch(*flags(data, folder, "--type", "brick,grass")))
     assert done.code == 0, done.err
@@ -54,9 +54,9 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
     for name in ("brick.pt", "grass.pt"):
         assert same_weights(folder / name, models / name)
 
-    where = ("eval.py", "--data_dir", data, "--model_dir", folder, "--control", 1)
-    alone = run(*where, "--eval_dir", tmp_path / "alone")
-    shared = finish(launch(*where, "--eval_dir", tmp_path / "shared"))
+    where = ("--data_dir", data, "--model_dir", folder, "--control", 1)
+    alone = script("eval", *where, "--eval_dir", tmp_path / "alone")
+    shared = finish(launch("eval.py", *where, "--eval_dir", tmp_path / "shared"))
     assert alone.code == shared.code == 0, alone.err + shared.err
     assert shared.out == alone.out
     assert len(shared.out.splitlines()) == 6
@@ -155,51 +155,54 @@ from runtime import ranks
 from training import Batch, batch_values
 here = ranks.from_environment()
 with ranks.ending(), here.joined(False):
-    images, = torch.load({folder!r} + "/images", weights_only=True)
-    torch.manual_seed(0)
-    network = CutPasteNet("resnet18", 1, 3, "image").double().train()
-    network = ranks.sync_batch_norm(network, False)
-    forward = ranks.data_parallel(network, here, False)
-    params = make_params("3way", len(images), 48, 64, torch.Generator().manual_seed(1), jitter=0, patch_jitter=0)
-    params, images, share = rows(params, here.rows), images[here.rows], len(images[here.rows]) / len(images)
-    views, labels = apply(images, params)
-    learned = visible(views, params, images.float() / 255) if {drop} else None
-    batch = Batch(views, labels, None, learned)
-    (batch_values(forward(views.double())[0], batch, share, here)[0] * here.world_size).backward()
-    torch.save([p.grad for p in network.parameters()], {folder!r} + f"/gradients{{here.rank}}")
-    torch.save(dict(network.named_buffers()), {folder!r} + f"/buffers{{here.rank}}")
+    for case, (images, drop) in enumerate(torch.load({folder!r} + "/cases", weights_only=True)):
+        torch.manual_seed(0)
+        network = CutPasteNet("resnet18", 1, 3, "image").double().train()
+        network = ranks.sync_batch_norm(network, False)
+        forward = ranks.data_parallel(network, here, False)
+        params = make_params("3way", len(images), 48, 64, torch.Generator().manual_seed(1), jitter=0, patch_jitter=0)
+        params, images, share = rows(params, here.rows), images[here.rows], len(images[here.rows]) / len(images)
+        views, labels = apply(images, params)
+        learned = visible(views, params, images.float() / 255) if drop else None
+        batch = Batch(views, labels, None, learned)
+        (batch_values(forward(views.double())[0], batch, share, here)[0] * here.world_size).backward()
+        found = [p.grad for p in network.parameters()], dict(network.named_buffers())
+        torch.save(found, {folder!r} + f"/{{case}}.{{here.rank}}")
 """
 
 
-@pytest.mark.parametrize(("count", "drop"), [(8, False), (7, True)])
-def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path, count, drop):
+def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
     """Also of a batch that does not divide by two, and of one whose first images show nothing. In float64: in float32
     rounding alone, blown up by batch normalization over a few pixels, moves the gradient of so small a batch by 0.2
     percent."""
-    images = torch.randint(0, 256, (count, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    images[:3] = 90
-    torch.save([images], tmp_path / "images")
-    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT), folder=str(tmp_path), drop=drop))
+    cases = []
+    for count, drop in ((8, False), (7, True)):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (count, 3, 48, 64), dtype=torch.uint8, generator=generator)
+        images[:3] = 90
+        cases.append((images, drop))
+    torch.save(cases, tmp_path / "cases")
+    (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT), folder=str(tmp_path)))
     done = finish(launch(tmp_path / "gradients.py"))
     assert done.code == 0, done.err
 
-    torch.manual_seed(0)
-    network = CutPasteNet("resnet18", 1, 3, "image").double().train()
-    params = make_params("3way", count, 48, 64, torch.Generator().manual_seed(1), jitter=0, patch_jitter=0)
-    views, labels = apply(images, params)
-    learned = visible(views, params, images / 255) if drop else torch.ones(len(views), dtype=torch.bool)
-    assert learned.view(3, count)[:, :3].any() != drop
-    cross_entropy(network(views.double())[0][learned], labels[learned]).backward()
-    own = [parameter.grad for parameter in network.parameters()]
-    for rank in (0, 1):
-        joint = torch.load(tmp_path / f"gradients{rank}", weights_only=True)
-        difference = sum((a - b).square().sum() for a, b in zip(own, joint)).sqrt()
+    for case, (images, drop) in enumerate(cases):
+        count = len(images)
+        torch.manual_seed(0)
+        network = CutPasteNet("resnet18", 1, 3, "image").double().train()
+        params = make_params("3way", count, 48, 64, torch.Generator().manual_seed(1), jitter=0, patch_jitter=0)
+        views, labels = apply(images, params)
+        learned = visible(views, params, images / 255) if drop else torch.ones(len(views), dtype=torch.bool)
+        assert learned.view(3, count)[:, :3].any() != drop
+        cross_entropy(network(views.double())[0][learned], labels[learned]).backward()
+        own = [parameter.grad for parameter in network.parameters()]
+        (one, _), (other, _) = found = [torch.load(tmp_path / f"{case}.{rank}", weights_only=True) for rank in (0, 1)]
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+        difference = sum((a - b).square().sum() for a, b in zip(own, one)).sqrt()
         assert difference < 1e-6 * sum(a.square().sum() for a in own).sqrt()
-        buffers = torch.load(tmp_path / f"buffers{rank}", weights_only=True)
-        for name, buffer in network.named_buffers():
-            torch.testing.assert_close(buffers[name], buffer, rtol=1e-6, atol=1e-6)
-    one, other = (torch.load(tmp_path / f"gradients{rank}", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(one, other))
+        for _, buffers in found:
+            for name, buffer in network.named_buffers():
+                torch.testing.assert_close(buffers[name], buffer, rtol=1e-6, atol=1e-6)
 
 
 def test_interrupted_together_they_stop_at_one_step(data, tmp_path):

@@ -430,7 +430,7 @@ def test_the_fast_recipe_trains_and_tells_what_it_sets(data, tmp_path, script):
     assert done.code == 0, done.err
     assert "recipe fast: patch_size 32, variant soft, invisible drop, optim adam," in done.err
     made = load(tmp_path / "models/brick.pt")
-    assert (made.config.recipe, made.config.variant, made.config.batch_size) == ("fast", "soft", 16)
+    assert (made.config.recipe, made.config.variant, made.config.batch_size) == ("fast", "soft", 28)
     evaluated = script("eval", *where[:4], "--eval_dir", tmp_path / "Eval", "--save_plots", 0)
     assert evaluated.code == 0, evaluated.err
     assert "brick pixel AUROC: " in evaluated.out
