@@ -142,7 +142,7 @@ def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
             assert cell == (f"{statistics.mean(values):.1f}{spread}" if values else "")
 
 
-@pytest.mark.parametrize(("name", "table"), [("recipe", "results"), ("pixel", "pixel"), ("maps", "maps")])
+@pytest.mark.parametrize(("name", "table"), [("recipe", "recipe"), ("pixel", "pixel"), ("maps", "maps")])
 def test_the_newest_row_of_a_setting_counts(tables, tmp_path, name, table):
     path = tmp_path / f"results/{name}.csv"
     before, first = tables.TABLES[table](), table_of(path)[0]
