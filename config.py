@@ -13,14 +13,21 @@ import torch
 from cutpaste import VARIANTS, ViewParams, make_params
 from density import DENSITIES
 from localization import LOCATIONS
-from model import BACKBONES, LEVELS, NORMALIZATIONS
+from model import BACKBONES, NORMALIZATIONS
 from runtime.files import InputError
 from runtime.flags import Rule, anything, int_at_least, int_within, number, one_of, side, zero_or_one
 
-# Settings that flags override. "paper" is the default of each setting; "fast" is for ten minutes on two cores, and was
-# chosen as docs/recipe.md tells.
+# Settings that flags override. "paper" is the default of each setting; "finetune" is the paper's way with pretrained
+# weights, in fewer steps (docs/transfer.md); "fast" is for ten minutes on two cores (docs/recipe.md).
 RECIPES = {
     "paper": {},
+    "finetune": {
+        "batch_size": 24,
+        "freeze_bn": True,
+        "optim": "adam",
+        "lr_unfrozen": 0.0001,
+        "epochs": 185,
+    },
     "fast": {
         "patch_size": 48,
         "variant": "soft",
@@ -30,13 +37,17 @@ RECIPES = {
         "epochs": 1500,
     },
 }
-RECIPE_HELP = "defaults of other flags; fast: " + ", ".join(
-    f"{name} {value}" for name, value in RECIPES["fast"].items()
+RECIPE_HELP = "defaults of other flags; " + "; ".join(
+    f"{recipe}: " + ", ".join(f"{name} {value}" for name, value in own.items())
+    for recipe, own in RECIPES.items()
+    if own
 )
+FEATURES = ("pool", "level", "all")
+LEVELS = tuple(range(1, 1 + max(len(spec.stages) for spec in BACKBONES.values())))
 INVISIBLE = ("keep", "drop")
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 EACH_DIMS = 64  # dimensions of Gaussians for each location
-FROZEN_STEPS = 20  # steps that the head trains alone on pretrained weights
+FROZEN_SHARE = 5 / 37  # of the steps that the head trains alone on pretrained weights: 2,560 of 18,944 (A.4)
 
 
 class SettingError(InputError):
@@ -79,7 +90,6 @@ class PatchConfig:
     # nobody wrote: the loss is NaN in some runs
     window: int = setting(16, int_within(8, 4096), "maps", "side of the windows that are scored, in pixels")
     stride: int = setting(8, int_within(1, 4096), "maps", "pixels between windows")
-    level: tuple[int, ...] = setting((1,), levels, "maps", "stages whose features are embedded, such as 1 or 1,2")
     dense: bool = setting(True, zero_or_one, "maps", "run the network once per image; 0: on each window alone")
     location: str = setting("auto", one_of(LOCATIONS), "maps", "one Gaussian for all locations, or for each its own")
     dims: int | None = setting(
@@ -117,7 +127,7 @@ class Config:
     jitter: float = setting(0.1, number(0, 0.5), "pretext task", "color jitter of the whole image")
     patch_jitter: float = setting(0.1, number(0, 0.5), "pretext task", "color jitter of the patch")
     translate: float = setting(0.04, number(0, 0.5), "pretext task", "largest shift, as a fraction of the side")
-    epochs: int = setting(10000, int_at_least(1), "training", "steps (parameter updates)")
+    epochs: int = setting(10000, int_at_least(0), "training", "steps (parameter updates); 0: the network as it is")
     batch_size: int = setting(32, int_at_least(2), "training", "images read per step; each gives 2 or 3 views")
     minutes: float | None = setting(
         None, number(0.01, 1e6), "training", "as many steps as they allow, each category", "none"
@@ -126,10 +136,40 @@ class Config:
     lr: float = setting(
         None, number(1e-9, 1e9), "training", "learning rate at the start", "0.03 for sgd, 0.001 for adam"
     )
-    freeze_resnet: int = setting(
-        None, int_at_least(0), "training", "first steps with the backbone frozen", "20 with pretrained weights, else 0"
+    lr_unfrozen: float | None = setting(
+        None, number(1e-9, 1e9), "training", "learning rate once the backbone is not frozen any more", "it goes on"
+    )
+    freeze_resnet: int | None = setting(
+        None,
+        int_at_least(0),
+        "training",
+        "first steps with the backbone frozen",
+        "14 % if pretrained, else 0",
+    )
+    freeze_bn: bool = setting(
+        False, zero_or_one, "training", "the backbone's BatchNorm keeps its statistics and affine parameters"
+    )
+    folds: int = setting(
+        1,
+        int_at_least(1),
+        "training",
+        "networks of a detector, each trained without one fold of the images, their scores averaged",
     )
     seed: int = setting(0, int_at_least(0), "training", "seed of everything random")
+    features: str = setting(
+        None,
+        one_of(FEATURES),
+        "density",
+        "what is embedded: the last stage, those of --level, or all, a density for each",
+        "level if --level is given or for patch models, else pool",
+    )
+    level: tuple[int, ...] | None = setting(
+        None,
+        levels,
+        "density",
+        "stages whose features are embedded, such as 1 or 1,2",
+        "1 for patch models; 7 of EfficientNet; else the last one, before a head convolution",
+    )
     density: str = setting("torch", one_of(DENSITIES), "density", "density of the embeddings")
     l2: bool = setting(None, zero_or_one, "density", "L2-normalize embeddings first", "1; 0 for patch models")
     false_alarm_rate: float = setting(
@@ -141,12 +181,13 @@ class Config:
         self._check()
         derived = {
             "lr": LEARNING_RATES[self.optim],
-            "freeze_resnet": FROZEN_STEPS if self.pretrained else 0,
+            "features": "level" if self.patches or self.level else "pool",
             "l2": self.patches is None,  # the length of a patch's features says how much there is to see in it
         }
         for name, value in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        self._choose_level()
         if self.patches is not None:
             self._check_patches()
 
@@ -159,23 +200,41 @@ class Config:
                 if not (rule.holds(value) or (value is None and each.default is None)):
                     raise SettingError(each.name, f"{rule.words} is needed, not {value!r}")
 
+    def _choose_level(self) -> None:
+        """Stages are named under "level" alone: the others name their own."""
+        spec = BACKBONES[self.backbone]
+        if self.features != "level" and self.level is not None:
+            raise SettingError("level", f"goes with features level, not {self.features}")
+        if self.features == "level" and self.level is None:
+            object.__setattr__(self, "level", (1,) if self.patches else (spec.level,))
+        if max(self.levels) > len(spec.stages):
+            raise SettingError("level", f"{max(self.levels)}: {self.backbone} has {len(spec.stages)} stages")
+
     def _check_patches(self) -> None:
         patches, shown = self.patches, f"{self.width}x{self.height}"
         for name in ("patch_size", "window"):
             if (value := getattr(patches, name)) > min(self.height, self.width):
                 raise SettingError(name, f"{value} is larger than the image, {shown}")
-        for level in patches.level if patches.dense else ():
+        for level in self.levels if patches.dense else ():
             unit = BACKBONES[self.backbone].strides[level - 1]
             for name in ("window", "stride"):
-                if (value := getattr(patches, name)) % unit:
+                if (value := getattr(patches, name)) > unit and value % unit:  # a smaller one becomes one feature
                     raise SettingError(name, f"{value}: a multiple of {unit} is needed for stage {level}")
         if not DENSITIES[self.density].several:
             raise SettingError("density", f"{self.density} is no density for the windows of a patch model")
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The stages that are embedded: the last one of an image-level model."""
-        return self.patches.level if self.patches else (len(BACKBONES[self.backbone].stages),)
+        """The stages that are embedded."""
+        every = BACKBONES[self.backbone].levels
+        return {"pool": every[-1:], "level": self.level, "all": every}[self.features]
+
+    @property
+    def frozen_steps(self) -> int:
+        """The first steps, in which the head trains alone."""
+        if self.freeze_resnet is not None:
+            return self.freeze_resnet
+        return int(self.epochs * FROZEN_SHARE) if self.pretrained else 0
 
     @property
     def has_gradient(self) -> bool:
@@ -192,8 +251,8 @@ class Config:
         """Plain values by the names of fields, those of PatchConfig beside the others, None of an image-level model."""
         values = {each.name: getattr(self, each.name) for each in settings_of(Config)}
         values |= {each.name: self.patches and getattr(self.patches, each.name) for each in settings_of(PatchConfig)}
-        if self.patches:
-            values["level"] = ",".join(map(str, self.patches.level))
+        if self.level:
+            values["level"] = ",".join(map(str, self.level))
         return values
 
     @classmethod

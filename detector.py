@@ -1,183 +1,130 @@
-"""A finished detector: network, densities and threshold as one module, and the file that holds it.
+"""A finished detector: one or several members, their average and the threshold as one module, and the file of it.
 
-Owns the file format, saving, loading, how a network begins from its Config, and how images are streamed through a
-detector. Knows nothing of folders of images, of flags or of training.
+Owns which normal images a member sees, the file format, saving and loading. Knows nothing of folders of images, of
+flags or of training.
 """
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from config import EACH_DIMS, Config, SettingError, UnknownSettingError
-from cutpaste import VARIANTS, to_float
-from density import DensityError, conformal_threshold
-from gradcam import grad_cam
-from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, upsample
-from model import CutPasteNet, load_backbone_weights
-from runtime.cache import ImageArray, iterate
+from density import conformal_threshold
+from localization import EACH_LEAST, Level
+from member import Member, build_network, initial_network, stream
+from model import CutPasteNet
+from runtime.cache import ImageArray, subset
 from runtime.files import InputError, load_tensors, save_tensors
 
 FORMAT = "cutpaste-detector"
-VERSION = 3  # raise it when an older program could no longer read the file rightly
+VERSION = 4  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
-
-# A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
-DENSITY_IMAGES = 10_000
-PATCH_DENSITY_IMAGES = 1000  # of which all windows are held
-IMAGES_AT_ONCE = 64  # that go through the network together
-PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = 4, 4096  # of a patch model, and their windows, whichever is less
 
 
 class Detector(nn.Module):
     """Images in, anomaly scores and maps out.
 
-    The way: stages of the network -> embeddings (B, L, D) of L windows, one of an image-level model -> densities, one
-    for all windows or one for each -> distances (B, L) of each level -> standardized and added, if there are several
-    levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
+    The score of its only member, a distance; or, of ``--folds K``, the mean of the scores of K members, each
+    standardized by the normal images of fold k, which member k has not seen.
 
     metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
-    before ``fit``. normal_scores: the held-out scores (N,) of normal images that it follows from.
+    before ``fit``. normal_scores: the held-out scores (N,) of normal images that it follows from. Of one member they
+    are by densities that have not seen the image, though the network has; of several, by a network that has not either.
     """
 
-    def __init__(self, config: Config, network: CutPasteNet | None = None) -> None:
+    def __init__(self, config: Config, networks: Sequence[CutPasteNet] = ()) -> None:
         super().__init__()
         self.config = config
         self.metadata: dict = {}
-        self.network = build_network(config) if network is None else network
-        self.levels = nn.ModuleList(self._new_level(level) for level in config.levels)
+        networks = networks or [build_network(config) for _ in range(config.folds)]
+        self.members = nn.ModuleList(Member(config, network) for network in networks)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
 
-    def _new_level(self, level: int) -> Level:
-        config, patches = self.config, self.config.patches
-        if patches is None:
-            return Level(Grid(*self.size), config.density, config.l2, "shared", None)
-        stride, width = (table[level - 1] for table in (self.network.spec.strides, self.network.spec.widths))
-        grid = Grid(*self.size, patches.window, patches.stride, stride if patches.dense else 1)
-        dims = patches.most_dims if patches.most_dims < width else None
-        return Level(grid, config.density, config.l2, patches.location, dims)
+    @property
+    def network(self) -> CutPasteNet:
+        """The first member's network."""
+        return self.members[0].network
+
+    @property
+    def levels(self) -> Sequence[Level]:
+        """The first member's levels."""
+        return self.members[0].levels
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W) of the images it takes."""
-        return self.config.height, self.config.width
+        return self.members[0].size
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return self.members[0].device
 
     @property
     def at_once(self) -> int:
         """Images that go through it together."""
-        if self.config.patches is None:
-            return IMAGES_AT_ONCE
-        windows = max(math.prod(level.grid.shape) for level in self.levels)
-        return max(1, min(PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE // windows))
+        return self.members[0].at_once
 
     @property
     def unit(self) -> str:
         """What a score is."""
-        unit = self.levels[0].density.unit
-        return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized {unit}s"
-
-    # Scoring ------------------------------------------------------------------------------------------------------
+        unit = self.members[0].unit
+        return unit if len(self.members) == 1 else f"standardized {unit}, mean of {len(self.members)} networks"
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Anomaly scores (B,) float64 and anomaly maps (B, H, W) float32 of images (B, 3, H, W), uint8 or float in
         [0, 1], on the detector's device; None for the maps of an image-level model.
 
-        Higher is more anomalous; the unit is that of the density, of several levels a sum of standardized ones. An
-        image's score does not depend on the others of its batch. The detector must be in evaluation mode, as ``fit``
-        and ``load`` leave it.
+        Higher is more anomalous; the unit is ``unit``. An image's score does not depend on the others of its batch. The
+        detector must be in evaluation mode, as ``fit`` and ``load`` leave it.
         """
-        embeddings = self.embed(images)
-        return self.aggregate([level.distances(level.project(x)) for level, x in zip(self.levels, embeddings)])
-
-    def embed(self, images: Tensor) -> list[Tensor]:
-        """Embeddings of all windows at each level, (B, L, D) float32 each, as the network gives them."""
-        images = to_float(images).contiguous(memory_format=torch.channels_last)
-        dense = self.config.patches is None or self.config.patches.dense
-        return embed_windows(self.network, images, self.config.levels, [level.grid for level in self.levels], dense)
-
-    def aggregate(self, distances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Scores (B,) and maps (B, H, W) or None, as ``forward`` gives them, of each level's distances (B, L)."""
-        distances = [level.standardized(each) for level, each in zip(self.levels, distances)]
-        if self.config.patches is None:
-            return sum(distances)[:, 0].double(), None
-        sigma = self.config.patches.sigma
-        maps = sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float()
-        return maps.amax((1, 2)).double(), maps
+        return average([member(images) for member in self.members])
 
     def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see gradcam.py. Raises InputError with a
-        density whose score has no gradient."""
-        (level,) = self.levels
-        if not level.density.has_gradient:
-            raise InputError(f"Grad-CAM needs the gradient of the score, which the density {level.kind} has not")
-        images = to_float(images).contiguous(memory_format=torch.channels_last)
-        (features,) = self.network.features(self.network.normalized(images), self.config.levels)
-        score = lambda x: level.distances(level.project(level.grid.pool(x).float()))[:, 0]  # noqa: E731
-        return grad_cam(features, score, self.size)
-
-    # Fitting ------------------------------------------------------------------------------------------------------
+        """Scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see Member.grad_cam."""
+        return average([member.grad_cam(images) for member in self.members])
 
     def fit(self, images: ImageArray, threshold: bool = True) -> "Detector":
-        """Fit the densities to normal images (N, 3, H, W) uint8; with ``threshold``, choose that too, from them alone.
-        The network runs once over them, in evaluation mode, which it is left in.
-
-        Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model PATCH_DENSITY_IMAGES.
-        Raises InputError if no density can be fitted, SettingError for too few images.
+        """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on; with
+        ``threshold``, choose that too, from them alone. Raises InputError if no density can be fitted, SettingError for
+        too few images.
         """
-        check_enough(self.config, len(images))
-        several = len(self.levels) > 1
-        try:
-            projected = self.eval().embed_normal(images)
-            held_out = [level.fit(x, threshold or several) for level, x in zip(self.levels, projected)]
-        except DensityError as error:
-            raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
-        if several:
-            for level, distances in zip(self.levels, held_out):
-                level.scale, level.center = torch.std_mean(distances)
+        count, folds = len(images), len(self.members)
+        check_enough(self.config, count)
+        if folds == 1:
+            held_out = self.members[0].fit(images, threshold)
+        else:
+            held_out = torch.empty(count, dtype=torch.float64, device=self.device)
+            for number, member in enumerate(self.members):
+                member.fit(member_images(images, number, folds), held_out=False)
+                unseen = torch.arange(number, count, folds)
+                scores = torch.cat([some for some, _ in stream(member, subset(images, unseen))])
+                scale, member.center = torch.std_mean(scores)
+                member.scale = scale.clamp(min=1e-9)  # copies of one image have none
+                held_out[unseen.to(self.device)] = member.standardized(scores, None)[0]
         if threshold:
-            blocks = zip(*(distances.split(self.at_once) for distances in held_out))
-            self.normal_scores = torch.cat([self.aggregate(list(block))[0] for block in blocks])
+            self.normal_scores = held_out
             self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
         return self
 
-    @torch.inference_mode()
-    def embed_normal(self, images: ImageArray) -> list[Tensor]:
-        """Projected embeddings (n, L, d) of an even sample of images at each level, whose axes it chooses."""
-        most = DENSITY_IMAGES if self.config.patches is None else PATCH_DENSITY_IMAGES
-        if any(level.dims is not None for level in self.levels):
-            first = list(stream(self, images, self.embed, AXES_IMAGES))
-            for level, blocks in zip(self.levels, zip(*first)):
-                level.choose_axes(torch.cat(blocks))
-        held: list[Tensor] = []
-        done, count = 0, min(len(images), most)
-        for embeddings in stream(self, images, self.embed, most):
-            projected = [level.project(x) for level, x in zip(self.levels, embeddings)]
-            held = held or [x.new_empty((count, *x.shape[1:])) for x in projected]
-            part = slice(done, done := done + len(projected[0]))
-            for own, x in zip(held, projected):
-                own[part] = x
-        return held
-
     def refit(self, images: ImageArray, **changes) -> "Detector":
-        """The same network with other densities, fitted to ``images``, where ``changes`` are other settings; this
-        detector stays as it is."""
-        other = Detector(Config.from_dict(self.config.to_dict() | changes), self.network)
+        """The same networks with other densities, fitted to ``images``, those they were trained on, where ``changes``
+        are other settings; this detector stays as it is."""
+        config = Config.from_dict(self.config.to_dict() | changes)
+        other = Detector(config, [member.network for member in self.members])
         other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
-        """The untrained baseline: the network as training found it, with the same kinds of density, not yet fitted."""
-        other = Detector(self.config, initial_network(self.config).to(self.device))
-        for own, level in zip(other.levels, self.levels):
-            own.location = "shared" if level.shared else "each"
+        """The untrained baseline: networks as training found them, with the same kinds of density, not yet fitted."""
+        networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
+        other = Detector(self.config, [network.to(self.device) for network in networks])
+        for new, member in zip(other.members, self.members):
+            for own, level in zip(new.levels, member.levels):
+                own.location = "shared" if level.shared else "each"
         return other
 
     def notes(self) -> Iterator[str]:
@@ -191,53 +138,30 @@ class Detector(nn.Module):
             yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
 
 
+def average(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """The mean over members of scores (B,) and of maps (B, H, W) or None."""
+    scores, maps = zip(*results)
+    if len(results) == 1:
+        return results[0]
+    return torch.stack(scores).mean(0), None if maps[0] is None else torch.stack(maps).mean(0)
+
+
+def member_images(images: ImageArray, number: int, folds: int) -> ImageArray:
+    """The normal images that member ``number`` sees: all but those of its fold. Image i is in fold i modulo folds."""
+    every = torch.arange(len(images))
+    return images if folds == 1 else subset(images, every[every % folds != number])
+
+
 def check_enough(config: Config, count: int) -> None:
-    """Raises SettingError if ``count`` images are too few for one Gaussian for each location, if it was asked for."""
-    if config.patches and config.patches.location == "each" and count < EACH_LEAST:
-        reason = f"{count} training images, one Gaussian for each location needs {EACH_LEAST}"
+    """Raises SettingError if ``count`` images are too few for the folds (two in each, to have a deviation), or for one
+    Gaussian for each location, if it was asked for."""
+    if config.folds > 1 and count < 2 * config.folds:
+        reason = f"{count} training images make at most {count // 2} folds of two, {config.folds} were asked for"
+        raise SettingError("folds", f"{config.category}: {reason}")
+    seen = count if config.folds == 1 else count - math.ceil(count / config.folds)
+    if config.patches and config.patches.location == "each" and seen < EACH_LEAST:
+        reason = f"{seen} training images, one Gaussian for each location needs {EACH_LEAST}"
         raise SettingError("location", f"{config.category}: {reason}; take shared or auto")
-
-
-@torch.inference_mode()
-def stream(
-    detector: Detector, images: ImageArray, function: Callable[[Tensor], object] | None = None, most: int | None = None
-) -> Iterator:
-    """What ``function`` (default: the detector, so scores and maps) gives for images (M, 3, H, W), block by block, each
-    brought to the detector's device. most: of more images than that, as many, evenly spaced."""
-    if tuple(images.shape[1:]) != (3, *detector.size):
-        raise ValueError(f"images must be (M, 3, {detector.size[0]}, {detector.size[1]}), got {tuple(images.shape)}")
-    if most is None or len(images) <= most:
-        blocks = iterate(images, detector.at_once)
-    else:
-        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(detector.at_once))
-    for block in blocks:
-        yield (function or detector)(block.to(detector.device))
-
-
-# How a network begins ---------------------------------------------------------------------------------------------
-
-
-def build_network(config: Config) -> CutPasteNet:
-    """The network of a Config, its weights drawn from torch's global generator."""
-    classes = VARIANTS[config.variant].num_classes
-    network = CutPasteNet(config.backbone, config.head_layer, classes, config.normalize)
-    return network.to(memory_format=torch.channels_last)
-
-
-def initial_network(config: Config, pretrained: bool = True) -> CutPasteNet:
-    """The network as training starts from it: seeded by (seed, category), ImageNet weights in place if the Config and
-    ``pretrained`` say so. Raises model.WeightsError if those cannot be had."""
-    with torch.random.fork_rng(devices=[]):  # on the CPU, so that a seed means the same weights on every device
-        torch.manual_seed(category_seed(config.seed, config.category))
-        network = build_network(config)
-    if config.pretrained and pretrained:
-        load_backbone_weights(network, config.backbone, config.weights)
-    return network
-
-
-def category_seed(seed: int, category: str) -> int:
-    """A seed for one category, so that its results do not depend on the categories trained before it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{category}".encode()).digest()[:7], "big")
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -254,8 +178,11 @@ def save(detector: Detector, path: str | Path) -> None:
         "version": VERSION,
         "config": detector.config.to_dict(),
         "metadata": detector.metadata,
-        "network": detector.network.state_dict(),
-        "levels": detector.levels.state_dict(),
+        "members": [
+            {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
+            | {"center": member.center, "scale": member.scale}
+            for member in detector.members
+        ],
         "threshold": detector.threshold,
         "normal_scores": detector.normal_scores,
     }
@@ -274,21 +201,30 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     try:
         with torch.random.fork_rng(devices=[]):
             detector = Detector(config)
-        detector.network.load_state_dict(content["network"])
-        if content["levels"].keys() != detector.levels.state_dict().keys():
-            raise ValueError("its densities are of another kind")
-        for name, value in content["levels"].items():  # their shapes are the file's, not those of an empty density
-            owner, _, buffer = name.rpartition(".")
-            setattr(detector.levels.get_submodule(owner), buffer, value)
-        for level in detector.levels:
-            if level.density.count not in (1, math.prod(level.grid.shape)):
-                raise ValueError(f"{level.density.count} densities for {math.prod(level.grid.shape)} windows")
+        if len(content["members"]) != len(detector.members):
+            raise ValueError(f"{len(content['members'])} networks for {len(detector.members)} folds")
+        for member, part in zip(detector.members, content["members"]):
+            fill(member, part)
         detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
         detector.metadata = dict(content["metadata"])
         return detector.to(device).eval()
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
+
+
+def fill(member: Member, content: dict) -> None:
+    """Set a member to what a file holds of it. Raises ValueError or RuntimeError if that does not fit."""
+    member.network.load_state_dict(content["network"])
+    if content["levels"].keys() != member.levels.state_dict().keys():
+        raise ValueError("its densities are of another kind")
+    for name, value in content["levels"].items():  # their shapes are the file's, not those of an empty density
+        owner, _, buffer = name.rpartition(".")
+        setattr(member.levels.get_submodule(owner), buffer, value)
+    for level in member.levels:
+        if level.density.count not in (1, math.prod(level.grid.shape)):
+            raise ValueError(f"{level.density.count} densities for {math.prod(level.grid.shape)} windows")
+    member.center, member.scale = content["center"], content["scale"]
 
 
 def _read(path: str | Path) -> tuple[Config, dict]:
@@ -300,7 +236,8 @@ def _read(path: str | Path) -> tuple[Config, dict]:
     if not isinstance(version, int) or version > VERSION:
         raise InputError(f"{path}: detector format {version}, this program reads up to {VERSION}; update the program")
     try:
-        content = content if version == VERSION else _from_version_2(content)
+        content = _from_version_2(content) if version < 3 else content
+        content = _from_version_3(content) if version < 4 else content
         config = Config.from_dict(content["config"])
     except UnknownSettingError as error:
         raise InputError(f"{path}: made by a newer program ({error}); update this one") from error
@@ -328,3 +265,12 @@ def _from_version_2(content: dict) -> dict:
     levels = {f"0.{name}": value for name, value in level.items()}
     threshold, _ = conformal_threshold(content["normal_scores"], config["false_alarm_rate"])
     return content | {"config": config, "metadata": content["made"], "levels": levels, "threshold": threshold}
+
+
+def _from_version_3(content: dict) -> dict:
+    """Version 3 had one network, and four stages of MobileNetV2, the last one with its head convolution."""
+    config = dict(content["config"])
+    if config.get("backbone") == "mobilenet_v2" and config.get("level"):
+        config["level"] = str(config["level"]).replace("4", "5")
+    scale = {"center": torch.zeros((), dtype=torch.float64), "scale": torch.ones((), dtype=torch.float64)}
+    return content | {"config": config, "members": [{name: content[name] for name in ("network", "levels")} | scale]}

@@ -19,7 +19,8 @@ import options
 from config import Config, SettingError
 from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps
 from density import conformal_threshold
-from detector import SUFFIX, Detector, detector_path, load, load_config, stream
+from detector import SUFFIX, Detector, detector_path, load, load_config
+from member import stream
 from metrics import image_metrics, pixel_metrics
 from model import WeightsError
 from options import PATCH_SETTINGS, flagged, given_settings
@@ -36,7 +37,7 @@ LINES = {  # on stdout, for columns of results.csv
     "control_pixel_auroc": "control pixel AUROC",
 }
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
-REFITTED = ("density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
+REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -33,6 +33,7 @@ class Backbone:
     A stage is a tuple of names of submodules that run in order; the stem belongs to the first. Feature (i, j) of a
     stage looks at pixel (stride * i, stride * j), and has ``width`` channels. No layer of a stage may be random
     (dropout, stochastic depth): the same seed has to give the same bits.
+    A last convolution that only widens what the classifier sees is a stage of its own.
     """
 
     build: Callable[[], nn.Module]  # the network with its initial weights and nn.Identity for its classifier
@@ -41,7 +42,13 @@ class Backbone:
     stages: tuple[tuple[str, ...], ...]
     strides: tuple[int, ...]
     widths: tuple[int, ...]
+    level: int  # the stage of ``--features level``: the last one before such a convolution
     freeze: Callable[[nn.Module], object] = nn.Module.eval  # keeps BatchNorm's running statistics as they are
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The numbers of the stages, from 1."""
+        return tuple(range(1, len(self.stages) + 1))
 
     @property
     def embedding_dim(self) -> int:
@@ -49,35 +56,49 @@ class Backbone:
         return self.widths[-1]
 
 
-def _build(name: str, classifier: str) -> nn.Module:
+def _build(name: str, classifier: str, **arguments) -> nn.Module:
     from torchvision.models import get_model  # imported late: torchvision takes seconds
 
-    network = get_model(name, weights=None)
+    network = get_model(name, weights=None, **arguments)
     setattr(network, classifier, nn.Identity())
     return network
 
 
-def _resnet(depth: int, widths: tuple[int, ...]) -> Backbone:
+def _resnet(name: str, weights: str, widths: tuple[int, ...]) -> Backbone:
     stages = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
-    build, weights = functools.partial(_build, f"resnet{depth}", "fc"), f"ResNet{depth}_Weights.IMAGENET1K_V1"
-    return Backbone(build, weights, "fc.", stages, (4, 8, 16, 32), widths)
+    return Backbone(functools.partial(_build, name, "fc"), weights, "fc.", stages, (4, 8, 16, 32), widths, level=4)
+
+
+def _efficientnet(name: str, weights: str, widths: tuple[int, ...]) -> Backbone:
+    """Levels are numbered as in the paper: 1 to 7 are the stages of MBConv blocks, 8 is the head convolution."""
+    stages = (("features.0", "features.1"), *((f"features.{number}",) for number in range(2, 9)))
+    # torchvision drops whole blocks at random in training (stochastic depth)
+    build = functools.partial(_build, name, "classifier", stochastic_depth_prob=0.0)
+    return Backbone(build, weights, "classifier.", stages, (2, 4, 8, 16, 16, 32, 32, 32), widths, level=7)
 
 
 _MOBILENET = tuple(f"features.{number}" for number in range(19))
 BACKBONES = {
-    "resnet18": _resnet(18, (64, 128, 256, 512)),
-    "resnet34": _resnet(34, (64, 128, 256, 512)),
-    "resnet50": _resnet(50, (256, 512, 1024, 2048)),
+    "resnet18": _resnet("resnet18", "ResNet18_Weights.IMAGENET1K_V1", (64, 128, 256, 512)),
+    "resnet34": _resnet("resnet34", "ResNet34_Weights.IMAGENET1K_V1", (64, 128, 256, 512)),
+    "resnet50": _resnet("resnet50", "ResNet50_Weights.IMAGENET1K_V1", (256, 512, 1024, 2048)),
+    "wide_resnet50_2": _resnet("wide_resnet50_2", "Wide_ResNet50_2_Weights.IMAGENET1K_V1", (256, 512, 1024, 2048)),
     "mobilenet_v2": Backbone(
         build=functools.partial(_build, "mobilenet_v2", "classifier"),
         weights="MobileNet_V2_Weights.IMAGENET1K_V1",
         classifier="classifier.",
-        stages=(_MOBILENET[:4], _MOBILENET[4:7], _MOBILENET[7:14], _MOBILENET[14:]),
-        strides=(4, 8, 16, 32),
-        widths=(24, 32, 96, 1280),
+        stages=(_MOBILENET[:4], _MOBILENET[4:7], _MOBILENET[7:14], _MOBILENET[14:18], _MOBILENET[18:]),
+        strides=(4, 8, 16, 32, 32),
+        widths=(24, 32, 96, 320, 1280),
+        level=4,
+    ),
+    "efficientnet_b0": _efficientnet(
+        "efficientnet_b0", "EfficientNet_B0_Weights.IMAGENET1K_V1", (16, 24, 40, 80, 112, 192, 320, 1280)
+    ),
+    "efficientnet_b4": _efficientnet(
+        "efficientnet_b4", "EfficientNet_B4_Weights.IMAGENET1K_V1", (24, 32, 56, 112, 160, 272, 448, 1792)
     ),
 }
-LEVELS = (1, 2, 3, 4)  # numbers of the stages: every backbone has four
 SMALL_MAP = 4  # features of a map that small are convolved as a matrix product
 
 
@@ -124,7 +145,7 @@ class CutPasteNet(nn.Module):
         self.backbone = self.spec.build()
         for module in filter(SmallMapConv.replaces, self.backbone.modules()):
             module.__class__ = SmallMapConv
-        self.frozen = False
+        self.frozen = self.batch_norm_frozen = False
         layers: list[nn.Module] = []
         width = self.spec.embedding_dim
         for out in [HIDDEN] * head_layer + [PROJECTION]:
@@ -142,7 +163,7 @@ class CutPasteNet(nn.Module):
 
     def embed(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The pooled features (B, D) of the last stage, which the density is fitted on; the head is not run."""
-        (last,) = self.features(self.normalized(images, statistics), LEVELS[-1:])
+        (last,) = self.features(self.normalized(images, statistics), self.spec.levels[-1:])
         return functional.adaptive_avg_pool2d(last, 1).flatten(1)
 
     def features(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
@@ -171,16 +192,26 @@ class CutPasteNet(nn.Module):
         std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
         return mean, std.clamp(min=1e-3)  # a quarter of a gray level: less is noise
 
-    def freeze_backbone(self, frozen: bool) -> None:
-        """Stop (or let go on) every change of the backbone: gradients, and BatchNorm's running statistics too."""
-        self.frozen = frozen
+    def freeze_backbone(self, frozen: bool, batch_norm: bool = False) -> None:
+        """Stop (or let go on) every change of the backbone: gradients, and BatchNorm's running statistics too.
+        batch_norm: its BatchNorm's statistics and affine parameters stay as they are, whatever else changes."""
+        self.frozen, self.batch_norm_frozen = frozen, batch_norm
         self.backbone.requires_grad_(not frozen)
+        for module in self.batch_norms() if batch_norm else ():
+            module.requires_grad_(False)
         self.train(self.training)
+
+    def batch_norms(self) -> list[nn.Module]:
+        """The backbone's BatchNorm layers."""
+        return [each for each in self.backbone.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
 
     def train(self, mode: bool = True) -> "CutPasteNet":
         super().train(mode)
         if self.frozen:
             self.spec.freeze(self.backbone)  # else the statistics drift although no gradient flows
+        elif self.batch_norm_frozen:
+            for module in self.batch_norms():
+                module.eval()
         return self
 
 

@@ -29,6 +29,14 @@ categories = Rule(
 )
 
 
+seeds = Rule(
+    list,
+    "integers of at least 0, each once, separated by commas",
+    lambda value: bool(value) and min(value) >= 0 and len(set(value)) == len(value),
+    lambda text: [int(part) for part in text.split(",")],
+)
+
+
 def flagged(error: SettingError) -> str:
     """What is wrong with a setting, after the flag that sets it."""
     return f"--{'size' if error.name in ('height', 'width') else error.name}: {error.reason}"
@@ -94,10 +102,14 @@ def _add_flag(parser: argparse.ArgumentParser, groups: dict, each, note: bool = 
     if not title:
         return
     group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-    shown = each.metadata["shown"] or (",".join(map(str, each.default)) if rule.kind is tuple else each.default)
+    shown = each.metadata["shown"] or each.default
     text = f"{help} (default: {int(shown) if isinstance(shown, bool) else shown})" if note else help
     if each.name == "pretrained":
         group.add_argument("--pretrained", action=argparse.BooleanOptionalAction, help=help)
+        return
+    if each.name == "seed":
+        note = "; several, such as 0,1,2: a detector for each"
+        group.add_argument("--seed", type=seeds, metavar="N[,N]", help=text + note)
         return
     metavar = "|".join(rule.choices) or METAVARS.get(rule.kind, "FILE")
     group.add_argument(f"--{each.name}", type=rule, metavar=metavar, help=text)
@@ -108,7 +120,8 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     given = given_settings(args)
     if "minutes" in given and "epochs" in given:
         raise SettingError("minutes", "sets the number of steps; leave --epochs out")
-    values = RECIPES[given.get("recipe", "paper")] | given | {"category": category}
+    recipe = given.setdefault("recipe", "finetune" if given.get("pretrained", Config.pretrained) else "paper")
+    values = RECIPES[recipe] | given | {"category": category}
     patches = {name: values.pop(name) for name in PATCH_SETTINGS if name in values}
     if patches and "patch_size" not in patches:
         raise SettingError(next(iter(patches)), "goes with --patch_size, which makes a patch model")
@@ -122,6 +135,12 @@ def given_settings(args: argparse.Namespace) -> dict:
     """The settings among ``args`` that are not None, by the names of Config's fields; --size as height and width."""
     names = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if "level" in given:
+        given.setdefault("features", "level")
+    elif "features" in given:
+        given["level"] = None  # what a detector that is evaluated anew has
+    if "seed" in given:
+        given["seed"] = given["seed"][0]  # of several the first stands for them
     if getattr(args, "size", None) is not None:
         given["height"], given["width"] = args.size
     return given

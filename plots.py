@@ -17,7 +17,8 @@ from torch.nn import functional
 from config import Config
 from cutpaste import VARIANTS, VIEWS, apply, to_float
 from dataset import GOOD, TestSet
-from detector import Detector, category_seed, stream
+from detector import Detector
+from member import category_seed, stream
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -210,8 +211,8 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
     the group of each: normal, anomalous, or the name of a view."""
 
     def embed(images: torch.Tensor) -> torch.Tensor:
-        (level,) = detector.levels
-        return level.project(detector.embed(images)[0])[:, 0].cpu()
+        member = detector.members[0]  # each network has an embedding of its own
+        return member.levels[-1].project(member.embed(images)[-1])[:, 0].cpu()
 
     parts = list(stream(detector, test.images, embed))
     groups = ["anomalous" if label else "normal" for label in test.labels]

@@ -3,40 +3,35 @@
     python run_training.py --model_dir models --head_layer 2
     python run_training.py --model_dir patch_models --recipe fast --no-pretrained
 
-Writes <model_dir>/<category>.pt. The same command again continues where it stopped; finished categories are skipped.
+Writes <model_dir>/<category>.pt, with several seeds <model_dir>/seed<S>/<category>.pt. The same command again continues
+where it stopped; finished categories are skipped.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
 
 import options
+from checkpoint import found_checkpoints, load_checkpoint
 from config import RECIPES, Config, SettingError, resume
-from dataset import TestSet, choose_categories, find_images, load_images, load_test, load_train, train_paths
+from dataset import TestSet, choose_categories, find_images, load_images, load_test, train_paths
 from density import NotFiniteError
-from detector import Detector, check_enough, detector_path, load_config, save
+from detector import Detector, load_config
+from job import Job, Running, train_networks, write_detector
 from log import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
-from model import WeightsError
+from model import BACKBONES, WeightsError
 from options import flagged
-from runtime import cache, ranks
-from runtime.files import InputError, remove_file, say, write_file
+from runtime import ranks
+from runtime.files import InputError, say, write_file
 from runtime.flags import int_at_least, new_parser, number, zero_or_one
 from runtime.ranks import Ranks
-from runtime.script import (
-    PRECISIONS,
-    choose_device,
-    command_line,
-    device_name,
-    folder_name,
-    run_script,
-    suitable_precision,
-)
-from training import Numerics, Run, checkpoint_path, choose_numerics, load_checkpoint, steps_within
+from runtime.script import PRECISIONS, choose_device, folder_name, run_script
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -56,11 +51,15 @@ def get_parser() -> argparse.ArgumentParser:
     minutes = "between two saved states (default: 3)"
     add("--save_minutes", type=number(0, 1e6), default=3.0, metavar="X", help=minutes)
     add("--overwrite", action="store_true", help="start anew, replacing detectors and saved states")
+    add("--list_backbones", action="store_true", help="print the networks with their stages, and stop")
     add("--preview", metavar="FILE", help="write a sheet of augmented samples to this PNG file and stop")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.list_backbones:
+        print_backbones()
+        return
     try:
         settings = options.config_of(args, "any")
     except SettingError as error:
@@ -70,37 +69,81 @@ def main(args: argparse.Namespace) -> None:
     here = ranks.from_environment()
     device = choose_device(args.cuda, here.local_rank)
     categories = choose_categories(args.data_dir, args.type)
-    configs = [replace(settings, category=category) for category in categories]
+    jobs = list(make_jobs(args, settings, categories))
     for category in categories:
         train_paths(args.data_dir, category)  # a missing folder now, not after hours of another category
     if args.preview:
         if here.is_main:
-            write_preview(args, configs)
+            write_preview(args, [job.config for job in jobs[: len(categories)]])
         return
-    check_ranks(args, settings.batch_size, here)
-    check_writable(Path(args.model_dir), here)
-    if not args.overwrite:
-        for config in configs:
-            check_settings(args.model_dir, config)
+    check_ranks(args, settings, here)
+    for job in jobs:
+        check_writable(job.folder, here)
+        if not args.overwrite:
+            check_settings(job)
     torch.backends.cudnn.deterministic = True
     if RECIPES[settings.recipe] and here.is_main:
         own = {name: settings.to_dict()[name] for name in RECIPES[settings.recipe]}
         own.pop("epochs" if settings.minutes else "", None)
         say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {value}" for name, value in own.items()))
-
-    from tqdm import tqdm
-
-    together = here if args.ddp else Ranks()
-    own = configs if args.ddp else here.shard(configs)
-    quiet = len(own) < 2 or not here.is_main
-    cores = torch.get_num_threads()  # before a resumed category sets its own number
-    with together.joined(args.cuda), tqdm(own, "categories", unit="category", file=sys.stderr, disable=quiet) as bar:
-        for config in bar:
-            with hints():
-                train_category(args, config, device, cores, together, here.is_main)
+    make_detectors(args, jobs, device, here)
     if here.is_main:
         follow = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
         say(f"detectors are in {args.model_dir}; next: {follow}")
+
+
+def print_backbones() -> None:
+    """Name, widths and strides of the stages, which stage is that of --features level, and the weights."""
+    for name, spec in BACKBONES.items():
+        stages = ", ".join(f"{level}: {width}/{stride}" for level, width, stride in zip(*spec.table))
+        print(f"{name}  level {spec.level}; stages (width/stride) {stages}; {spec.weights}")
+
+
+def make_jobs(args: argparse.Namespace, settings: Config, categories: list[str]) -> Iterator[Job]:
+    """Each seed's detectors; those of several seeds have folders of their own."""
+    for seed in args.seed or [settings.seed]:
+        own = f"seed{seed}" if len(args.seed or []) > 1 else ""
+        for category in categories:
+            logs = Path(args.logdir, folder_name(args.model_dir), own, category)
+            yield Job(replace(settings, category=category, seed=seed), Path(args.model_dir, own), logs)
+
+
+def make_detectors(args: argparse.Namespace, jobs: list[Job], device: torch.device, here: Ranks) -> None:
+    """Train what is not there yet. Ranks share the networks, or with --ddp the training of each."""
+    from tqdm import tqdm
+
+    work = [(job, number) for job in jobs for number in range(job.config.folds)]
+    own = work if args.ddp else here.shard(work)
+    own = [(job, [number for _, number in some]) for job, some in groupby(own, key=lambda item: item[0])]
+    running = Running(
+        data_dir=args.data_dir,
+        workers=args.workers,
+        storage=options.storage(args),
+        device=device,
+        ranks=here if args.ddp else Ranks(),
+        numerics={"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile},
+        cores=torch.get_num_threads(),  # before a resumed category sets its own number
+        overwrite=args.overwrite,
+        test_epochs=args.test_epochs,
+        save_minutes=args.save_minutes,
+        bar=here.is_main,
+        watcher=lambda config: watcher(args, config),
+    )
+    shared = jobs[0].config.folds > 1 and here.world_size > 1 and not args.ddp  # a detector's networks, by the ranks
+    quiet = len(own) < 2 or not here.is_main
+    with running.ranks.joined(args.cuda), tqdm(own, "categories", file=sys.stderr, disable=quiet) as bar:
+        for job, numbers in bar:
+            with hints():
+                train_networks(job, numbers, running)
+                if not shared:
+                    write_detector(job, running)
+    if shared:
+        with here.joined(False):
+            here.all_reduce_max(0)  # wait for the networks of the others
+            for job in here.shard(jobs):
+                with hints():
+                    write_detector(job, running)
+            here.all_reduce_max(0)
 
 
 @contextmanager
@@ -123,14 +166,17 @@ def hints() -> Iterator[None]:
 # What is on disk --------------------------------------------------------------------------------------------------
 
 
-def check_ranks(args: argparse.Namespace, batch_size: int, here: Ranks) -> None:
+def check_ranks(args: argparse.Namespace, settings: Config, here: Ranks) -> None:
     """Raises InputError for what several processes cannot do."""
     if args.overwrite and here.restarts:
         raise InputError("a rank died, and --overwrite would start anew: give the same command without --overwrite")
     if args.overwrite and here.machines > 1:  # torchrun does not tell a machine that another one's rank was restarted
         raise InputError("--overwrite: not on several machines, where a restart would start anew; empty --model_dir")
-    if args.ddp and batch_size < here.world_size:
-        raise InputError(f"--batch_size {batch_size}: at least one image for each of {here.world_size} ranks is needed")
+    if settings.minutes and settings.folds > 1 and here.world_size > 1 and not args.ddp:
+        raise InputError("--minutes: not with --folds shared by ranks, which would count other steps; give --epochs")
+    if args.ddp and settings.batch_size < here.world_size:
+        needed = f"at least one image for each of {here.world_size} ranks is needed"
+        raise InputError(f"--batch_size {settings.batch_size}: {needed}")
 
 
 def check_writable(folder: Path, here: Ranks) -> None:
@@ -141,12 +187,13 @@ def check_writable(folder: Path, here: Ranks) -> None:
     probe.unlink(missing_ok=True)
 
 
-def check_settings(model_dir: str, config: Config) -> None:
+def check_settings(job: Job) -> None:
     """Hold the settings against what is saved. Raises InputError that names the first difference."""
-    if (path := checkpoint_path(model_dir, config.category)).exists():  # newer than a detector that it is to replace
-        saved = load_state(path)["config"]
-    elif (path := detector_path(model_dir, config.category)).exists():
-        saved = load_config(path)
+    config = job.config
+    if states := found_checkpoints(job.folder, config.category):  # newer than a detector that they are to replace
+        path, saved = states[0], load_checkpoint(states[0])["config"]
+    elif job.path.exists():
+        path, saved = job.path, load_config(job.path)
     else:
         return
     asked = config.to_dict()
@@ -157,13 +204,6 @@ def check_settings(model_dir: str, config: Config) -> None:
     except SettingError as error:
         way_out = "choose another --model_dir, or start anew with --overwrite"
         raise InputError(f"{path}: {error.reason}; {way_out}") from error
-
-
-def load_state(path: Path) -> dict:
-    try:
-        return load_checkpoint(path)
-    except InputError as error:
-        raise InputError(f"{error} (--overwrite)") from error
 
 
 def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
@@ -183,111 +223,13 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
     say(f"wrote {args.preview}; nothing was trained")
 
 
-# Training ---------------------------------------------------------------------------------------------------------
+# Looking at the test images while training ------------------------------------------------------------------------
 
 
-def train_category(
-    args: argparse.Namespace, config: Config, device: torch.device, cores: int, together: Ranks, bar: bool
-) -> None:
-    """Train, fit the density and write the detector of one category, unless it is there already.
-
-    together: the ranks that train it; the first one writes, and says what is done.
-    """
-    category = config.category
-    path, state_path = detector_path(args.model_dir, category), checkpoint_path(args.model_dir, category)
-    if together.broadcast(lambda: path.exists() and not state_path.exists() and not args.overwrite):
-        if together.is_main:
-            say(f"{category}: {path} is finished; skipped (--overwrite trains it anew, as after adding images)")
-        return
-    images = load_normal(args, config, together)
-    test = load_watched_test(args, config) if args.test_epochs > 0 and together.is_main else None
-    digest = cache.digest(images)
-    state = together.broadcast(lambda: saved_state(args, state_path, digest, category))
-    asked = {"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    try:
-        numerics = choose_numerics(asked, state["numerics"] if state else {}, device, cores)
-    except SettingError as error:
-        saved = f"; {state_path} has it: leave the flag out, or start anew with --overwrite" if state else ""
-        raise InputError(f"{flagged(error)}{saved}") from error
-    if args.amp == "auto" and state is None and together.is_main:
-        amp, reason = suitable_precision(device)
-        say(f"{category}: precision {amp.replace('off', 'float32')} ({reason})")
-    torch.set_num_threads(numerics.threads)
-    with torch.random.fork_rng(devices=[]):
-        if config.minutes:
-            config = state["config"] if state else timed(config, images, device, numerics, together)
-        run = Run(config, images, digest, device, numerics, state, together)
-        run.train(
-            Path(args.logdir) / folder_name(args.model_dir) / category,
-            state_path,
-            args.save_minutes,
-            None if test is None else lambda detector: test_auroc(detector, test),
-            args.test_epochs,
-            bar,
-            "the same command without --overwrite" if args.overwrite else "the same command",
-        )
-    if together.is_main:
-        save(finished(run), path)
-        remove_file(state_path)
-        say(f"{category}: wrote {path}")
-
-
-def timed(
-    config: Config, images: cache.ImageArray, device: torch.device, numerics: Numerics, together: Ranks
-) -> Config:
-    """The settings with as many steps as ``minutes`` allow on this machine."""
-    whole = replace(config, freeze_resnet=0)  # steps with the backbone frozen cost less
-    steps = steps_within(60 * config.minutes, Run(whole, images, "", device, numerics, None, together))
-    steps = together.broadcast(lambda: steps)
-    if together.is_main:
-        say(f"{config.category}: {steps} steps in {config.minutes:g} minutes")
-    return replace(config, epochs=steps)
-
-
-def load_normal(args: argparse.Namespace, config: Config, together: Ranks) -> cache.ImageArray:
-    """The training images of a category. Raises InputError or SettingError if nothing can be learned from them."""
-    category, size = config.category, (config.height, config.width)
-    images = load_train(args.data_dir, category, size, args.workers, options.storage(args))
-    if cache.all_equal(images):
-        raise InputError(f"{Path(args.data_dir) / category}: all training images are equal; nothing can be learned")
-    if len(images) < together.world_size:
-        ranks_here = f"{len(images)} training images for {together.world_size} ranks"
-        raise InputError(f"{category}: {ranks_here}; start fewer of them")
-    check_enough(config, len(images))
-    if len(images) < config.batch_size and together.is_main:
-        say(f"{category}: {len(images)} training images, so {len(images)} per step (--batch_size)")
-    return images
-
-
-def finished(run: Run) -> Detector:
-    """The detector that a run ends in, and how it was made."""
-    detector = Detector(run.config, run.network).fit(run.images)
-    detector.metadata = {
-        "command": command_line(),
-        "train_images": len(run.images),
-        "train_seconds": round(run.seconds, 1),
-        "device": device_name(run.device),
-        **asdict(run.numerics),
-        "ranks": run.ranks.world_size,
-        "torch": str(torch.__version__),
-    }
-    for note in detector.notes():
-        say(f"{run.config.category}: {note}")
-    return detector
-
-
-def saved_state(args: argparse.Namespace, path: Path, digest: str, category: str) -> dict | None:
-    """The state to continue from, if there is one and it was not asked to start anew."""
-    if args.overwrite:
-        remove_file(path)
-    state = load_state(path) if path.exists() else None
-    if state is not None and state["images"] != digest:
-        raise InputError(
-            f"{path}: was saved while training on other images than {args.data_dir}/{category} holds now; "
-            "put them back, or start anew with --overwrite"
-        )
-    return state
+def watcher(args: argparse.Namespace, config: Config) -> Callable[[Detector], float] | None:
+    """What gives the test AUROC of a detector, if there are test images of both kinds."""
+    test = load_watched_test(args, config)
+    return None if test is None else lambda detector: test_auroc(detector, test)
 
 
 def test_auroc(detector: Detector, test: TestSet) -> float:

@@ -1,7 +1,7 @@
-"""The training of one category: network, optimizer, schedule and generator, stepped, watched, saved and continued.
+"""The training of one network: network, optimizer, schedule and generator, stepped, watched, saved and continued.
 
-Owns the loop, what a saved state holds (``<model_dir>/<category>.checkpoint``), and the choice of threads, precision
-and compilation. Knows no flag and no folder of images.
+Owns the loop, what a saved state holds, and the choice of threads, precision and compilation. Knows no flag and no
+folder of images.
 """
 
 import os
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import checkpoint
 from config import Config, SettingError, resume
 from cutpaste import ViewParams, apply_and_sample, visible
-from detector import Detector, category_seed, initial_network
+from detector import Detector
 from log import Log, check_finite, log_start
+from member import category_seed, initial_network
 from paste import rows
 from runtime.cache import ImageArray
-from runtime.files import InputError, load_tensors, save_tensors, say
+from runtime.files import save_tensors, say
 from runtime.ranks import Ranks, data_parallel, sync_batch_norm
 from runtime.script import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 
-CHECKPOINT_VERSION = 5
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
 TIMED_STEPS = 6  # that a budget of minutes is planned by, after two that warm up
 
@@ -56,27 +57,6 @@ def choose_numerics(asked: dict, saved: dict, device: torch.device, cores: int) 
     return chosen
 
 
-# The saved state --------------------------------------------------------------------------------------------------
-
-
-def checkpoint_path(model_dir: str | Path, category: str) -> Path:
-    return Path(model_dir) / f"{category}.checkpoint"
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What ``Run.state`` gave, its config as a Config. Raises InputError if the file holds something else."""
-    state = load_tensors(path, "checkpoint", lambda content: content.get("version", 0) > 2)
-    if not isinstance(state, dict) or state.get("format") != "cutpaste-checkpoint":
-        raise InputError(f"{path}: not a saved state of this program; remove it or start anew")
-    try:
-        config = Config.from_dict(state["config"]) if state.get("version") == CHECKPOINT_VERSION else None
-    except SettingError:
-        config = None
-    if config is None:
-        raise InputError(f"{path}: saved by another version of this program; finish it there or start anew")
-    return state | {"config": config}
-
-
 # The loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,10 +71,11 @@ class Batch:
 
 
 class Run:
-    """The training of one category. Everything that decides how it goes on is in ``state``.
+    """The training of one network. Everything that decides how it goes on is in ``state``.
 
-    images (N, 3, H, W) uint8; digest: theirs, by which a saved state knows them. state: to continue from, or None.
-    ranks: more than one train together, each on its part of every batch.
+    images (N, 3, H, W) uint8, those that it may see; digest: of all of the category, by which a saved state knows them.
+    state: to continue from, or None. ranks: more than one train together, each on its part of every batch. member: the
+    network's number among those of the detector.
     """
 
     def __init__(
@@ -106,25 +87,25 @@ class Run:
         numerics: Numerics,
         state: dict | None = None,
         ranks: Ranks | None = None,
+        member: int = 0,
     ) -> None:
         self.config, self.digest, self.device, self.numerics = config, digest, device, numerics
         self.ranks = ranks or Ranks()
+        self.name = config.category if config.folds == 1 else f"{config.category} {member + 1} of {config.folds}"
         self.images = images.to(device) if isinstance(images, Tensor) else images  # on the device for the whole run
-        self.network = initial_network(config, pretrained=state is None).to(device)
+        self.network = initial_network(config, state is None, member).to(device)
         if self.ranks.world_size > 1:
             self.network = sync_batch_norm(self.network, device.type == "cuda")
-        self.generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
+        self.generator = torch.Generator().manual_seed(category_seed(config.seed, config.category, member))
         self.optimizer = new_optimizer(config, self.network)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.epochs)
         self.scaler = torch.amp.GradScaler(device.type, enabled=numerics.amp == "fp16")
-        self.step = 0
-        self.seconds = 0.0
+        self.step, self.seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
+        self.schedule = None
+        self.begin_phase()
         if state is not None:
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
             self.generator.set_state(state["generator"])
-            self.step, self.seconds = state["step"], state["seconds"]
-        self.freeze(self.step < config.freeze_resnet)
         self.network.train()
 
     def parts(self) -> dict:
@@ -137,20 +118,33 @@ class Run:
 
     def state(self) -> dict:
         return {
-            "format": "cutpaste-checkpoint",
-            "version": CHECKPOINT_VERSION,
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
             "config": self.config.to_dict(),
             "images": self.digest,
             **{name: part.state_dict() for name, part in self.parts().items()},
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
+            "ranks": self.ranks.world_size,
             "numerics": asdict(self.numerics),
         }
 
-    def freeze(self, frozen: bool) -> None:
-        """Freeze the backbone or let it go on, and make ``forward``, the network as a step runs it."""
-        self.network.freeze_backbone(frozen)
+    def begin_phase(self) -> None:
+        """Freeze the backbone or let it go on, set the learning rate's schedule, and make ``forward``, the network as a
+        step runs it.
+
+        The rate falls along one cosine over all steps or, with ``lr_unfrozen``, along one of its own before and after
+        the backbone is let go on.
+        """
+        config, frozen = self.config, self.step < self.config.frozen_steps
+        self.network.freeze_backbone(frozen, config.freeze_bn)
+        if config.lr_unfrozen is None:
+            self.schedule = self.schedule or cosine(self.optimizer, config.lr, config.epochs)
+        elif frozen:
+            self.schedule = cosine(self.optimizer, config.lr, min(config.frozen_steps, config.epochs))
+        else:
+            self.schedule = cosine(self.optimizer, config.lr_unfrozen, config.epochs - config.frozen_steps)
         self.forward = self.network
         if self.ranks.world_size > 1:
             self.forward = data_parallel(self.network, self.ranks, self.device.type == "cuda")
@@ -194,8 +188,6 @@ class Run:
     def train_step(self) -> Tensor:
         """One step. Returns loss, accuracy and share of views left out of its batch, each this rank's share of that of
         all ranks: (3,) on the device."""
-        if self.network.frozen and self.step >= self.config.freeze_resnet:
-            self.freeze(False)
         chosen, params = self.sample_batch()
         batch = self.make_views(self.load_batch(chosen), params)
         precision = PRECISIONS[self.numerics.amp]
@@ -208,6 +200,8 @@ class Run:
         self.scaler.update()
         self.schedule.step()
         self.step += 1
+        if self.step == self.config.frozen_steps:
+            self.begin_phase()
         return torch.stack(values).detach()
 
     def train(
@@ -225,7 +219,12 @@ class Run:
         watch: the test AUROC of a detector, to be looked at every ``watch_every`` steps; it decides nothing.
         again: what continues, for the message. Leaves by SystemExit (130, 143) on SIGINT or SIGTERM, the state saved.
         """
-        steps, category, is_main = self.config.epochs, self.config.category, self.ranks.is_main
+        steps, category, is_main = self.config.epochs, self.name, self.ranks.is_main
+        state_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.step == steps:  # 0 of 0, or done before
+            if is_main and not state_path.exists():
+                save_tensors(self.state(), state_path)
+            return
         if self.step and is_main:
             say(f"{category}: continuing at step {self.step} of {steps}")
         with ExitStack() as stack:
@@ -244,7 +243,7 @@ class Run:
                 if watch is not None and is_main and (self.step % watch_every == 0 or last):
                     check_finite(category, self.step, values[0])
                     looked = time.monotonic()
-                    auroc = watch(Detector(self.config, self.network).fit(self.images, threshold=False))
+                    auroc = watch(Detector(self.config, [self.network]).fit(self.images, threshold=False))
                     self.network.train()
                     log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began
@@ -282,6 +281,13 @@ def new_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optim
     for parameter in parameters:  # torch's fused step fails where only some have one, as after the frozen steps
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def cosine(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of a rate that falls from ``lr`` to zero in that many steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = lr
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
 
 def steps_within(seconds: float, run: Run) -> int:

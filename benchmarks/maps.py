@@ -26,8 +26,9 @@ from record import add_record_flags, append, command, commit, peak_mb, wait
 import options
 from config import Config, PatchConfig, SettingError, settings_of
 from dataset import load_masks, load_test, load_train
-from detector import Detector, detector_path, load, load_config, save, stream
+from detector import Detector, detector_path, load, load_config, save
 from eval import evaluate, find_work, record
+from member import stream
 from options import PATCH_SETTINGS, flagged
 from runtime.cache import ImageArray
 from runtime.files import InputError, say
@@ -128,7 +129,7 @@ def each_level(values: Iterable) -> str:
 def timed_fit(config: Config, trained: Detector, images: ImageArray, threshold: bool) -> tuple[Detector, float]:
     """The trained network with densities fitted under ``config``, and the seconds that it took."""
     began = time.perf_counter()
-    detector = Detector(config, trained.network).fit(images, threshold)
+    detector = Detector(config, [trained.network]).fit(images, threshold)
     wait(detector.device)
     return detector, time.perf_counter() - began
 

@@ -29,8 +29,9 @@ from color import to_float
 from config import RECIPES, Config, SettingError
 from cutpaste import VARIANTS, apply
 from dataset import decode, find_images, load_images
-from detector import IMAGES_AT_ONCE, Detector, stream
+from detector import Detector
 from log import LOG_EVERY, Log
+from member import IMAGES_AT_ONCE, stream
 from model import CutPasteNet
 from options import flagged
 from runtime.files import InputError, say
@@ -163,7 +164,7 @@ def conventional(run: Run, repeats: int) -> dict:
 
 def scoring(run: Run, repeats: int) -> dict:
     """Resident images to scores against the network's forward pass alone, both float32."""
-    detector = Detector(run.config, run.network).fit(run.images)
+    detector = Detector(run.config, [run.network]).fit(run.images)
     images = run.images[:IMAGES_AT_ONCE]
     batch = prepared(images)
 
@@ -182,7 +183,7 @@ def scoring(run: Run, repeats: int) -> dict:
 
 def files(run: Run, repeats: int, paths: list[Path]) -> dict:
     """PNG files of original size to scores against decoding alone plus the forward pass alone."""
-    detector = Detector(run.config, run.network).fit(run.images)
+    detector = Detector(run.config, [run.network]).fit(run.images)
     batch = prepared(run.images)
 
     def decoding() -> Tensor:

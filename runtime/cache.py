@@ -63,7 +63,27 @@ class Images:
         return torch.from_numpy(np.require(chosen, requirements="W"))  # copied unless NumPy has done so for a Tensor
 
 
-ImageArray = Tensor | Images
+class Subset:
+    """Some of mapped images, by their numbers, used as those are."""
+
+    def __init__(self, images: Images, chosen: Tensor) -> None:
+        self.images, self.chosen = images, chosen
+        self.shape = (len(chosen), *images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        chosen = self.chosen[index]
+        return self.images[int(chosen) if chosen.ndim == 0 else chosen]
+
+
+ImageArray = Tensor | Images | Subset
+
+
+def subset(images: ImageArray, chosen: Tensor) -> ImageArray:
+    """Those of the images (N, 3, H, W) whose numbers are ``chosen`` (n,): a copy of a Tensor, a view of mapped ones."""
+    return images[chosen] if isinstance(images, Tensor) else Subset(images, chosen)
 
 
 def default_folder() -> Path | None:

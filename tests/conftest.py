@@ -100,12 +100,14 @@ def one_line(done: SimpleNamespace, *words: str) -> None:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two detector files hold the same network and density, bit for bit."""
-    contents = [torch.load(path, weights_only=True) for path in (one, other)]
-    flat = [
-        {f"{part}.{name}": value for part in ("network", "levels") for name, value in content[part].items()}
-        for content in contents
-    ]
+    """Whether two detector files hold the same networks and densities, bit for bit."""
+    flat = []
+    for path in (one, other):
+        flat.append({})
+        for number, member in enumerate(torch.load(path, weights_only=True)["members"]):
+            parts = {"standardized": {"center": member["center"], "scale": member["scale"]}}
+            parts |= {part: member[part] for part in ("network", "levels")}
+            flat[-1] |= {f"{number}.{part}.{name}": v for part, own in parts.items() for name, v in own.items()}
     assert flat[0].keys() == flat[1].keys()
     assert len(flat[0]) > 100
     return all(torch.equal(flat[0][name], flat[1][name]) for name in flat[0])

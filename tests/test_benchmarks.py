@@ -17,7 +17,8 @@ from PIL import Image
 from config import Config, PatchConfig
 from cutpaste import VARIANTS, VIEWS, Variant, View
 from dataset import load_train
-from detector import Detector, initial_network, save
+from detector import Detector, save
+from member import initial_network
 from paste import PasteParams, paste, rows
 
 
@@ -314,7 +315,7 @@ def test_the_benchmark_of_maps_runs(script, data, tmp_path):
     models, table = tmp_path / "models", tmp_path / "maps.csv"
     for category, patches in (("brick", PatchConfig(32, window=8)), ("grass", None)):
         config = Config(category, height=32, width=32, pretrained=False, patches=patches)
-        made = Detector(config, initial_network(config)).fit(load_train(data, category, (32, 32), 0))
+        made = Detector(config, [initial_network(config)]).fit(load_train(data, category, (32, 32), 0))
         made.metadata = {"command": "python run_training.py"}
         models.mkdir(exist_ok=True)
         save(made, models / f"{category}.pt")

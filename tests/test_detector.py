@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import detector
+import member
 from config import Config, PatchConfig, SettingError
 from dataset import load_test, load_train
 from density import conformal_threshold, fit_density, held_out
-from detector import Detector, initial_network, load, load_config, save, stream
+from detector import Detector, load, load_config, save
+from member import initial_network, stream
 from model import CutPasteNet
 from runtime.files import InputError, load_tensors, save_tensors
 
@@ -41,7 +43,7 @@ def trained_network(config):
 
 @pytest.fixture(scope="module")
 def fitted(images):
-    made = Detector(CONFIG, trained_network(CONFIG)).fit(images)
+    made = Detector(CONFIG, [trained_network(CONFIG)]).fit(images)
     made.metadata = {"command": "python run_training.py"}
     return made
 
@@ -71,14 +73,14 @@ def test_l2_normalizes_embeddings(fitted, images):
     plain = fitted.refit(images, l2=False)
     for made, deviation in ((fitted, 0), (plain, 1)):
         (level,) = made.levels
-        lengths = level.project(made.embed(images)[0]).norm(dim=2)
+        lengths = level.project(made.members[0].embed(images)[0]).norm(dim=2)
         assert (lengths.std() > 1e-9) == deviation
         assert made.config.l2 == (not deviation)
 
 
 def test_threshold_is_the_conformal_one_of_held_out_normal_scores(fitted, images):
     (level,) = fitted.levels
-    scores, _ = held_out("torch", level.project(fitted.embed(images)[0]), True)
+    scores, _ = held_out("torch", level.project(fitted.members[0].embed(images)[0]), True)
     assert torch.allclose(fitted.normal_scores, scores[:, 0])
     assert fitted.threshold == conformal_threshold(fitted.normal_scores, 0.2)[0]
     assert list(fitted.notes()) == []
@@ -87,13 +89,13 @@ def test_threshold_is_the_conformal_one_of_held_out_normal_scores(fitted, images
 
 
 def test_density_is_fitted_to_an_even_sample_of_many_images(images, monkeypatch):
-    monkeypatch.setattr(detector, "DENSITY_IMAGES", 70)
+    monkeypatch.setattr(member, "DENSITY_IMAGES", 70)
     many = torch.cat([images] * 20)  # 240
     many[:, 0, 0, 0] = torch.arange(240)
     chosen = [240 * i // 70 for i in range(70)]
     assert len(set(chosen)) == 70
     network = initial_network(CONFIG)
-    fitted, expected = Detector(CONFIG, network).fit(many), Detector(CONFIG, network).fit(many[chosen])
+    fitted, expected = Detector(CONFIG, [network]).fit(many), Detector(CONFIG, [network]).fit(many[chosen])
     for name, value in expected.levels.state_dict().items():
         assert torch.allclose(fitted.levels.state_dict()[name], value, rtol=1e-4)
     assert torch.allclose(fitted.normal_scores, expected.normal_scores, rtol=1e-4)
@@ -109,7 +111,7 @@ def test_fitting_runs_the_network_once_over_the_images(images, monkeypatch):
     Detector(CONFIG).fit(images)
     assert sum(seen) == 12
     seen.clear()
-    Detector(replace(CONFIG, patches=PatchConfig(32, location="auto"))).fit(images)
+    Detector(replace(CONFIG, features="level", patches=PatchConfig(32, location="auto"))).fit(images)
     assert sum(seen) == 12
 
 
@@ -145,7 +147,7 @@ def test_bad_files_are_named(tmp_path, fitted):
     def fails(match, change=None):
         if change is not None:
             save_tensors(content | change, path)
-        for read in (load, load_config) if "state_dict" not in match else (load,):
+        for read in (load,) if "state_dict" in match or "networks" in match else (load, load_config):
             with pytest.raises(InputError, match=match) as caught:
                 read(path)
             assert str(path) in str(caught.value)
@@ -168,7 +170,8 @@ def test_bad_files_are_named(tmp_path, fitted):
     fails("head_layer: a whole number from 0 to 64", {"config": content["config"] | {"head_layer": 10_000_000}})
     fails("made by a newer program .hue: no setting", {"config": content["config"] | {"hue": 1}})
     fails("damaged detector file", {"config": None})
-    fails("damaged detector file.*state_dict", {"network": {}})
+    fails("damaged detector file .2 networks for 1 folds", {"members": 2 * content["members"]})
+    fails("damaged detector file.*state_dict", {"members": [content["members"][0] | {"network": {}}]})
     save_tensors(content, tmp_path / "grass.pt")
     path = tmp_path / "grass.pt"
     fails("category 'brick' under another name")
@@ -207,7 +210,7 @@ def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, ima
     if kind == "torch":
         precision = density["factor"][0].T @ density["factor"][0]
         density = {"mean": density["mean"][0], "precision": precision, "shrinkage": torch.tensor(0.1)}
-        x = level.project(made.embed(images)[0])[:, 0] - density["mean"]
+        x = level.project(made.members[0].embed(images)[0])[:, 0] - density["mean"]
         assert torch.allclose(((x @ precision) * x).sum(1).sqrt(), made(images)[0])
     config = {name: value for name, value in made.config.to_dict().items() if name != "dims"}
     content = {"format": detector.FORMAT, "version": 2, "config": config, "made": {}, "density": density}
@@ -218,7 +221,7 @@ def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, ima
 
 # Patch models -----------------------------------------------------------------------------------------------------
 
-PATCHES = replace(CONFIG, height=64, width=96, l2=False, patches=PatchConfig(32, location="each"))
+PATCHES = replace(CONFIG, height=64, width=96, l2=False, features="level", patches=PatchConfig(32, location="each"))
 PLAIN = {"level": 4, "dense": False, "window": 32}
 
 
@@ -237,7 +240,7 @@ VERSION_2_IMAGES = pictures(3, seed=5)
 
 @pytest.fixture(scope="module")
 def patch_model():
-    return Detector(PATCHES, trained_network(PATCHES)).fit(pictures(20))
+    return Detector(PATCHES, [trained_network(PATCHES)]).fit(pictures(20))
 
 
 DEFECTS = ((8, 70), (40, 12), (28, 80))
@@ -275,7 +278,7 @@ def test_levels_are_standardized_by_held_out_normal_distances_and_added(patch_mo
     expected = 0
     for number, level in enumerate(both.levels):
         alone = patch_model.refit(train, **TWO_LEVELS | {"level": str(2 + number)})
-        distances = held_out("torch", alone.embed_normal(train)[0], False)[0]
+        distances = held_out("torch", alone.members[0].embed_normal(train)[0], False)[0]
         assert level.center == pytest.approx(distances.mean().item(), rel=1e-4)
         assert level.scale == pytest.approx(distances.std().item(), rel=1e-4)
         expected = expected + (alone(images)[1] - level.center) / level.scale
@@ -341,8 +344,8 @@ def test_a_damaged_patch_model_is_named(tmp_path, patch_model):
 
 def test_the_papers_grid_fits_into_a_file(tmp_path):
     """One Gaussian for each of 57 x 57 locations: 512 dimensions would make gigabytes of them."""
-    patches = PatchConfig(32, level=(4,), dense=False, window=32, stride=4)
-    made = Detector(replace(PATCHES, height=256, width=256, patches=patches))
+    patches = PatchConfig(32, dense=False, window=32, stride=4)
+    made = Detector(replace(PATCHES, height=256, width=256, level=(4,), patches=patches))
     (level,) = made.levels
     assert level.grid.shape == (57, 57)
     level.axes, level.density.mean = torch.zeros(512, level.dims), torch.zeros(57 * 57, level.dims)
@@ -357,16 +360,16 @@ def test_the_untrained_baseline_has_the_kind_of_density(patch_model):
     made = patch_model.refit(pictures(20), location="auto")
     (level,) = made.levels
     other = not level.shared
-    level.density = fit_density("torch", made.embed_normal(pictures(20))[0], other)
+    level.density = fit_density("torch", made.members[0].embed_normal(pictures(20))[0], other)
     assert made.untrained().fit(pictures(20), threshold=False).levels[0].shared == other
 
 
 def test_too_few_or_equal_images(patch_model):
     with pytest.raises(SettingError, match=r"brick: 5 training images, .*needs 8; take shared or auto"):
-        Detector(PATCHES, patch_model.network).fit(pictures(5))
+        Detector(PATCHES, [patch_model.network]).fit(pictures(5))
     flat = torch.full((9, 3, 64, 96), 128, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"brick: no density can be fitted: all embeddings are equal"):
-        Detector(PATCHES, patch_model.network).fit(flat)
+        Detector(PATCHES, [patch_model.network]).fit(flat)
     with pytest.raises(InputError, match=r"brick: no density can be fitted: .*at least 2 .*, got 1$"):
         Detector(CONFIG).fit(flat[:1, :, :32, :48])
 

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 from torchvision.transforms import Normalize
 
-from model import BACKBONES, LEVELS, NORMALIZATIONS, CutPasteNet, SmallMapConv, WeightsError, load_backbone_weights
+from model import BACKBONES, NORMALIZATIONS, CutPasteNet, SmallMapConv, WeightsError, load_backbone_weights
 from runtime.files import InputError
 
 IMAGES = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -62,9 +62,9 @@ def train_one_step(network):
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (96, 32)])
 def test_stages_have_the_strides_and_widths_of_the_table(backbone, size):
     network, spec = make(backbone=backbone).eval(), BACKBONES[backbone]
-    assert len(spec.stages) == len(spec.strides) == len(spec.widths) == len(LEVELS)
+    assert len(spec.stages) == len(spec.strides) == len(spec.widths) == spec.levels[-1]
     with torch.no_grad():
-        shapes = [tuple(found.shape) for found in network.features(torch.rand(2, 3, *size), LEVELS)]
+        shapes = [tuple(found.shape) for found in network.features(torch.rand(2, 3, *size), spec.levels)]
     assert shapes == [(2, w, size[0] // s, size[1] // s) for w, s in zip(spec.widths, spec.strides)]
 
 
@@ -136,7 +136,7 @@ def test_no_stage_beyond_the_last_one_asked_for_is_run(backbone):
     for name in [name for stage in stages for name in stage]:
         network.backbone.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     with torch.no_grad():
-        every = network.features(IMAGES, LEVELS)
+        every = network.features(IMAGES, BACKBONES[backbone].levels)
         for levels in [(1,), (3,), (2, 1), (1, 4), (3, 3, 2)]:
             ran.clear()
             found = network.features(IMAGES, levels)

@@ -8,23 +8,24 @@ import run_training
 from config import RECIPES, Config, PatchConfig, SettingError, resume, settings_of
 from options import config_of, flagged
 
-PATCHES = Config("brick", patches=PatchConfig(level=(1, 2)))
+PATCHES = Config("brick", patches=PatchConfig(), level=(1, 2))
 
 
 def parsed(*flags):
     return config_of(run_training.get_parser().parse_args([*map(str, flags)]), "bottle")
 
 
-def test_defaults_are_the_papers():
-    config = parsed()
+def test_defaults_from_scratch_are_the_papers():
+    config = parsed("--recipe", "paper")
     assert config == Config("bottle")
+    assert parsed("--no-pretrained") == replace(config, pretrained=False)
     assert (config.lr, config.optim, config.epochs, config.batch_size) == (0.03, "sgd", 10000, 32)
     assert (config.height, config.width, config.variant, config.pretrained) == (256, 256, "3way", True)
-    assert (config.freeze_resnet, config.l2, config.patches, config.levels) == (20, True, None, (4,))
-    assert parsed("--no-pretrained").freeze_resnet == 0
-    assert parsed("--optim", "adam").lr == 0.001
+    assert (config.frozen_steps, config.l2, config.patches, config.levels) == (1351, True, None, (4,))
+    assert parsed("--no-pretrained").frozen_steps == 0
+    assert parsed("--optim", "adam", "--no-pretrained").lr == 0.001
     patches = parsed("--patch_size", 64, "--level", "2,3", "--stride", 16)
-    assert patches.patches == PatchConfig(64, stride=16, level=(2, 3))
+    assert patches.patches == PatchConfig(64, stride=16)
     assert (patches.l2, patches.levels) == (False, (2, 3))
 
 
@@ -36,11 +37,40 @@ def test_a_recipe_sets_what_no_flag_sets():
     other = parsed(
         "--recipe", "fast", "--no-pretrained", "--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32
     )
-    assert other == replace(fast, variant="scar", epochs=7, patches=PatchConfig(48, window=32, level=(1, 2)))
-    assert parsed("--recipe", "paper") == parsed()
+    assert other == replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))
     for name, values in RECIPES.items():
         config = parsed("--recipe", name)
         assert config.to_dict() | values == config.to_dict()
+
+
+def test_pretrained_weights_are_fine_tuned():
+    """By the paper's recipe of its appendix A.4, in fewer steps."""
+    config = parsed()
+    assert config == parsed("--recipe", "finetune")
+    assert (config.recipe, config.pretrained, config.freeze_bn, config.batch_size) == ("finetune", True, True, 24)
+    whole = parsed("--epochs", 18_944)
+    assert whole.frozen_steps == 2560
+    assert parsed("--freeze_resnet", 7).frozen_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "levels"),
+    [
+        ([], (8,)),
+        (["--features", "pool"], (8,)),
+        (["--features", "level"], (7,)),
+        (["--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
+        (["--level", "2,7"], (2, 7)),
+        (["--patch_size", "64", "--window", "32"], (1,)),
+        (["--patch_size", "64", "--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
+    ],
+)
+def test_features_name_stages(given, levels):
+    config = parsed("--backbone", "efficientnet_b4", *given)
+    assert config.levels == levels
+    assert Config.from_dict(config.to_dict()) == config
+    with pytest.raises(SettingError, match="goes with features level"):
+        parsed("--backbone", "efficientnet_b4", "--level", 2, "--features", "all")
 
 
 def test_minutes_go_without_a_number_of_steps():
@@ -74,7 +104,15 @@ def test_plain_values_and_back(config):
     ("name", "value"),
     [
         *(("backbone", "vgg"), ("head_layer", 10_000_000), ("head_layer", True), ("height", 16)),
-        *(("jitter", float("nan")), ("epochs", 0), ("epochs", 2.5), ("l2", 1), ("seed", -1), ("category", 3)),
+        *(
+            ("jitter", float("nan")),
+            ("epochs", -1),
+            ("epochs", 2.5),
+            ("folds", 0),
+            ("l2", 1),
+            ("seed", -1),
+            ("category", 3),
+        ),
         *(
             ("false_alarm_rate", 1.5),
             ("unheard_of", 1),
@@ -94,7 +132,7 @@ def test_values_that_cannot_be_are_named(name, value):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--stride", 4, "--level", 2], ["--window", 30], ["--density", "kde"], ["--patch_size", 300]]
+    "wrong", [["--stride", 12, "--level", 2], ["--window", 30], ["--density", "kde"], ["--patch_size", 300]]
 )
 def test_flags_that_contradict_each_other(wrong):
     with pytest.raises(SettingError):

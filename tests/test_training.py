@@ -27,6 +27,7 @@ from runtime.files import InputError, load_tensors, save_tensors
 from runtime.script import suitable_precision
 from training import Numerics, Run, batch_values, choose_numerics, steps_within
 
+LEVELS = {"features": "level", "level": (1, 2), "patches": PatchConfig(32, window=8)}
 WHERE = ("--data_dir", "--model_dir", "--logdir")
 
 
@@ -125,7 +126,9 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
         {"freeze_resnet": 4},
         {"freeze_resnet": 2},
         {"variant": "union"},
-        {"variant": "soft", "invisible": "drop", "optim": "adam", "patches": PatchConfig(32, window=8, level=(1, 2))},
+        {"variant": "soft", "invisible": "drop", "optim": "adam", **LEVELS},
+        {"freeze_resnet": 3, "lr_unfrozen": 0.001, "freeze_bn": True},
+        {"freeze_resnet": 4, "lr_unfrozen": 0.001, "optim": "adam"},
         {"amp": "bf16"},
     ],
 )
@@ -143,6 +146,7 @@ def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
         whole.train_step()
     for _ in range(3):
         first.train_step()
+    assert first.network.frozen == (change.get("freeze_resnet") == 4)
     save_tensors(first.state(), tmp_path / "state")
     second = started(load_tensors(tmp_path / "state", "checkpoint"))
     assert second.step == 3
@@ -206,10 +210,10 @@ def test_pretrained_weights_from_a_file(data, tmp_path, script):
     torch.manual_seed(0)
     state = resnet18().state_dict()
     torch.save(state, tmp_path / "weights.pth")
-    more = ["--pretrained", "--weights", tmp_path / "weights.pth", "--epochs", 2]
+    more = ["--pretrained", "--weights", tmp_path / "weights.pth", "--epochs", 2, "--freeze_resnet", 2]
     assert script("run_training", *flags(data, tmp_path, *more)).code == 0
     made = load(tmp_path / "models/brick.pt")
-    assert made.config.freeze_resnet == 20
+    assert (made.config.recipe, made.config.frozen_steps) == ("finetune", 2)
     assert torch.equal(made.network.backbone.conv1.weight, state["conv1.weight"])  # frozen for longer than it trained
 
 
@@ -617,7 +621,7 @@ def test_without_test_images_it_trains_all_the_same(data, tmp_path, script):
     "wrong",
     [
         ["--epoch", "3"],
-        ["--epochs", "0"],
+        ["--epochs", "-1"],
         ["--variant", "4way"],
         ["--size", "8"],
         ["--size", "axb"],
@@ -632,7 +636,7 @@ def test_without_test_images_it_trains_all_the_same(data, tmp_path, script):
         ["--patch_size", "64", "--size", "96x48"],
         ["--patch_size", "64", "--density", "kde"],
         ["--patch_size", "64", "--window", "512"],
-        ["--patch_size", "64", "--level", "3", "--stride", "8"],
+        ["--patch_size", "64", "--level", "3", "--stride", "24"],
         ["--patch_size", "64", "--location", "all"],
         ["--patch_size", "64", "--sigma", "0"],
     ],
