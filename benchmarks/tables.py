@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas
 from cells import markdown, newest, percent, spread, yes_or_no
 from pandas import DataFrame
+from paper import paper_made, paper_pixel_table, paper_runs_table, paper_table, published
 from record import ROOT, append, read
 from trials import around_table, trials_table, ways_table
 
@@ -25,8 +26,6 @@ from runtime.script import run_script
 
 FITTING = ("streamed as moments", "held")  # notes of rows that say what fitting costs
 RESULT_MINUTES, RESULT_DEVICE = 10, "AMD EPYC"  # of the rows of the fast recipe that the README shows
-PAPER_IMAGE = {"bottle": 98.3, "screw": 86.3, "grid": 99.9}  # its Table 1, 3-way
-PAPER_PIXEL = {"bottle": 97.6, "screw": 96.7, "grid": 97.5}  # its Table 2, 3-way patch models
 PAPER_SIZE = 256  # pixels
 START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
 
@@ -81,16 +80,21 @@ def filled(text: str, path: Path) -> str:
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
+def paper_pixels() -> dict[str, float]:
+    """The paper's pixel AUROC of its 3-way patch models, by category."""
+    return published("3way patches", "pixel_auroc")
+
+
 def results_table() -> str:
     """The fast recipe, as it is, in ten minutes on each category, next to the paper."""
     rows, fast = recipe_rows(), RECIPES["fast"]
     rows = rows[(rows.recipe == "fast") & rows.note.isna() & (rows.budget == f"{RESULT_MINUTES} min")]
     rows = rows[(rows.patch_size == fast["patch_size"]) & (rows.batch_size == fast["batch_size"])]
     rows = rows[rows.device == RESULT_DEVICE]
-    cells = []
+    paper_image, paper_pixel, cells = published("3way"), paper_pixels(), []
     for (category, *_), own in rows.groupby(TOLD, sort=False, dropna=False):
         image, untrained, *pixel = figures(own)
-        papers = PAPER_IMAGE.get(category, ""), PAPER_PIXEL.get(category, "")
+        papers = [percent(values.get(category)) for values in (paper_image, paper_pixel)]
         cells.append([category, len(own), image, untrained, papers[0], *pixel[:2], papers[1], *pixel[2:]])
     return markdown(["category", "seeds", *FIGURES[:2], "paper", *FIGURES[2:4], "paper", *FIGURES[4:]], cells)
 
@@ -136,10 +140,10 @@ def pixel_rows() -> DataFrame:
 
 def pixel_table() -> str:
     """Maps of patch models and by Grad-CAM: of detectors that only differ in their seed, mean and deviation."""
-    cells = []
+    paper_pixel, cells = paper_pixels(), []
     for key, own in pixel_rows().groupby(PIXEL_SETTINGS, sort=False, dropna=False):
         key = key[: len(PIXEL_SHOWN)]
-        paper = PAPER_PIXEL.get(key[0], "") if key[1] != "Grad-CAM" else ""
+        paper = percent(paper_pixel.get(key[0])) if key[1] != "Grad-CAM" else ""
         pixels = [spread(own.pixel_auroc), spread(own.control_pixel_auroc), paper]
         cells.append([*key, len(own), *pixels, spread(own.aupro), spread(own.image_auroc)])
     head = "category, maps, size, steps, Gaussian, seeds, pixel AUROC, untrained, paper, AUPRO, image AUROC"
@@ -157,7 +161,7 @@ def maps_table() -> str:
     rows = newest("results/maps.csv", rows, [*settings, "category"])
     pixels = rows.pivot_table("pixel_auroc", settings, "category", sort=False)
     costs = rows.groupby(settings, sort=False)[["seconds_per_image", "peak_mb", "file_mb"]].median()
-    categories = [name for name in PAPER_PIXEL if name in pixels.columns]
+    categories = [name for name in paper_pixels() if name in pixels.columns]
     head = ["stage", "network", "window", "stride", "Gaussian", "dims", "sigma", "L2-normalized"]
     cells = []
     for key, values in pixels.iterrows():
@@ -290,6 +294,10 @@ def memory_table() -> str:
 
 TABLES = {
     "results": results_table,
+    "paper": paper_table,
+    "paper_runs": paper_runs_table,
+    "paper_pixel": paper_pixel_table,
+    "paper_made": paper_made,
     "image": image_table,
     "density": density_table,
     "pixel": pixel_table,
