@@ -10,6 +10,7 @@ model_dir>/. Changes no detector, and chooses nothing by test images.
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +18,28 @@ import torch
 
 import options
 from config import Config, SettingError
-from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps
+from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps, train_paths
 from density import conformal_threshold
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from member import stream
 from metrics import image_metrics, pixel_metrics
 from model import WeightsError
 from options import PATCH_SETTINGS, flagged, given_settings
+from report import (
+    as_csv,
+    normal_table,
+    print_average,
+    print_lines,
+    print_seed_lines,
+    result_row,
+    score_table,
+    seed_row,
+)
 from runtime import ranks
 from runtime.files import InputError, say, write_files
 from runtime.flags import new_parser, zero_or_one
-from runtime.script import choose_device, command_line, folder_name, run_script
+from runtime.script import choose_device, folder_name, run_script
 
-LINES = {  # on stdout, for columns of results.csv
-    "image_auroc": "AUC",
-    "pixel_auroc": "pixel AUROC",
-    "aupro": "AUPRO",
-    "control_auroc": "control AUC",
-    "control_pixel_auroc": "control pixel AUROC",
-}
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
 
@@ -62,37 +66,43 @@ def get_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     here = ranks.from_environment()
     device = choose_device(args.cuda, here.local_rank)
-    categories = find_work(args.model_dir, args.data_dir, args.type, here.is_main)
-    for category in categories:  # all, before any hour is spent
-        check_flags(args, detector_path(args.model_dir, category))
+    paths = find_work(args.model_dir, args.data_dir, args.type, here.is_main)
+    for path in paths:  # all, before any hour is spent
+        check_flags(args, path)
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
     with here.joined(False):
         results = []
-        for category in here.shard(categories):
+        for path in here.shard(paths):
+            seed = path.parent.name if path.parent != Path(args.model_dir) else ""
             try:
-                results.append(evaluate_category(args, load(detector_path(args.model_dir, category), device)))
+                results.append(evaluate_category(args, load(path, device), seed))
             except SettingError as error:
                 raise InputError(flagged(error)) from error
             except WeightsError as error:
                 raise InputError(f"{error}; --control 1 needs the weights that training began with") from error
-            if here.world_size == 1:
+            if here.world_size == 1 and not seed:
                 print_lines(results[-1].row)
         shards = here.gather(results)
     if shards is None:
         return  # the first rank has it
-    results = [shards[number % here.world_size][number // here.world_size] for number in range(len(categories))]
+    results = [shards[number % here.world_size][number // here.world_size] for number in range(len(paths))]
     rows = [result.row for result in results]
-    if here.world_size > 1:
+    contents = {"results.csv": as_csv(rows)}
+    if results[0].seed:
+        rows = [seed_row(*zip_results(own)) for _, own in groupby(results, lambda result: result.row["category"])]
+        contents["seeds.csv"] = as_csv(rows)
+    if results[0].seed or here.world_size > 1:
         for row in rows:
-            print_lines(row)
+            (print_seed_lines if results[0].seed else print_lines)(row)
     print_average(rows)
     # Only now, all at once: a bad image in the last category leaves earlier results, all but maps, as they were
-    contents = {"results.csv": as_csv(rows)}
     contents["scores.csv"] = as_csv([row for result in results for row in result.score_rows])
+    if normal_rows := [row for result in results for row in result.normal_rows]:
+        contents["normal_scores.csv"] = as_csv(normal_rows)
     for result in results:
-        contents |= result.plots
+        contents |= {str(Path(result.seed, name)): plot for name, plot in result.plots.items()}
     if args.save_plots:
         contents |= draw_summary(rows)
     write_files({out_dir / name: content for name, content in contents.items()})
@@ -102,13 +112,29 @@ def main(args: argparse.Namespace) -> None:
 # What there is to do ----------------------------------------------------------------------------------------------
 
 
-def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[str]:
-    """The categories to evaluate: those asked for, or each with both a detector and images; others are told."""
+def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:
+    """The detector files to evaluate: of the categories asked for, or of each with both a detector and images; others
+    are told. Where the folder holds folders of several seeds, those in them, by category and seed."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train first, or name the folder of detectors with --model_dir")
-    trained = sorted(p.stem for p in folder.glob("*" + SUFFIX) if not p.name.startswith("."))
-    found = choose_categories(data_dir, names)
+    seeds = sorted(folder.glob("seed*/"), key=lambda path: (len(path.name), path.name))
+    if seeds and detectors_in(folder):
+        raise InputError(f"{folder}: holds detectors of its own and of several seeds; name one, such as {seeds[0]}")
+    if not seeds:
+        return [detector_path(folder, category) for category in find_categories(folder, data_dir, names, tell)]
+    found = [
+        detector_path(seed, category) for seed in seeds for category in find_categories(seed, data_dir, names, tell)
+    ]
+    return sorted(found, key=lambda path: path.stem)  # which keeps the order of seeds
+
+
+def detectors_in(folder: Path) -> list[str]:
+    return sorted(p.stem for p in folder.glob("*" + SUFFIX) if not p.name.startswith("."))
+
+
+def find_categories(folder: Path, data_dir: str, names: list[str], tell: bool) -> list[str]:
+    trained, found = detectors_in(folder), choose_categories(data_dir, names)
     if names != ["all"]:
         missing = [name for name in found if name not in trained]
         if missing:
@@ -178,12 +204,22 @@ def evaluate(
 class Result:
     """What the evaluation of one category leaves; plain, so that ranks can hand it on."""
 
+    seed: str  # the folder of its seed, empty if there is one seed
     row: dict  # of results.csv
     score_rows: list[dict]  # of scores.csv
+    normal_rows: list[dict]  # of normal_scores.csv
+    labels: np.ndarray
+    standardized: np.ndarray  # the scores in deviations from those of held-out normal images
     plots: dict[str, bytes]  # PNG files by name
 
 
-def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
+def zip_results(results: Iterator[Result]) -> tuple[list[dict], np.ndarray, list[np.ndarray]]:
+    """Rows, labels and scores of one category's seeds, for ``seed_row``."""
+    results = list(results)
+    return [each.row for each in results], results[0].labels, [each.standardized for each in results]
+
+
+def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = "") -> Result:
     """Score and draw one category."""
     config, changed = detector.config, changes(args)
     category, where = config.category, (detector.size, args.workers, options.storage(args))
@@ -203,11 +239,25 @@ def evaluate_category(args: argparse.Namespace, detector: Detector) -> Result:
     for note in missing(test, masks, metrics):
         say(f"{category}: {note}")
     if args.save_maps:
-        folder = Path(args.eval_dir, folder_name(args.model_dir), "maps", category)
+        folder = Path(args.eval_dir, folder_name(args.model_dir), seed, "maps", category)
         save_maps(folder, Path(args.data_dir, category), test.paths, maps)
     row = result_row(detector, test, scores, metrics)
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}
-    return Result(row, score_table(args.data_dir, category, test, scores), plots)
+    score_rows = score_table(args.data_dir, category, test, scores, seed)
+    scale, center = (each.item() for each in torch.std_mean(detector.normal_scores))
+    standardized = (scores - center) / max(scale, 1e-9)
+    return Result(seed, row, score_rows, normal_rows(args, detector), test.labels, standardized, plots)
+
+
+def normal_rows(args: argparse.Namespace, detector: Detector) -> list[dict]:
+    """Rows of normal_scores.csv, if networks have judged images that they had not seen."""
+    if len(detector.members) == 1:
+        return []
+    category, paths = detector.config.category, train_paths(args.data_dir, detector.config.category)
+    if len(paths) != len(detector.normal_scores):
+        say(f"{category}: other training images than the detector's, so none of them in normal_scores.csv")
+        return []
+    return normal_table(args.data_dir, detector, paths)
 
 
 def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[str]:
@@ -226,64 +276,6 @@ def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[
     share = masks[test.with_truth].mean()
     if share in (0, 1) and test.labels.any():
         yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
-
-
-# Tables -----------------------------------------------------------------------------------------------------------
-
-
-def print_lines(row: dict) -> None:
-    """The lines of one category on stdout."""
-    for column, name in LINES.items():
-        if row[column] is not None:
-            print(f"{row['category']} {name}: {row[column]}", flush=True)
-
-
-def print_average(rows: list[dict]) -> None:
-    for column, name in LINES.items():
-        values = [row[column] for row in rows if row[column] is not None]
-        if values:
-            print(f"average {name}: {float(np.mean(values))}", flush=True)
-
-
-def result_row(detector: Detector, test: TestSet, scores: np.ndarray, metrics: dict) -> dict:
-    """One row of results.csv: figures as fractions, counts, and how detector and figures were made."""
-    normal, anomalous = test.labels == 0, test.labels == 1
-    above, row = scores > detector.threshold.item(), {"category": detector.config.category}
-    row |= {name: metrics.get(name) for name in ("image_auroc", "image_auprc", "best_f1")}
-    row["control_auroc"] = metrics.get("control_image_auroc")
-    row |= {name: metrics.get(name) for name in ("pixel_auroc", "aupro", "control_pixel_auroc")}
-    row |= {
-        "test_normal": int(normal.sum()),
-        "test_anomalous": int(anomalous.sum()),
-        "threshold": detector.threshold.item(),
-        "normal_above_threshold": int(above[normal].sum()),
-        "anomalous_above_threshold": int(above[anomalous].sum()),
-    }
-    return record(detector, row) | {"eval_command": command_line(), "eval_torch": str(torch.__version__)}
-
-
-def record(detector: Detector, row: dict) -> dict:
-    """A row, followed by the detector's settings and how it was made."""
-    row = row | {name: value for name, value in detector.config.to_dict().items() if name not in row}
-    if detector.config.patches:
-        row["location_chosen"] = ",".join("shared" if level.shared else "each" for level in detector.levels)
-        row["dims"] = ",".join(str(level.density.mean.shape[-1]) for level in detector.levels)
-    made = {("train_command" if name == "command" else name): value for name, value in detector.metadata.items()}
-    return row | made
-
-
-def score_table(data_dir: str, category: str, test: TestSet, scores: np.ndarray) -> list[dict]:
-    """Rows of scores.csv. Paths are relative to the data folder."""
-    columns = ("category", "path", "label", "defect_type", "score")
-    paths = [path.relative_to(data_dir).as_posix() for path in test.paths]
-    each = zip(paths, test.labels.tolist(), test.defect_types, scores.tolist())
-    return [dict(zip(columns, (category, *values))) for values in each]
-
-
-def as_csv(rows: list[dict]) -> bytes:
-    import pandas
-
-    return pandas.DataFrame(rows).to_csv(index=False).encode()
 
 
 # Plots ------------------------------------------------------------------------------------------------------------

@@ -52,6 +52,11 @@ class Backbone:
         return tuple(range(1, len(self.stages) + 1))
 
     @property
+    def table(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers, widths and strides of the stages."""
+        return self.levels, self.widths, self.strides
+
+    @property
     def embedding_dim(self) -> int:
         """Width of the last stage, whose mean over the image is the embedding."""
         return self.widths[-1]

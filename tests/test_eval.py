@@ -57,6 +57,20 @@ def test_stdout_is_one_line_per_category_and_the_average(evaluated):
     assert values["average"] == pytest.approx((values["brick"] + values["grass"]) / 2)
 
 
+def test_features_of_other_stages_are_fitted_anew(data, where, script, tmp_path):
+    """Every stage, and stages by number, of image-level models and of patch models."""
+    found = {}
+    for name, more in {"all": ["--features", "all"], "each": ["--level", "1,2,3,4"], "pool": []}.items():
+        done = script("eval", *where, "--type", "brick", "--save_plots", 0, *more)
+        assert done.code == 0, done.err
+        found[name] = pandas.read_csv(tmp_path / "Eval/models/scores.csv").score
+        assert pandas.read_csv(tmp_path / "Eval/models/results.csv").features[0] == name.replace("each", "level")
+    assert np.allclose(found["all"], found["each"])
+    assert not np.allclose(found["all"], found["pool"])
+    one_line(script("eval", *where, "--features", "pool", "--level", 2), "--level: goes with features level, not pool")
+    one_line(script("eval", *where, "--level", 5), "--level: 5: resnet18 has 4 stages")
+
+
 def test_a_category_without_a_detector_is_named(evaluated):
     done, _ = evaluated
     assert "gravel: has images" in done.err

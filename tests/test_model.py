@@ -353,6 +353,39 @@ def test_freezing_sets_modes_and_gradients_of_the_backbone_alone():
     assert not any(m.training for m in network.modules())
 
 
+@every_backbone
+def test_frozen_batch_norm_stays_while_all_else_learns(backbone):
+    """Statistics and affine parameters of the backbone's, frozen or not; those of the head learn."""
+    network = with_statistics(make(backbone=backbone))
+    for frozen in (True, False):
+        network.freeze_backbone(frozen, batch_norm=True)
+        network.eval().train()
+        before, head = state_of(network.backbone), state_of(network.head)
+        train_one_step(network)
+        kept = {
+            f"{name}.{part}"
+            for name, module in network.backbone.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            for part in module.state_dict()
+        }
+        assert len(kept) > 50
+        assert changed(network.backbone, before) == (set() if frozen else set(before) - kept)
+        assert changed(network.head, head) == set(head)
+
+
+def test_level_7_of_efficientnet_b4_is_the_last_stage_before_the_head_convolution(tmp_path):
+    reference, seen = torchvision_network("efficientnet_b4"), []
+    reference.features[7].register_forward_hook(lambda *call: seen.append(call[2]))
+    torch.save(reference.state_dict(), tmp_path / "weights.pth")
+    network, images = make(backbone="efficientnet_b4").eval(), torch.rand(2, 3, 96, 128)
+    load_backbone_weights(network, "efficientnet_b4", tmp_path / "weights.pth")
+    with torch.no_grad():
+        reference(IMAGENET(images))
+        (found,) = network.features(network.normalized(images), (network.spec.level,))
+    assert found.shape == (2, 448, 3, 4)
+    assert torch.equal(found, seen[0])
+
+
 # Pretrained weights -----------------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,21 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
         assert texts[1].replace("/shared", "/alone") == texts[0]
 
 
+def test_ranks_share_the_networks_of_a_detector(data, tmp_path, script):
+    more = ("--folds", 3, "--type", "brick,grass", "--epochs", 3)
+    shared, alone = tmp_path / "shared" / "models", tmp_path / "alone" / "models"
+    done = finish(launch(*flags(data, shared, *more)))
+    assert done.code == 0, done.err
+    assert script("run_training", *flags(data, alone, *more)[1:]).code == 0
+    for folder in (shared, alone):
+        assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
+    for name in ("brick.pt", "grass.pt"):
+        assert same_weights(shared / name, alone / name)
+    done = finish(launch(*flags(data, shared, *more, "--overwrite", "--minutes", 1)[:-4], "--minutes", 1))
+    assert done.code == 1
+    assert "--minutes: not with --folds" in done.err
+
+
 def child_pids(process):
     return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
 

@@ -17,7 +17,9 @@ from conftest import ROOT, TINY, one_line, same_weights, train
 from PIL import Image
 from torch.nn import functional
 
+from checkpoint import load_checkpoint
 from config import Config, PatchConfig, SettingError
+from dataset import load_train
 from detector import load
 from log import check_finite, invisible_shares
 from options import config_of
@@ -156,6 +158,39 @@ def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     before = started(None).network.state_dict()
     assert not torch.equal(before["backbone.conv1.weight"], found["backbone.conv1.weight"])
+
+
+def test_efficientnet_b4_is_fine_tuned_bit_for_bit(data, tmp_path, script):
+    """From torchvision's state dict by the default recipe: BatchNorm as it was, all else learned, and a state that was
+    saved in between continues with the same bits."""
+    from torchvision.models import efficientnet_b4
+
+    torch.manual_seed(0)
+    weights = efficientnet_b4().state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    more = ["--pretrained", "--weights", tmp_path / "weights.pth", "--backbone", "efficientnet_b4", "--epochs", 4]
+    more += ["--freeze_resnet", 2, "--features", "level"]
+    assert script("run_training", *flags(data, tmp_path, *more)).code == 0
+    made = load(tmp_path / "models/brick.pt")
+    assert made.levels[0].density.mean.shape[-1] == 448
+    assert (made.config.recipe, made.config.lr, made.config.lr_unfrozen) == ("finetune", 0.001, 0.0001)
+    start = made.untrained().network.state_dict()
+    norms = [f"backbone.{name}." for name, m in made.network.backbone.named_modules() if "BatchNorm" in str(type(m))]
+    for name, value in made.network.state_dict().items():
+        same = torch.equal(value, start[name])
+        assert same == name.startswith(tuple(norms)), name
+        assert not name.startswith("backbone.") or torch.equal(start[name], weights[name.removeprefix("backbone.")])
+    images, numerics = load_train(data, "brick", (32, 32), 0), Numerics(1, "off", False)
+    run = Run(made.config, images, "digest", torch.device("cpu"), numerics)
+    rates = []
+    for step in range(4):
+        if step:
+            save_tensors(run.state(), tmp_path / "state")
+            run = Run(made.config, images, "digest", torch.device("cpu"), numerics, load_checkpoint(tmp_path / "state"))
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.train_step()
+    assert rates == pytest.approx([0.001, 0.0005, 0.0001, 0.00005])  # a cosine for each phase
+    assert all(torch.equal(v, made.network.state_dict()[name]) for name, v in run.network.state_dict().items())
 
 
 # What the result depends on ---------------------------------------------------------------------------------------
