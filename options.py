@@ -137,8 +137,8 @@ def given_settings(args: argparse.Namespace) -> dict:
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     if "level" in given:
         given.setdefault("features", "level")
-    elif "features" in given:
-        given["level"] = None  # what a detector that is evaluated anew has
+    elif given.get("features", "level") != "level":
+        given["level"] = None  # instead of that of a detector which is evaluated anew
     if "seed" in given:
         given["seed"] = given["seed"][0]  # of several the first stands for them
     if getattr(args, "size", None) is not None:

@@ -27,15 +27,16 @@ import options
 from config import Config, PatchConfig, SettingError, settings_of
 from dataset import load_masks, load_test, load_train
 from detector import Detector, detector_path, load, load_config, save
-from eval import evaluate, find_work, record
+from eval import evaluate, find_work
 from member import stream
 from options import PATCH_SETTINGS, flagged
+from report import record
 from runtime.cache import ImageArray
 from runtime.files import InputError, say
 from runtime.flags import int_at_least, new_parser
 from runtime.script import choose_device, device_name, keep_memory, run_script
 
-SETTINGS = (*(name for name in PATCH_SETTINGS if name != "patch_size"), "l2", "density")
+SETTINGS = ("level", *(name for name in PATCH_SETTINGS if name != "patch_size"), "l2", "density")
 TIMED = 8  # images that are timed at once
 
 
@@ -59,8 +60,9 @@ def main(args: argparse.Namespace) -> None:
     choose_device(args.cuda)  # an error now
     origin = {"bench_command": command(), "commit": commit(), "note": args.note}
     configs = {}
-    for category in find_work(args.model_dir, args.data_dir, args.type):
-        configs[category] = load_config(path := detector_path(args.model_dir, category))
+    for path in find_work(args.model_dir, args.data_dir, args.type):
+        category = path.stem
+        configs[category] = load_config(path)
         if configs[category].patches is None:
             raise InputError(f"{path}: no patch model; choose others with --type or --model_dir")
     given = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
@@ -129,7 +131,7 @@ def each_level(values: Iterable) -> str:
 def timed_fit(config: Config, trained: Detector, images: ImageArray, threshold: bool) -> tuple[Detector, float]:
     """The trained network with densities fitted under ``config``, and the seconds that it took."""
     began = time.perf_counter()
-    detector = Detector(config, [trained.network]).fit(images, threshold)
+    detector = Detector(config, [member.network for member in trained.members]).fit(images, threshold)
     wait(detector.device)
     return detector, time.perf_counter() - began
 

@@ -41,7 +41,7 @@ ensemble() {
 
 finetune() { # A.4: 10 and 64 times 256 steps
   measure finetune_b4 "--recipe finetune --variant 3way --backbone efficientnet_b4 --features level --batch_size 24 \
---epochs 18944 --freeze_resnet 2560 --lr 0.03 --lr_unfrozen 0.0001 --seed $seeds" "--features pool"
+--epochs 18944 --freeze_resnet 2560 --optim sgd --lr 0.03 --lr_unfrozen 0.0001 --seed $seeds" "--features pool"
 }
 
 steps10000() {

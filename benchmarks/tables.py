@@ -9,6 +9,7 @@ else.
 """
 
 import argparse
+import functools
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cells import markdown, newest, percent, spread, yes_or_no
 from pandas import DataFrame
 from paper import paper_made, paper_pixel_table, paper_runs_table, paper_table, published
 from record import ROOT, append, read
+from transfer import members_table, transfer_table
 from trials import around_table, trials_table, ways_table
 
 from config import RECIPES
@@ -311,6 +313,9 @@ TABLES = {
     "invisible": invisible_table,
     "speed": speed_table,
     "memory": memory_table,
+    "transfer": functools.partial(transfer_table, "image_auroc"),
+    "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
+    "members": members_table,
 }
 
 
