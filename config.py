@@ -37,8 +37,15 @@ RECIPES = {
         "epochs": 1500,
     },
 }
+
+
+def plain(value: object) -> object:
+    """A setting as its flag takes it: 1 for True."""
+    return int(value) if isinstance(value, bool) else value
+
+
 RECIPE_HELP = "defaults of other flags; " + "; ".join(
-    f"{recipe}: " + ", ".join(f"{name} {value}" for name, value in own.items())
+    f"{recipe}: " + ", ".join(f"{name} {plain(value)}" for name, value in own.items())
     for recipe, own in RECIPES.items()
     if own
 )
@@ -108,7 +115,7 @@ class Config:
     """Every setting that decides what a detector is. Raises SettingError for a value that cannot be."""
 
     category: str = setting("", anything, "", "")
-    recipe: str = setting("paper", one_of(RECIPES), "recipe", RECIPE_HELP)
+    recipe: str = setting("paper", one_of(RECIPES), "recipe", RECIPE_HELP, "finetune; paper with --no-pretrained")
     backbone: str = setting("resnet18", one_of(BACKBONES), "network", "network that is trained")
     head_layer: int = setting(1, int_within(0, 64), "network", "layers of 512 in the projection head")
     height: int = setting(256, side, "", "")
@@ -119,7 +126,7 @@ class Config:
     pretrained: bool = setting(
         True, zero_or_one, "network", "start from ImageNet weights; --no-pretrained: from scratch, as the paper does"
     )
-    weights: str | None = setting(None, anything, "network", "file of ImageNet weights", "torchvision's download")
+    weights: str | None = setting(None, anything, "network", "file of ImageNet weights", "those that torchvision loads")
     variant: str = setting("3way", one_of(VARIANTS), "pretext task", "augmentation that normal images are told from")
     invisible: str = setting(
         "keep", one_of(INVISIBLE), "pretext task", "views that show no difference: learned as anomalous, or left out"
@@ -144,7 +151,7 @@ class Config:
         int_at_least(0),
         "training",
         "first steps with the backbone frozen",
-        "14 % if pretrained, else 0",
+        "5 of 37 if pretrained, else 0",
     )
     freeze_bn: bool = setting(
         False, zero_or_one, "training", "the backbone's BatchNorm keeps its statistics and affine parameters"
@@ -168,7 +175,7 @@ class Config:
         levels,
         "density",
         "stages whose features are embedded, such as 1 or 1,2",
-        "1 for patch models; 7 of EfficientNet; else the last one, before a head convolution",
+        "7 of EfficientNet, 4 of others; of patch models 1, pretrained those of strides 8 and 16",
     )
     density: str = setting("torch", one_of(DENSITIES), "density", "density of the embeddings")
     l2: bool = setting(None, zero_or_one, "density", "L2-normalize embeddings first", "1; 0 for patch models")
@@ -206,7 +213,8 @@ class Config:
         if self.features != "level" and self.level is not None:
             raise SettingError("level", f"goes with features level, not {self.features}")
         if self.features == "level" and self.level is None:
-            object.__setattr__(self, "level", (1,) if self.patches else (spec.level,))
+            own = (spec.middle if self.pretrained else (1,)) if self.patches else (spec.level,)
+            object.__setattr__(self, "level", own)
         if max(self.levels) > len(spec.stages):
             raise SettingError("level", f"{max(self.levels)}: {self.backbone} has {len(spec.stages)} stages")
 
@@ -284,6 +292,6 @@ def resume(asked: dict, saved: dict) -> dict:
     """
     for name, value in asked.items():
         if name in saved and saved[name] != value:
-            was, now = (int(each) if isinstance(each, bool) else each for each in (saved[name], value))
+            was, now = plain(saved[name]), plain(value)
             raise SettingError(name, f"made with {name} {was}, now {now}")
     return {**asked, **saved}

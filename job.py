@@ -71,14 +71,17 @@ class Running:
     watcher: Callable[[Config], Callable[[Detector], float] | None]
 
 
-def train_networks(job: Job, numbers: list[int], running: Running) -> None:
-    """Train those of a detector's networks up to their last saved state, unless the detector is there already."""
+def train_networks(job: Job, numbers: list[int], running: Running) -> cache.ImageArray | None:
+    """Train those of a detector's networks up to their last saved state. Returns all training images; None if the
+    detector is there already."""
     config, category, ranks = job.config, job.config.category, running.ranks
     if ranks.broadcast(lambda: job.finished and not running.overwrite):
         if ranks.is_main:
             say(f"{category}: {job.path} is finished; skipped (--overwrite trains it anew, as after adding images)")
-        return
+        return None
     images = load_normal(config, running)
+    if len(images) < config.batch_size and ranks.is_main:
+        say(f"{category}: {len(images)} training images, so {len(images)} per step (--batch_size)")
     watch = running.watcher(config) if running.test_epochs > 0 and ranks.is_main else None
     digest = cache.digest(images)
     if running.overwrite:
@@ -104,6 +107,7 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> None:
                 running.bar,
                 "the same command without --overwrite" if running.overwrite else "the same command",
             )
+    return images
 
 
 def numerics_of(path: Path, state: dict | None, running: Running) -> Numerics:
@@ -136,18 +140,18 @@ def load_normal(config: Config, running: Running) -> cache.ImageArray:
         ranks_here = f"{len(images)} training images for {running.ranks.world_size} ranks"
         raise InputError(f"{category}: {ranks_here}; start fewer of them")
     check_enough(config, len(images))
-    if len(images) < config.batch_size and running.ranks.is_main:
-        say(f"{category}: {len(images)} training images, so {len(images)} per step (--batch_size)")
     return images
 
 
-def write_detector(job: Job, running: Running) -> None:
-    """Fit the detector of trained networks to the normal images, write it, and remove their saved states."""
+def write_detector(job: Job, running: Running, images: cache.ImageArray | None = None) -> None:
+    """Fit the detector of trained networks to all training images, write it, and remove their saved states; nothing if
+    it is there already. images: those that are loaded already."""
     category, folds = job.config.category, job.config.folds
     if not running.ranks.is_main or job.finished:
         return
     states = [load_checkpoint(path) for path in job.states]
-    images = load_normal(job.config, replace(running, ranks=Ranks()))
+    if images is None:
+        images = load_normal(job.config, replace(running, ranks=Ranks()))
     config, numerics = states[0]["config"], Numerics(**states[0]["numerics"])
     torch.set_num_threads(numerics.threads)
     with torch.random.fork_rng(devices=[]):

@@ -52,6 +52,11 @@ class Backbone:
         return tuple(range(1, len(self.stages) + 1))
 
     @property
+    def middle(self) -> tuple[int, ...]:
+        """The last stages of strides 8 and 16: what of ImageNet's features localizes well, as in PaDiM."""
+        return tuple(self.levels[len(self.strides) - 1 - self.strides[::-1].index(stride)] for stride in (8, 16))
+
+    @property
     def table(self) -> tuple[tuple[int, ...], ...]:
         """Numbers, widths and strides of the stages."""
         return self.levels, self.widths, self.strides

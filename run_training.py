@@ -19,7 +19,7 @@ import torch
 
 import options
 from checkpoint import found_checkpoints, load_checkpoint
-from config import RECIPES, Config, SettingError, resume
+from config import RECIPES, Config, SettingError, plain, resume
 from dataset import TestSet, choose_categories, find_images, load_images, load_test, train_paths
 from density import NotFiniteError
 from detector import Detector, load_config
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     if RECIPES[settings.recipe] and here.is_main:
         own = {name: settings.to_dict()[name] for name in RECIPES[settings.recipe]}
         own.pop("epochs" if settings.minutes else "", None)
-        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {value}" for name, value in own.items()))
+        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {plain(value)}" for name, value in own.items()))
     make_detectors(args, jobs, device, here)
     if here.is_main:
         follow = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
@@ -134,9 +134,9 @@ def make_detectors(args: argparse.Namespace, jobs: list[Job], device: torch.devi
     with running.ranks.joined(args.cuda), tqdm(own, "categories", file=sys.stderr, disable=quiet) as bar:
         for job, numbers in bar:
             with hints():
-                train_networks(job, numbers, running)
+                images = train_networks(job, numbers, running)
                 if not shared:
-                    write_detector(job, running)
+                    write_detector(job, running, images)
     if shared:
         with here.joined(False):
             here.all_reduce_max(0)  # wait for the networks of the others

@@ -16,9 +16,10 @@ from PIL import Image
 
 from config import Config, PatchConfig
 from cutpaste import VARIANTS, VIEWS, Variant, View
-from dataset import load_train
+from dataset import load_test, load_train
 from detector import Detector, save
 from member import initial_network
+from metrics import image_metrics
 from paste import PasteParams, paste, rows
 
 
@@ -372,3 +373,52 @@ def test_the_benchmark_of_memory_runs(tmp_path):
     assert result["peak_growth_mb"] == pytest.approx(growth, abs=0.1)
     assert [{name: str(value) for name, value in r.items()} for r in runs] == table_of(table)
     assert not list(place.iterdir())
+
+
+def test_members_are_measured_beside_their_detector(script, data, tmp_path):
+    models, table = tmp_path / "models", tmp_path / "members.csv"
+    models.mkdir()
+    made = {}
+    for category, folds in (("brick", 3), ("grass", 1)):
+        config = Config(category, height=32, width=32, pretrained=False, folds=folds)
+        networks = [initial_network(config, member=number) for number in range(folds)]
+        made[category] = Detector(config, networks).fit(load_train(data, category, (32, 32), 0))
+        made[category].metadata = {"command": "python run_training.py", "device": "x", "amp": "off", "torch": "3"}
+        save(made[category], models / f"{category}.pt")
+    flags = [models, "--data_dir", data, "--results", table, "--note", "a note", "--type"]
+    one_line(script("members", *flags, "grass"), "grass has one network", "--folds")
+    assert script("members", *flags, "brick").code == 0
+    (row,) = table_of(table)
+    test = load_test(data, "brick", (32, 32), 0)
+    alone = [
+        image_metrics(test.labels, member(test.images)[0].detach().numpy())["image_auroc"]
+        for member in made["brick"].members
+    ]
+    assert [float(value) for value in row["members"].split()] == pytest.approx(alone, abs=1e-4)
+    assert float(row["members_mean"]) == pytest.approx(sum(alone) / 3)
+    expected = image_metrics(test.labels, made["brick"](test.images)[0].detach().numpy())["image_auroc"]
+    assert float(row["ensemble"]) == pytest.approx(expected)
+    assert (row["folds"], row["train_device"], row["note"]) == ("3", "x", "a note")
+
+
+def test_the_tables_of_pretrained_networks_take_the_mean_of_seeds(monkeypatch, tmp_path):
+    import transfer
+
+    (tmp_path / "results").mkdir()
+    head = "category,backbone,pretrained,patch_size,width,features,level,epochs,batch_size,optim,lr,lr_unfrozen,"
+    head += "freeze_bn,seed,image_auroc,pixel_auroc"
+    rows = [
+        "grid,b0,True,,128,pool,,185,24,adam,0.001,0.0001,True,0,0.9,",
+        "grid,b0,True,,128,pool,,185,24,adam,0.001,0.0001,True,1,0.7,",
+        "grid,b0,True,,128,pool,,185,24,adam,0.001,0.0001,True,1,0.8,",
+        'screw,b0,True,64,256,level,"2,3",0,24,adam,0.001,,True,0,0.6,0.5',
+    ]
+    (tmp_path / "results/transfer.csv").write_text("\n".join([head, *rows]))
+    monkeypatch.setattr(transfer, "ROOT", tmp_path)
+    image, pixel = (transfer.transfer_table(column).splitlines()[2:] for column in ("image_auroc", "pixel_auroc"))
+    steps = "185 steps of 24, adam 0.001, then 0.0001, BatchNorm frozen"
+    assert image == [
+        f"| b0 | ImageNet | image | 128 | {steps} | pool | 2 |  |  | 85.0 ± 7.1 |  |",
+        "| b0 | ImageNet | crops of 64 px | 256 | as it is | level 2,3 | 1 |  | 60.0 |  |  |",
+    ]
+    assert pixel == ["| b0 | ImageNet | crops of 64 px | 256 | as it is | level 2,3 | 1 |  | 50.0 |  |  |"]

@@ -85,9 +85,9 @@ def test_maps_are_averaged(tmp_path):
     made = Detector(config).fit(pictures(20))
     scores, maps = made(pictures(3, seed=1))
     parts = [member(pictures(3, seed=1)) for member in made.members]
-    assert torch.allclose(maps, (parts[0][1] + parts[1][1]) / 2)
+    assert torch.allclose(maps, (parts[0][1] + parts[1][1]) / 2, atol=1e-4)
     assert torch.allclose(scores, (parts[0][0] + parts[1][0]) / 2)
-    assert torch.allclose(parts[0][0], parts[0][1].amax((1, 2)).double(), rtol=1e-5)
+    assert torch.allclose(parts[0][0], parts[0][1].amax((1, 2)).double(), atol=1e-4)
 
 
 def test_grad_cam_has_the_scores_of_the_detector(fitted, images):

@@ -61,7 +61,8 @@ def test_pretrained_weights_are_fine_tuned():
         (["--features", "level"], (7,)),
         (["--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
         (["--level", "2,7"], (2, 7)),
-        (["--patch_size", "64", "--window", "32"], (1,)),
+        (["--patch_size", "64", "--window", "32"], (3, 5)),
+        (["--patch_size", "64", "--no-pretrained"], (1,)),
         (["--patch_size", "64", "--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
     ],
 )
