@@ -18,7 +18,7 @@ from cells import markdown, newest, percent, spread, yes_or_no
 from pandas import DataFrame
 from paper import paper_made, paper_pixel_table, paper_runs_table, paper_table, published
 from record import ROOT, append, read
-from transfer import members_table, transfer_table
+from transfer import members_table, transfer_table, tuned_figures
 from trials import around_table, trials_table, ways_table
 
 from config import RECIPES
@@ -94,11 +94,14 @@ def results_table() -> str:
     rows = rows[(rows.patch_size == fast["patch_size"]) & (rows.batch_size == fast["batch_size"])]
     rows = rows[rows.device == RESULT_DEVICE]
     paper_image, paper_pixel, cells = published("3way"), paper_pixels(), []
+    other, tuned = published("3way", source="re-implementation"), tuned_figures()
     for (category, *_), own in rows.groupby(TOLD, sort=False, dropna=False):
         image, untrained, *pixel = figures(own)
-        papers = [percent(values.get(category)) for values in (paper_image, paper_pixel)]
-        cells.append([category, len(own), image, untrained, papers[0], *pixel[:2], papers[1], *pixel[2:]])
-    return markdown(["category", "seeds", *FIGURES[:2], "paper", *FIGURES[2:4], "paper", *FIGURES[4:]], cells)
+        papers = [percent(values.get(category)) for values in (paper_image, other, paper_pixel)]
+        cells.append([category, len(own), image, untrained, tuned.get(category, ""), *papers[:2]])
+        cells[-1] += [*pixel[:2], papers[2], *pixel[2:]]
+    head = ["category", "seeds", *FIGURES[:2], "fine-tuned", "paper", "re-impl.", *FIGURES[2:4], "paper", *FIGURES[4:]]
+    return markdown(head, cells)
 
 
 def image_table() -> str:

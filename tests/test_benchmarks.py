@@ -127,6 +127,12 @@ def shown_rows(path):
     return [row for row in table_of(path) if all(row[name] == value for name, value in fast.items())]
 
 
+def tuned_rows(path):
+    """Those of results/transfer.csv that it shows beside them."""
+    tuned = {"backbone": "mobilenet_v2", "recipe": "finetune", "patch_size": "64.0", "level": "2,3", "epochs": "185"}
+    return [row for row in table_of(path) if all(row[name] in (value, "64") for name, value in tuned.items())]
+
+
 def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
     """Rows with other settings or budgets, or of another device, are not mixed in."""
     path = tmp_path / "results/recipe.csv"
@@ -139,18 +145,25 @@ def test_the_results_are_those_of_the_fast_recipe(tables, tmp_path):
     assert tables.results_table() == before
     head, _, *found = cells_of(before)
     paper = {"IMAGE": tables.published("3way"), "PIXEL": tables.published("3way patches", "pixel_auroc")}
-    assert " ".join(head) == "category seeds image AUROC untrained paper pixel AUROC untrained paper AUPRO"
+    paper["OTHER"] = tables.published("3way", source="re-implementation")
+    names = ["category", "seeds", "image AUROC", "untrained", "fine-tuned", "paper", "re-impl."]
+    assert head == [*names, "pixel AUROC", "untrained", "paper", "AUPRO"]
+    tuned = tuned_rows(ROOT / "results/transfer.csv")
+    columns = ("image_auroc", "control_auroc", "TUNED", "IMAGE", "OTHER")
+    columns += ("pixel_auroc", "control_pixel_auroc", "PIXEL", "aupro")
     assert len(found) == len({row["category"] for row in rows}) >= 8
     for category, count, *cells in found:
         own = [row for row in rows if row["category"] == category]
         assert int(count) == len({row["seed"] for row in own}) == len(own)
         shown = iter(cells)
-        for name in ("image_auroc", "control_auroc", "IMAGE", "pixel_auroc", "control_pixel_auroc", "PIXEL", "aupro"):
-            cell = next(shown)
+        for name in columns:
+            cell, source = next(shown), own
+            if name == "TUNED":
+                source, name = [row for row in tuned if row["category"] == category], "image_auroc"
             if name.isupper():
                 assert cell == (f"{100 * paper[name][category]:.1f}" if category in paper[name] else "")
                 continue
-            values = [100 * float(row[name]) for row in own if row[name]]
+            values = [100 * float(row[name]) for row in source if row[name]]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             assert cell == (f"{statistics.mean(values):.1f}{spread}" if values else "")
 

@@ -200,7 +200,7 @@ def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
     content = load_tensors(models / "grass.pt", "detector")
     save_tensors(content | {"version": 99}, own / "grass.pt")
     fails("grass.pt", "format 99", "update the program", more=("--model_dir", own))
-    save_tensors(content["network"], own / "grass.pt")
+    save_tensors(content["members"][0]["network"], own / "grass.pt")
     fails("grass.pt", "not a detector file of this project", more=("--model_dir", own))
 
     images = tmp_path / "Data"
