@@ -88,7 +88,7 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> cache.Imag
         ranks.broadcast(lambda: remove_states(job, numbers))
     for number in numbers:
         path, own = job.states[number], member_images(images, number, config.folds)
-        state = ranks.broadcast(lambda path=path: saved_state(path, digest, running.data_dir))
+        state = ranks.broadcast(lambda path=path: saved_state(path, digest, f"{running.data_dir}/{category}"))
         numerics = numerics_of(path, state, running)
         if running.numerics["amp"] is None and state is None and ranks.is_main and number == numbers[0]:
             amp, reason = suitable_precision(running.device)
@@ -184,12 +184,12 @@ def most_unusual(scores: Tensor, paths: list[Path]) -> str:
     return f"training images least like the others, by networks that have not seen them: {listed}"
 
 
-def saved_state(path: Path, digest: str, data_dir: str) -> dict | None:
+def saved_state(path: Path, digest: str, folder: str) -> dict | None:
     """The state to continue from, if there is one."""
     state = load_checkpoint(path) if path.exists() else None
     if state is not None and state["images"] != digest:
         raise InputError(
-            f"{path}: was saved while training on other images than {data_dir} holds now; "
+            f"{path}: was saved while training on other images than {folder} holds now; "
             "put them back, or start anew with --overwrite"
         )
     return state
