@@ -18,7 +18,7 @@ from cells import markdown, newest, percent, spread, yes_or_no
 from pandas import DataFrame
 from paper import paper_made, paper_pixel_table, paper_runs_table, paper_table, published
 from record import ROOT, append, read
-from transfer import members_table, transfer_table, tuned_figures
+from transfer import OTHERS, members_table, transfer_table, tuned_figures
 from trials import around_table, trials_table, ways_table
 
 from config import RECIPES
@@ -317,6 +317,7 @@ TABLES = {
     "speed": speed_table,
     "memory": memory_table,
     "transfer": functools.partial(transfer_table, "image_auroc"),
+    "transfer_others": functools.partial(transfer_table, "image_auroc", OTHERS),
     "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
     "members": members_table,
 }

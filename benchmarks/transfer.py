@@ -1,5 +1,7 @@
 """The tables of results/transfer.csv and results/members.csv: pretrained networks, as they are and fine-tuned."""
 
+from collections.abc import Sequence
+
 import pandas
 from cells import markdown, newest, percent, spread
 from pandas import DataFrame
@@ -7,7 +9,8 @@ from record import ROOT
 
 from config import RECIPES
 
-CATEGORIES = ("bottle", "screw", "grid", "ball_screw")
+CATEGORIES = ("bottle", "screw", "grid", "ball_screw")  # that stages and rates were chosen on
+OTHERS = ("solar_mono", "solar_poly", "brick", "grass", "gravel")
 TOLD = ["backbone", "weights", "model", "width", "trained", "taken"]
 
 
@@ -30,17 +33,17 @@ def trained(row: pandas.Series) -> str:
     return f"{row.epochs} steps of {row.batch_size}, {rates}, BatchNorm {norm}"
 
 
-def transfer_table(column: str) -> str:
+def transfer_table(column: str, categories: Sequence[str] = CATEGORIES) -> str:
     """A figure of each category, percent: mean and deviation over seeds."""
     rows = transfer_rows()
-    rows = rows[rows[column].notna()]
+    rows = rows[rows[column].notna() & rows.category.isin(categories)]
     cells = []
     for key, own in rows.groupby(TOLD, sort=False, dropna=False):
         by_category = dict(list(own.groupby("category")))
-        found = [spread(by_category[name][column]) if name in by_category else "" for name in CATEGORIES]
+        found = [spread(by_category[name][column]) if name in by_category else "" for name in categories]
         cells.append([*key, own.seed.nunique(), *found])
     head = ["backbone", "weights", "model", "size", "training", "features", "seeds"]
-    return markdown([*head, *CATEGORIES], cells)
+    return markdown([*head, *categories], cells)
 
 
 def tuned_figures() -> dict[str, str]:

@@ -191,7 +191,7 @@ def test_each_table_has_one_place():
         **dict.fromkeys(("paper", "paper_runs", "paper_pixel", "paper_made"), "results.md"),
         **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
         **dict.fromkeys(("recipe", "areas", "invisible", "trials", "around", "ways"), "recipe.md"),
-        **dict.fromkeys(("transfer", "transfer_pixel", "members"), "transfer.md"),
+        **dict.fromkeys(("transfer", "transfer_others", "transfer_pixel", "members"), "transfer.md"),
         **dict.fromkeys(("speed", "fitting", "memory"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
