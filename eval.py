@@ -118,7 +118,8 @@ def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True
     folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train first, or name the folder of detectors with --model_dir")
-    seeds = sorted(folder.glob("seed*/"), key=lambda path: (len(path.name), path.name))
+    seeds = [path for path in folder.glob("seed*") if path.is_dir() and path.name.removeprefix("seed").isdecimal()]
+    seeds.sort(key=lambda path: int(path.name.removeprefix("seed")))
     if seeds and detectors_in(folder):
         raise InputError(f"{folder}: holds detectors of its own and of several seeds; name one, such as {seeds[0]}")
     if not seeds:

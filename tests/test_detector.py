@@ -219,6 +219,24 @@ def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, ima
     assert torch.allclose(load(tmp_path / "brick.pt")(images)[0], made(images)[0], rtol=1e-9)
 
 
+def test_a_patch_model_of_version_3_has_the_same_stages(tmp_path):
+    """As version 3 wrote it: one network; MobileNetV2's fourth stage ended with the head convolution, the fifth now."""
+    patches = PatchConfig(32, window=32, stride=32)
+    config = replace(
+        CONFIG, backbone="mobilenet_v2", height=64, width=96, features="level", level=(2, 5), patches=patches
+    )
+    made = Detector(config, [initial_network(config)]).fit(pictures(20))
+    (member,) = made.members
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("features", "folds")}
+    content = {"format": detector.FORMAT, "version": 3, "config": settings | {"level": "2,4"}, "metadata": {}}
+    content |= {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
+    save_tensors(content | {"threshold": made.threshold, "normal_scores": made.normal_scores}, tmp_path / "brick.pt")
+    found = load(tmp_path / "brick.pt")
+    assert found.config == config
+    for one, other in zip(found(pictures(3, seed=1)), made(pictures(3, seed=1))):
+        assert torch.equal(one, other)
+
+
 # Patch models -----------------------------------------------------------------------------------------------------
 
 PATCHES = replace(CONFIG, height=64, width=96, l2=False, features="level", patches=PatchConfig(32, location="each"))

@@ -244,6 +244,19 @@ def test_a_folder_of_seeds_with_detectors_of_its_own_is_refused(seeds, data, tmp
     one_line(script("eval", "--data_dir", data, "--model_dir", tmp_path), "of its own and of several seeds", "seed3")
 
 
+def test_a_category_may_begin_as_the_folders_of_seeds_do(seeds, data, tmp_path, script):
+    """Its file, and the folder of its networks' states, are none of them."""
+    (tmp_path / "Data").mkdir()
+    (tmp_path / "Data/brick").symlink_to(data / "brick")
+    folder = tmp_path / "models"
+    (folder / "seedling.checkpoints").mkdir(parents=True)
+    for name in ("brick.pt", "seedling.pt"):
+        (folder / name).write_bytes((seeds / "seed2/brick.pt").read_bytes())
+    done = script("eval", "--data_dir", tmp_path / "Data", "--model_dir", folder, "--eval_dir", tmp_path / "Eval")
+    assert done.code == 0, done.err
+    assert [line.split(" AUC: ")[0] for line in done.out.splitlines()] == ["brick", "average"]
+
+
 @pytest.mark.parametrize("wrong", ["", "1,", "-1", "1,1", "a"])
 def test_seeds_that_are_none(wrong, script):
     assert script("run_training", "--seed", wrong).code == 2

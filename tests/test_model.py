@@ -14,8 +14,6 @@ IMAGES = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 IMAGENET = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LITE = "efficientnet_lite0"  # not one of torchvision's networks
 every_backbone = pytest.mark.parametrize("backbone", BACKBONES)
-# what a family has in common is shown by its smallest
-small_backbone = pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "efficientnet_b0", LITE])
 torchvisions_backbone = pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != LITE])
 
 
@@ -134,7 +132,7 @@ def test_every_plain_3x3_convolution_takes_small_maps():
     assert not SmallMapConv.replaces(nn.Conv2d(4, 4, 3, padding=1, bias=False, padding_mode="reflect"))
 
 
-@small_backbone
+@every_backbone
 def test_no_stage_beyond_the_last_one_asked_for_is_run(backbone):
     network, stages = make(backbone=backbone).eval(), BACKBONES[backbone].stages
     ran = []
@@ -317,7 +315,7 @@ def test_unknown_normalization():
 # Freezing ---------------------------------------------------------------------------------------------------------
 
 
-@small_backbone
+@every_backbone
 @pytest.mark.parametrize("train_last", [True, False])
 def test_frozen_backbone_does_not_change(backbone, train_last):
     """Neither parameters nor running statistics, whichever of freezing and train() comes last."""
@@ -331,7 +329,7 @@ def test_frozen_backbone_does_not_change(backbone, train_last):
     assert changed(network.head, head) == set(head)
 
 
-@small_backbone
+@every_backbone
 def test_unfrozen_backbone_changes_again(backbone):
     network = make(backbone=backbone)
     network.freeze_backbone(True)
@@ -355,7 +353,7 @@ def test_freezing_sets_modes_and_gradients_of_the_backbone_alone():
     assert not any(m.training for m in network.modules())
 
 
-@small_backbone
+@every_backbone
 def test_frozen_batch_norm_stays_while_all_else_learns(backbone):
     """Statistics and affine parameters of the backbone's, frozen or not; those of the head learn."""
     network = with_statistics(make(backbone=backbone))
@@ -391,7 +389,7 @@ def test_level_7_of_efficientnet_b4_is_the_last_stage_before_the_head_convolutio
 # Pretrained weights -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "efficientnet_b0"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "mobilenet_v2", "efficientnet_b0"])
 @pytest.mark.parametrize(("old", "new"), [("^", ""), ("^", "module."), (r"conv\.(\d)\.(\d)", r"conv.\1\2")])
 @pytest.mark.parametrize("skipped", [(), "num_batches_tracked"])
 def test_weights_of_a_trunk(tmp_path, backbone, old, new, skipped):
