@@ -162,6 +162,12 @@ class Config:
         "training",
         "networks of a detector, each trained without one fold of the images, their scores averaged",
     )
+    holdout: float = setting(
+        0.0,
+        number(0, 0.9),
+        "training",
+        "share of the images that neither network nor density sees, so that the false-alarm rate holds",
+    )
     seed: int = setting(0, int_at_least(0), "training", "seed of everything random")
     features: str = setting(
         None,
@@ -180,7 +186,7 @@ class Config:
     density: str = setting("torch", one_of(DENSITIES), "density", "density of the embeddings")
     l2: bool = setting(None, zero_or_one, "density", "L2-normalize embeddings first", "1; 0 for patch models")
     false_alarm_rate: float = setting(
-        0.01, number(0, 1), "density", "share of normal images that may lie above the threshold"
+        0.01, number(0, 1), "density", "share of new normal images that may be called anomalous"
     )
     patches: PatchConfig | None = None  # None: an image-level model
 
@@ -201,6 +207,8 @@ class Config:
     def _check(self) -> None:
         if self.weights is not None and not self.pretrained:
             raise SettingError("weights", "goes with pretrained weights, not with training from scratch")
+        if self.holdout and self.folds > 1:
+            raise SettingError("holdout", "not with folds, where a network that has not seen it judges each image")
         for part in (self, self.patches):
             for each in settings_of(type(part)) if part is not None else ():
                 value, rule = getattr(part, each.name), each.metadata["rule"]

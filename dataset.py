@@ -223,9 +223,19 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image, path)
-        if size is not None and image.size != size[::-1]:
-            image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+        image = image if size is None else _resized(image, size)
         return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) uint8, brought to ``size`` as by ``decode``. Raises InputError for another kind of array."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"an array (H, W, 3) uint8 is needed for an image, not {image.shape} {image.dtype}")
+    return np.array(_resized(Image.fromarray(image), size))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 def decode_mask(path: str | Path) -> np.ndarray:

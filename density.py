@@ -1,8 +1,8 @@
 """Densities of normal embeddings: a Gaussian in torch, the same in scikit-learn, a kernel density estimate.
 
-Owns the estimators, the table ``DENSITIES``, held-out distances and the threshold that follows from them. K densities
-are fitted in one batch: embeddings (K, N, D) in, anomaly scores (K, N) out, higher is more anomalous; without the first
-axis it is one density. Knows nothing of images or networks.
+Owns the estimators, the table ``DENSITIES`` and held-out distances. K densities are fitted in one batch: embeddings
+(K, N, D) in, anomaly scores (K, N) out, higher is more anomalous; without the first axis it is one density. Knows
+nothing of images or networks.
 Sources: Rippel et al., ICPR 2020 (the Gaussian on deep features); Ledoit and Wolf, "A well-conditioned estimator for
 large-dimensional covariance matrices", J. Multivariate Analysis 88 (2004) (the shrinkage).
 """
@@ -213,14 +213,6 @@ def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float
         scores[fold == k] = (found.view(len(own), -1) if shared else found.T).double()
         total += density.log_likelihood(found) * len(own)
     return scores, total / len(x)
-
-
-def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
-    """The ceil((1 - rate)(n + 1))-th smallest of n normal scores (n,), as in split conformal prediction: a new score,
-    exchangeable with them, lies above it with a probability of at most ``rate``. False, with the largest score, if n
-    is too small for that: n >= 1 / rate - 1 is needed."""
-    rank = max(1, math.ceil((1 - rate) * (len(scores) + 1) - 1e-9))
-    return scores.sort().values[min(rank, len(scores)) - 1], rank <= len(scores)
 
 
 def _check(embeddings: Tensor) -> Tensor:

@@ -1,20 +1,25 @@
 """A finished detector: one or several members, their average and the threshold as one module, and the file of it.
 
-Owns which normal images a member sees, the file format, saving and loading. Knows nothing of folders of images, of
+Owns the file format, saving and loading. Knows nothing of folders of images, of
 flags or of training.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import EACH_DIMS, Config, SettingError, UnknownSettingError
-from density import conformal_threshold
-from localization import EACH_LEAST, Level
-from member import Member, build_network, initial_network, stream
+from config import EACH_DIMS, Config, UnknownSettingError
+from conformal import Promise, conformal_threshold, p_values
+from dataset import decode, resized
+from localization import Level
+from member import Member, build_network, check_enough, initial_network, member_images, stream, unseen_by
 from model import CutPasteNet
 from runtime.cache import ImageArray, subset
 from runtime.files import InputError, load_tensors, save_tensors
@@ -24,15 +29,36 @@ VERSION = 4  # raise it when an older program could no longer read the file righ
 SUFFIX = ".pt"
 
 
+class Judged(NamedTuple):
+    """What a detector says of images: scores (B,) float64, higher is more anomalous; p-values (B,), see
+    conformal.p_values; anomaly maps (B, H, W) float32, or None."""
+
+    scores: Tensor
+    p_values: Tensor
+    maps: Tensor | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """``Judged`` of images as arrays, and the decision: anomalous (N,) bool, where p <= the detector's
+    ``promise.rate``."""
+
+    scores: np.ndarray
+    p_values: np.ndarray
+    anomalous: np.ndarray
+    maps: np.ndarray | None
+
+
 class Detector(nn.Module):
-    """Images in, anomaly scores and maps out.
+    """Images in, anomaly scores and maps out. ``Detector.load(path).predict(images)`` is all that a program needs.
 
     The score of its only member, a distance; or, of ``--folds K``, the mean of the scores of K members, each
     standardized by the normal images of fold k, which member k has not seen.
 
     metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
-    before ``fit``. normal_scores: the held-out scores (N,) of normal images that it follows from. Of one member they
-    are by densities that have not seen the image, though the network has; of several, by a network that has not either.
+    before ``fit``. normal_scores: the held-out scores (n,) of normal images that it and p-values follow from. Of one
+    member they are by densities that have not seen the image, though the network has; with ``--holdout`` those of the
+    images held out; of several members, by a network that has not seen it either.
     """
 
     def __init__(self, config: Config, networks: Sequence[CutPasteNet] = ()) -> None:
@@ -83,28 +109,67 @@ class Detector(nn.Module):
         """
         return average([member(images) for member in self.members])
 
+    def judge(self, images: Tensor, grad_cam: bool = False) -> Judged:
+        """The same with p-values. grad_cam: maps of an image-level model too, see Member.grad_cam."""
+        found = [member.grad_cam(images) if grad_cam else member(images) for member in self.members]
+        folds = len(self.members)
+        p = p_values(torch.stack([scores for scores, _ in found]), [self.normal_scores[k::folds] for k in range(folds)])
+        scores, maps = average(found)
+        return Judged(scores, p, maps)
+
     def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see Member.grad_cam."""
-        return average([member.grad_cam(images) for member in self.members])
+        scores, _, maps = self.judge(images, grad_cam=True)
+        return scores, maps
+
+    @torch.inference_mode()
+    def predict(self, images: Iterable[str | Path | np.ndarray]) -> Prediction:
+        """Scores, p-values, decisions and maps of N images: paths of image files, or arrays (H, W, 3) uint8 of any
+        size. They are read block by block; all maps are held. Raises InputError, with the path, for a file that is no
+        image.
+        """
+        found, rest = [], iter(images)
+        while block := list(islice(rest, self.at_once)):
+            arrays = [resized(x, self.size) if isinstance(x, np.ndarray) else decode(x, self.size) for x in block]
+            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)
+            found.append([None if part is None else part.cpu().numpy() for part in self.judge(pixels)])
+        scores, p, maps = zip(*found) if found else ([np.empty(0)], [np.empty(0)], [None])
+        p = np.concatenate(p)
+        maps = None if maps[0] is None else np.concatenate(maps)
+        return Prediction(np.concatenate(scores), p, p <= self.promise.rate, maps)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> "Detector":
+        """The detector of a file, see ``load`` of this module."""
+        return load(path, device)
+
+    @property
+    def promise(self) -> Promise:
+        """What its false-alarm rate promises."""
+        kind = "cross" if len(self.members) > 1 else "split" if self.config.holdout else "seen"
+        return Promise(kind, len(self.normal_scores), self.config.false_alarm_rate)
 
     def fit(self, images: ImageArray, threshold: bool = True) -> "Detector":
         """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on; with
         ``threshold``, choose that too, from them alone. Raises InputError if no density can be fitted, SettingError for
         too few images.
         """
-        count, folds = len(images), len(self.members)
-        check_enough(self.config, count)
-        if folds == 1:
-            held_out = self.members[0].fit(images, threshold)
-        else:
-            held_out = torch.empty(count, dtype=torch.float64, device=self.device)
-            for number, member in enumerate(self.members):
-                member.fit(member_images(images, number, folds), held_out=False)
-                unseen = torch.arange(number, count, folds)
-                scores = torch.cat([some for some, _ in stream(member, subset(images, unseen))])
-                scale, member.center = torch.std_mean(scores)
-                member.scale = scale.clamp(min=1e-9)  # copies of one image have none
-                held_out[unseen.to(self.device)] = member.standardized(scores, None)[0]
+        config, count = self.config, len(images)
+        check_enough(config, count)
+        held_out = torch.empty(count, dtype=torch.float64, device=self.device)
+        for number, member in enumerate(self.members):
+            unseen = unseen_by(config, count, number)
+            if not len(unseen):
+                held_out = member.fit(images, threshold)
+                break
+            member.fit(member_images(images, number, config), held_out=False)
+            scores = torch.cat([some for some, _ in stream(member, subset(images, unseen))])
+            if config.holdout:
+                held_out = scores
+                break
+            scale, member.center = torch.std_mean(scores)
+            member.scale = scale.clamp(min=1e-9)  # copies of one image have none
+            held_out[unseen.to(self.device)] = member.standardized(scores, None)[0]
         if threshold:
             self.normal_scores = held_out
             self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
@@ -131,10 +196,10 @@ class Detector(nn.Module):
         """What a person should know of how it was fitted."""
         if self.config.patches:
             yield from (level.choice for level in self.levels)
-        count, rate = len(self.normal_scores), self.config.false_alarm_rate
-        if not conformal_threshold(self.normal_scores, rate)[1]:
-            needed = math.ceil(1 / rate - 1 - 1e-9) if rate else "infinitely many"
-            found = f"the threshold is the largest of their scores, for a rate of {1 / (count + 1):.2g}"
+        if not self.promise.holds:
+            needed = self.promise.needed if self.config.false_alarm_rate else "infinitely many"
+            count, rate = len(self.normal_scores), self.config.false_alarm_rate
+            found = f"the threshold is the largest of their scores, for a rate of {self.promise.rate:.2g}"
             yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
 
 
@@ -144,24 +209,6 @@ def average(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor
     if len(results) == 1:
         return results[0]
     return torch.stack(scores).mean(0), None if maps[0] is None else torch.stack(maps).mean(0)
-
-
-def member_images(images: ImageArray, number: int, folds: int) -> ImageArray:
-    """The normal images that member ``number`` sees: all but those of its fold. Image i is in fold i modulo folds."""
-    every = torch.arange(len(images))
-    return images if folds == 1 else subset(images, every[every % folds != number])
-
-
-def check_enough(config: Config, count: int) -> None:
-    """Raises SettingError if ``count`` images are too few for the folds (two in each, to have a deviation), or for one
-    Gaussian for each location, if it was asked for."""
-    if config.folds > 1 and count < 2 * config.folds:
-        reason = f"{count} training images make at most {count // 2} folds of two, {config.folds} were asked for"
-        raise SettingError("folds", f"{config.category}: {reason}")
-    seen = count if config.folds == 1 else count - math.ceil(count / config.folds)
-    if config.patches and config.patches.location == "each" and seen < EACH_LEAST:
-        reason = f"{seen} training images, one Gaussian for each location needs {EACH_LEAST}"
-        raise SettingError("location", f"{config.category}: {reason}; take shared or auto")
 
 
 # The file ---------------------------------------------------------------------------------------------------------

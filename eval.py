@@ -10,8 +10,10 @@ model_dir>/. Changes no detector, and chooses nothing by test images.
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,14 +21,15 @@ import torch
 import options
 from config import Config, SettingError
 from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps, train_paths
-from density import conformal_threshold
 from detector import SUFFIX, Detector, detector_path, load, load_config
-from member import stream
+from member import stream, unseen_by
 from metrics import image_metrics, pixel_metrics
 from model import WeightsError
 from options import PATCH_SETTINGS, flagged, given_settings
 from report import (
     as_csv,
+    decision_line,
+    missing,
     normal_table,
     print_average,
     print_lines,
@@ -178,27 +181,33 @@ def changes(args: argparse.Namespace) -> dict:
 # Evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(
-    detector: Detector, test: TestSet, masks: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray | None, dict[str, float]]:
-    """Scores (M,) float64 of the test images, anomaly maps (M, H, W) float32 if there are masks (M, H, W) to hold them
-    against, and the metrics: of images only if there are both normal and anomalous ones, of pixels only if a mask marks
-    some."""
-    cam = detector.grad_cam if masks is not None and detector.config.patches is None else None
-    scores, done = np.empty(len(test.labels)), 0
+class Evaluation(NamedTuple):
+    """Scores and p-values (M,) float64 of test images, anomaly maps (M, H, W) float32 or None, and the metrics."""
+
+    scores: np.ndarray
+    p_values: np.ndarray
+    maps: np.ndarray | None
+    metrics: dict[str, float]
+
+
+def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
+    """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
+    there are both normal and anomalous ones, of pixels only if a mask marks some."""
+    judge = partial(detector.judge, grad_cam=masks is not None and detector.config.patches is None)
+    scores, p, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
     maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
-    for some, their_maps in stream(detector, test.images, cam):
-        part = slice(done, done := done + len(some))
-        scores[part] = some.cpu().numpy()
+    for found in stream(detector, test.images, judge):
+        part = slice(done, done := done + len(found.scores))
+        scores[part], p[part] = found.scores.cpu().numpy(), found.p_values.cpu().numpy()
         if maps is not None:
-            maps[part] = their_maps.cpu().numpy()
+            maps[part] = found.maps.cpu().numpy()
     metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
     if masks is not None:
         known = test.with_truth
         truth = masks[known]
         if truth.any() and not truth.all():
             metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
-    return scores, maps, metrics
+    return Evaluation(scores, p, maps, metrics)
 
 
 @dataclass(frozen=True)
@@ -232,19 +241,20 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
     test = load_test(args.data_dir, category, *where)
     with_maps = config.patches is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
-    scores, maps, metrics = evaluate(detector, test, masks)
+    scores, p, maps, metrics = evaluate(detector, test, masks)
     untrained = None
     if args.control:  # its maps are large and not needed
-        untrained, _, found = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
+        untrained, *_, found = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
         metrics |= {f"control_{name}": value for name, value in found.items()}
     for note in missing(test, masks, metrics):
         say(f"{category}: {note}")
     if args.save_maps:
         folder = Path(args.eval_dir, folder_name(args.model_dir), seed, "maps", category)
         save_maps(folder, Path(args.data_dir, category), test.paths, maps)
-    row = result_row(detector, test, scores, metrics)
+    row = result_row(detector, test, scores, p, metrics)
+    say(f"{category}: {decision_line(row)}")
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}
-    score_rows = score_table(args.data_dir, category, test, scores, seed)
+    score_rows = score_table(args.data_dir, category, test, scores, p, seed)
     scale, center = (each.item() for each in torch.std_mean(detector.normal_scores))
     standardized = (scores - center) / max(scale, 1e-9)
     return Result(seed, row, score_rows, normal_rows(args, detector), test.labels, standardized, plots)
@@ -252,31 +262,15 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
 
 def normal_rows(args: argparse.Namespace, detector: Detector) -> list[dict]:
     """Rows of normal_scores.csv, if networks have judged images that they had not seen."""
-    if len(detector.members) == 1:
+    if detector.promise.kind == "seen":
         return []
     category, paths = detector.config.category, train_paths(args.data_dir, detector.config.category)
+    if detector.config.holdout:
+        paths = [paths[i] for i in unseen_by(detector.config, len(paths), 0).tolist()]
     if len(paths) != len(detector.normal_scores):
         say(f"{category}: other training images than the detector's, so none of them in normal_scores.csv")
         return []
     return normal_table(args.data_dir, detector, paths)
-
-
-def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[str]:
-    """Where metrics are missing, or of fewer images, and why."""
-    if "image_auroc" not in metrics:
-        kind = "normal" if test.labels.any() else "anomalous"
-        yield f"no {kind} test image, so no AUC; the scores are in scores.csv"
-    if masks is None:
-        return
-    bare = int((~test.with_truth).sum())
-    if bare and bare == test.labels.sum():
-        yield "no masks in ground_truth, so image metrics only"
-        return
-    if bare:
-        yield f"{bare} anomalous images without a mask, left out of the pixel metrics"
-    share = masks[test.with_truth].mean()
-    if share in (0, 1) and test.labels.any():
-        yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
 
 
 # Plots ------------------------------------------------------------------------------------------------------------
@@ -296,8 +290,11 @@ def draw(
     figures, config, threshold = {}, detector.config, detector.threshold.item()
     if len(set(test.labels.tolist())) == 2:
         figures["roc"] = plots.roc(config.category, test.labels, scores, untrained)
-    enough = conformal_threshold(detector.normal_scores, config.false_alarm_rate)[1]
-    line = f"for {100 * config.false_alarm_rate:g} % false alarms" if enough else "the largest score of normal images"
+    line = (
+        f"for {100 * config.false_alarm_rate:g} % false alarms"
+        if detector.promise.holds
+        else "the largest score of normal images"
+    )
     figures["histogram"] = plots.score_histogram(
         config.category, scores, test.defect_types, threshold, line, detector.unit
     )

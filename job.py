@@ -14,8 +14,8 @@ from torch import Tensor
 from checkpoint import checkpoint_paths, found_checkpoints, load_checkpoint, remove_checkpoints
 from config import Config, SettingError
 from dataset import load_train, train_paths
-from detector import Detector, check_enough, detector_path, member_images, save
-from member import build_network
+from detector import Detector, detector_path, save
+from member import build_network, check_enough, member_images
 from runtime import cache
 from runtime.files import InputError, remove_file, say
 from runtime.ranks import Ranks
@@ -87,7 +87,7 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> cache.Imag
     if running.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
     for number in numbers:
-        path, own = job.states[number], member_images(images, number, config.folds)
+        path, own = job.states[number], member_images(images, number, config)
         state = ranks.broadcast(lambda path=path: saved_state(path, digest, f"{running.data_dir}/{category}"))
         numerics = numerics_of(path, state, running)
         if running.numerics["amp"] is None and state is None and ranks.is_main and number == numbers[0]:

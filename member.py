@@ -1,7 +1,7 @@
 """One network with the densities of its levels: images -> embeddings -> distances -> scores and maps.
 
-Owns how a network begins from its Config, how densities are fitted to normal images, and how images are streamed. A
-detector is one or several of these. Knows nothing of files, folders, flags or training.
+Owns how a network begins from its Config, which normal images it sees, how densities are fitted to them, and how images
+are streamed. A detector is one or several of these. Knows nothing of files, folders, flags or training.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from config import Config
+from config import Config, SettingError
 from cutpaste import VARIANTS, to_float
 from density import DensityError
 from gradcam import grad_cam
-from localization import AXES_IMAGES, Grid, Level, embed_windows, upsample
+from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, upsample
 from model import CutPasteNet, load_backbone_weights
-from runtime.cache import ImageArray, iterate
+from runtime.cache import ImageArray, iterate, subset
 from runtime.files import InputError
 
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
@@ -182,6 +182,43 @@ def stream(
         blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(scorer.at_once))
     for block in blocks:
         yield (function or scorer)(block.to(scorer.device))
+
+
+# What a member sees --------------------------------------------------------------------------------------------------
+
+
+def unseen_by(config: Config, count: int, number: int) -> Tensor:
+    """The numbers of the normal images, of ``count``, that member ``number`` does not see: those of its fold (image i
+    is in fold i modulo folds), or the evenly spaced ones that are held out."""
+    if config.folds > 1:
+        return torch.arange(number, count, config.folds)
+    held = max(1, round(config.holdout * count)) if config.holdout else 0
+    return torch.arange(held) * count // max(1, held)
+
+
+def member_images(images: ImageArray, number: int, config: Config) -> ImageArray:
+    """The normal images that member ``number`` sees."""
+    unseen = unseen_by(config, len(images), number)
+    if not len(unseen):
+        return images
+    seen = torch.ones(len(images), dtype=torch.bool)
+    seen[unseen] = False
+    return subset(images, seen.nonzero()[:, 0])
+
+
+def check_enough(config: Config, count: int) -> None:
+    """Raises SettingError if ``count`` images are too few for the folds (two in each, to have a deviation), for images
+    held out, or for one Gaussian for each location, if it was asked for."""
+    if config.folds > 1 and count < 2 * config.folds:
+        reason = f"{count} training images make at most {count // 2} folds of two, {config.folds} were asked for"
+        raise SettingError("folds", f"{config.category}: {reason}")
+    seen = count - len(unseen_by(config, count, 0))
+    if config.holdout and seen < 2:
+        reason = f"{count} training images leave {seen} to learn from, at least 2 are needed"
+        raise SettingError("holdout", f"{config.category}: {reason}")
+    if config.patches and config.patches.location == "each" and seen < EACH_LEAST:
+        reason = f"{seen} training images, one Gaussian for each location needs {EACH_LEAST}"
+        raise SettingError("location", f"{config.category}: {reason}; take shared or auto")
 
 
 # How a network begins ---------------------------------------------------------------------------------------------

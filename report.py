@@ -3,13 +3,14 @@
 Owns the names of lines and columns. Writes no file; chooses nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from conformal import Promise, proportion_interval
 from dataset import TestSet
 from detector import Detector
 from metrics import image_metrics
@@ -38,6 +39,24 @@ def print_average(rows: list[dict]) -> None:
         values = [row[column] for row in rows if row[column] is not None]
         if values:
             print(f"average {name}: {float(np.mean(values))}", flush=True)
+
+
+def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[str]:
+    """Where metrics are missing, or of fewer images, and why."""
+    if "image_auroc" not in metrics:
+        kind = "normal" if test.labels.any() else "anomalous"
+        yield f"no {kind} test image, so no AUC; the scores are in scores.csv"
+    if masks is None:
+        return
+    bare = int((~test.with_truth).sum())
+    if bare and bare == test.labels.sum():
+        yield "no masks in ground_truth, so image metrics only"
+        return
+    if bare:
+        yield f"{bare} anomalous images without a mask, left out of the pixel metrics"
+    share = masks[test.with_truth].mean()
+    if share in (0, 1) and test.labels.any():
+        yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
 
 
 # Several seeds ----------------------------------------------------------------------------------------------------
@@ -71,7 +90,7 @@ def print_seed_lines(row: dict) -> None:
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
-def result_row(detector: Detector, test: TestSet, scores: np.ndarray, metrics: dict) -> dict:
+def result_row(detector: Detector, test: TestSet, scores: np.ndarray, p: np.ndarray, metrics: dict) -> dict:
     """One row of results.csv: figures as fractions, counts, and how detector and figures were made."""
     normal, anomalous = test.labels == 0, test.labels == 1
     above, row = scores > detector.threshold.item(), {"category": detector.config.category}
@@ -85,8 +104,32 @@ def result_row(detector: Detector, test: TestSet, scores: np.ndarray, metrics: d
         "normal_above_threshold": int(above[normal].sum()),
         "anomalous_above_threshold": int(above[anomalous].sum()),
     }
+    row |= decisions(detector.promise, p[normal], p[anomalous])
     made = {"eval_command": command_line(), "eval_torch": str(torch.__version__), "eval_date": date.today().isoformat()}
     return record(detector, row) | made
+
+
+def decisions(promise: Promise, normal: np.ndarray, anomalous: np.ndarray) -> dict:
+    """Columns of results.csv: what deciding by p-values comes to, of those of normal and of anomalous test images,
+    with 95 % intervals, beside what is promised."""
+    row = {"normal_scores": promise.kind, "promised_rate": promise.rate}
+    row["promised_low"], row["promised_high"] = promise.interval
+    for name, p in (("false_alarm", normal), ("detection", anomalous)):
+        row[f"{name}s"] = count = int((p <= promise.rate).sum())
+        row[f"{name}s_low"], row[f"{name}s_high"] = proportion_interval(count, len(p))
+    return row
+
+
+def decision_line(row: dict) -> str:
+    """The decisions of a row of results.csv, in words."""
+    parts = []
+    for name, total in (("false_alarms", "test_normal"), ("detections", "test_anomalous")):
+        if row[total]:
+            low, high = (100 * row[f"{name}_{end}"] for end in ("low", "high"))
+            what = f"{row[name]} of {row[total]} {name.replace('_', ' ')} ({low:.1f} to {high:.1f} %)"
+            parts.append(what)
+    worth = "promised" if row["normal_scores"] != "seen" else "of images that the network has seen"
+    return f"p <= {row['promised_rate']:.3g}, {worth}: {', '.join(parts)}"
 
 
 def record(detector: Detector, row: dict) -> dict:
@@ -101,17 +144,19 @@ def record(detector: Detector, row: dict) -> dict:
     return row | made
 
 
-def score_table(data_dir: str, category: str, test: TestSet, scores: np.ndarray, seed: str) -> list[dict]:
+def score_table(
+    data_dir: str, category: str, test: TestSet, scores: np.ndarray, p: np.ndarray, seed: str
+) -> list[dict]:
     """Rows of scores.csv. Paths are relative to the data folder; seed: the folder of one of several."""
-    columns = ("category", "path", "label", "defect_type", "score", "seed")[: 6 if seed else 5]
+    columns = ("category", "path", "label", "defect_type", "score", "p_value", "seed")[: 7 if seed else 6]
     paths = [path.relative_to(data_dir).as_posix() for path in test.paths]
-    each = zip(paths, test.labels.tolist(), test.defect_types, scores.tolist())
+    each = zip(paths, test.labels.tolist(), test.defect_types, scores.tolist(), p.tolist())
     return [dict(zip(columns, (category, *values, seed))) for values in each]
 
 
 def normal_table(data_dir: str, detector: Detector, paths: Sequence[Path]) -> list[dict]:
-    """Rows of normal_scores.csv: of a detector of several networks each training image, as a network saw it that had
-    not been trained on it; the most unusual first."""
+    """Rows of normal_scores.csv: training images as a network saw them that had not been trained on them; the most
+    unusual first."""
     category, scores = detector.config.category, detector.normal_scores.cpu()
     names = [path.relative_to(data_dir).as_posix() for path in paths]
     order = scores.argsort(descending=True).tolist()

@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, category: str, changes: dict) -> dict | st
     except SettingError as error:
         return flagged(error)
     detector.metadata = trained.metadata
-    _, _, metrics = evaluate(detector, test, load_masks(test, trained.size, args.workers).numpy())
+    *_, metrics = evaluate(detector, test, load_masks(test, trained.size, args.workers).numpy())
     images = test.images[:TIMED].to(device)
     seconds = statistics.median(timed_maps(detector, images) for _ in range(args.repeats))
     peak = peak_mb(device)

@@ -15,7 +15,6 @@ from density import (
     KernelDensity,
     NotFiniteError,
     arranged,
-    conformal_threshold,
     fit_density,
     held_out,
     ledoit_wolf,
@@ -386,32 +385,6 @@ def test_held_out_outlier_does_not_hide_itself():
     x = embeddings(20, 4)
     x[7] += 100 * x.std(0)
     assert held_out("torch", x[:, None], True)[0][7] > 5 * GaussianTorch().fit(x).score(x)[7]
-
-
-@pytest.mark.parametrize(
-    ("count", "rate", "rank", "enough"),
-    [
-        (99, 0.01, 99, True),
-        (98, 0.01, 98, False),
-        (209, 0.01, 208, True),
-        (9, 0.2, 8, True),
-        (9, 0, 9, False),
-        (9, 1, 1, True),
-    ],
-)
-def test_threshold_is_the_conformal_rank(count, rate, rank, enough):
-    scores = torch.arange(1.0, count + 1)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-    threshold, holds = conformal_threshold(scores, rate)
-    assert (threshold, holds) == (rank, enough)
-
-
-def test_the_false_alarm_rate_holds():
-    """The mean over many calibration sets of the chance that a new score lies above; a quantile between scores, as
-    NumPy takes it, gives more than was asked for."""
-    sets = torch.rand(4000, 60, generator=torch.Generator().manual_seed(0))
-    above = [1 - conformal_threshold(scores, 0.05)[0].item() for scores in sets]
-    assert np.mean(above) == pytest.approx(1 - 58 / 61, abs=2e-3)
-    assert np.mean(above) < 0.05 < 1 - sets.quantile(0.95, dim=1).mean()
 
 
 # Errors -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import torch
 import detector
 import member
 from config import Config, PatchConfig, SettingError
+from conformal import conformal_threshold
 from dataset import load_test, load_train
-from density import conformal_threshold, fit_density, held_out
+from density import fit_density, held_out
 from detector import Detector, load, load_config, save
 from member import initial_network, stream
 from model import CutPasteNet

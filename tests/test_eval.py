@@ -98,11 +98,11 @@ def test_tables_say_what_stdout_says(evaluated, data, models):
         assert row.normal_above_threshold == (normal > row.threshold).sum()
         assert 0 <= row.best_f1 <= 1
         assert 0 <= row.image_auprc <= 1
-    assert list(scores.columns) == ["category", "path", "label", "defect_type", "score"]
+    assert list(scores.columns) == ["category", "path", "label", "defect_type", "score", "p_value"]
     assert scores.path[0] == "brick/test/good/000.png"
     assert (data / scores.path.iloc[-1]).is_file()
     test = load_test(data, "brick", (32, 32), 0)
-    expected, _, _ = evaluate(load(models / "brick.pt"), test)
+    expected, *_ = evaluate(load(models / "brick.pt"), test)
     assert np.allclose(scores[scores.category == "brick"].score, expected, rtol=1e-4)
 
 

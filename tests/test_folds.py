@@ -14,8 +14,8 @@ from test_training import again, start, wait_for_step
 import run_training
 from config import SettingError
 from dataset import load_test, load_train
-from detector import Detector, load, member_images, save
-from member import initial_network, stream
+from detector import Detector, load, save
+from member import initial_network, member_images, stream
 from metrics import image_metrics
 from runtime.cache import Subset
 
@@ -42,8 +42,8 @@ def scores_of(made, images):
 def test_each_image_is_left_out_by_one_member(images):
     seen = [[i for i in range(13) if i % 3 != number] for number in range(3)]
     for number in range(3):
-        assert torch.equal(member_images(images, number, 3), images[seen[number]])
-    assert member_images(images, 0, 1) is images
+        assert torch.equal(member_images(images, number, FOLDS), images[seen[number]])
+    assert member_images(images, 0, CONFIG) is images
 
 
 def test_scores_are_those_of_the_members_in_deviations_of_the_images_they_have_not_seen(fitted, images):
