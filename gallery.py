@@ -65,7 +65,7 @@ def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     while True:
         buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality, optimize=True)
+        small.save(buffer, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
         if buffer.tell() <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
             return buffer.getvalue()
         quality = max(LOWEST_QUALITY, quality - 10)
@@ -86,7 +86,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, level: float, top: float
     opacity = MOST_OPAQUE * heat
     drawn = ((1 - opacity) * image + opacity * color).round().astype(np.uint8)
     above = anomaly_map > level
-    width = max(1, round(max(above.shape) / 192))  # a pixel of the thumbnail, which would lose a thinner one
+    width = math.ceil(max(above.shape) / 192)  # a pixel of the thumbnail, which would lose a thinner one
     drawn[above & ~ndimage.binary_erosion(above, iterations=width, border_value=1)] = OUTLINE
     return drawn
 
@@ -118,7 +118,7 @@ def as_text(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     valid = value.encode("utf-8", "backslashreplace").decode()
-    return Markup(escape(valid).replace("\r", "&#13;"))
+    return escape(valid).replace("\r", Markup("&#13;"))
 
 
 def short(value: float) -> str:
