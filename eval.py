@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ import options
 from config import Config, SettingError
 from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps, train_paths
 from detector import SUFFIX, Detector, detector_path, load, load_config
-from gallery import Page, render
 from member import stream, unseen_by
 from metrics import image_metrics, pixel_metrics
 from model import WeightsError
@@ -44,6 +44,9 @@ from runtime import ranks
 from runtime.files import InputError, say, write_files
 from runtime.flags import new_parser, zero_or_one
 from runtime.script import choose_device, folder_name, run_script
+
+if TYPE_CHECKING:
+    from gallery import Page
 
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
@@ -116,6 +119,8 @@ def main(args: argparse.Namespace) -> None:
         contents |= draw_summary(rows)
     files = {out_dir / name: content for name, content in contents.items()}
     if args.report:
+        from gallery import render
+
         title = f"CutPaste: {folder_name(args.model_dir)}"
         files[Path(args.report)] = render([result.page for result in results], title).encode()
     write_files(files)
@@ -219,7 +224,7 @@ class Result:
     row: dict  # of results.csv
     score_rows: list[dict]  # of scores.csv
     normal_rows: list[dict]  # of normal_scores.csv
-    page: Page | None  # of the HTML report
+    page: "Page | None"  # of the HTML report
     labels: np.ndarray
     standardized: np.ndarray  # the scores in deviations from those of held-out normal images
     plots: dict[str, bytes]  # PNG files by name

@@ -6,7 +6,7 @@ Owns the names of lines and columns. Writes no file; chooses nothing.
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,11 @@ import torch
 from conformal import Promise, proportion_interval
 from dataset import TestSet
 from detector import Detector
-from gallery import Page, Tile, overlay, thumbnail
 from metrics import image_metrics
 from runtime.script import command_line
+
+if TYPE_CHECKING:
+    from gallery import Page
 
 
 class Evaluation(NamedTuple):
@@ -71,8 +73,10 @@ def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[
         yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
 
 
-def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> Page:
+def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> "Page":
     """A category for the HTML report; with heat maps of a patch model, all in the detector's own scale."""
+    from gallery import Page, Tile, overlay, thumbnail
+
     level, tiles = detector.threshold.item(), []
     top = level + max(abs(level), 1e-9)
     for i, path in enumerate(test.paths):
