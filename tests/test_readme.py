@@ -26,7 +26,7 @@ RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "s
 ORDER = [
     *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "metrics", "dataset", "model", "localization"],
     *["gradcam", "config", "options", "member", "detector", "plots", "log", "checkpoint", "training", "report", "eval"],
-    *["job", "run_training", "predict", "export", "prepare_data"],
+    *["job", "run_training", "rows_file", "listing", "overlays", "predict", "export", "prepare_data"],
 ]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
