@@ -50,8 +50,9 @@ T, R = TypeVar("T"), TypeVar("R")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    words = "a detector file (not with --model_dir); then images, folders of images, or - for a list of paths on stdin"
-    parser.add_argument("paths", nargs="+", metavar=("DETECTOR", "IMAGE_OR_FOLDER"), help=words)
+    parser.usage = "%(prog)s DETECTOR IMAGE_OR_FOLDER ... [flags]\n       %(prog)s --model_dir DIR FOLDER [flags]"
+    words = "a detector file (not with --model_dir); then images, folders, or - for a list of paths on stdin"
+    parser.add_argument("paths", nargs="+", metavar="PATH", help=words)
     add = parser.add_argument_group("detector").add_argument
     add("--model_dir", metavar="DIR", help="folder of detectors; each scores the sub-folder with its name")
     add("--size", type=size, metavar="S|WxH", help="must agree with the detector, if given")
@@ -86,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
         targets.keep(path)
     for task, paths in zip(tasks, lists):
         name_drawings(args, task, paths, targets)
+    for folder in written:
+        os.makedirs(folder, exist_ok=True)  # here it is known before anything is scored that it cannot be
     columns = (*(["category"] if args.model_dir else []), *COLUMNS)
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
