@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -44,9 +43,6 @@ from runtime import ranks
 from runtime.files import InputError, say, write_files
 from runtime.flags import new_parser, zero_or_one
 from runtime.script import choose_device, folder_name, run_script
-
-if TYPE_CHECKING:
-    from gallery import Page
 
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
@@ -224,7 +220,7 @@ class Result:
     row: dict  # of results.csv
     score_rows: list[dict]  # of scores.csv
     normal_rows: list[dict]  # of normal_scores.csv
-    page: "Page | None"  # of the HTML report
+    page: object  # gallery.Page of the HTML report, or None
     labels: np.ndarray
     standardized: np.ndarray  # the scores in deviations from those of held-out normal images
     plots: dict[str, bytes]  # PNG files by name

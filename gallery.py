@@ -15,13 +15,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
-from scipy import ndimage
 
 THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
 LOWEST_QUALITY = 20
-OUTLINE = (63, 208, 255)
-FAINT, STRONG = (255, 196, 0), (225, 0, 40)  # the heat where it begins and at the top
-MOST_OPAQUE = 0.75
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
 WIDTH, ROC_HEIGHT, STRIP_HEIGHT, STRIP_GAP, BINS = 280, 200, 82, 26, 40  # of the charts, in units of their SVG
 
@@ -69,26 +65,6 @@ def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
         if buffer.tell() <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
             return buffer.getvalue()
         quality = max(LOWEST_QUALITY, quality - 10)
-
-
-def overlay(image: np.ndarray, anomaly_map: np.ndarray, level: float, top: float) -> np.ndarray:
-    """The image (H, W, 3) uint8 under its anomaly map (H, W): a new array (H, W, 3) uint8.
-
-    Nothing is drawn on values up to half of ``level``; the heat grows from there to ``top`` and no further. Where the
-    map exceeds ``level`` there is an outline. The scale does not depend on the map, so that good parts do not glow.
-    ValueError if the sizes differ.
-    """
-    if image.shape != (*anomaly_map.shape, 3):
-        raise ValueError(f"a map {anomaly_map.shape} on an image {image.shape}")
-    start = min(level, level / 2)  # a level below zero is its own start
-    heat = ((anomaly_map - start) / max(top - start, 1e-12)).clip(0, 1)[..., None]
-    color = (1 - heat) * FAINT + heat * STRONG
-    opacity = MOST_OPAQUE * heat
-    drawn = ((1 - opacity) * image + opacity * color).round().astype(np.uint8)
-    above = anomaly_map > level
-    width = math.ceil(max(above.shape) / 192)  # a pixel of the thumbnail, which would lose a thinner one
-    drawn[above & ~ndimage.binary_erosion(above, iterations=width, border_value=1)] = OUTLINE
-    return drawn
 
 
 def data_uri(jpeg: bytes) -> str:

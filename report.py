@@ -75,14 +75,14 @@ def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[
 
 def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> "Page":
     """A category for the HTML report; with heat maps of a patch model, all in the detector's own scale."""
-    from gallery import Page, Tile, overlay, thumbnail
+    from gallery import Page, Tile, thumbnail
+    from overlays import overlay
 
     level, tiles = detector.threshold.item(), []
-    top = level + max(abs(level), 1e-9)
     for i, path in enumerate(test.paths):
         image, drawn = test.images[i].permute(1, 2, 0).numpy(), None
         if detector.config.patches and found.maps is not None:
-            drawn = thumbnail(overlay(image, found.maps[i], level, top))
+            drawn = thumbnail(np.asarray(overlay(image, found.maps[i], level, outlined=True)))
         name, kind, label = f"{path.parent.name}/{path.name}", test.defect_types[i], int(test.labels[i])
         scores = found.scores[i].item(), found.p_values[i].item()
         tiles.append(Tile(name, kind, label, *scores, thumbnail(image), drawn))

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -117,9 +118,9 @@ def measure(folder: Path, count: int, args: argparse.Namespace, memory_gb: float
     }
 
 
-def watched(words: list[str]) -> tuple[float, float | None]:
+def watched(words: list[str], allowed: Collection[int] = (0,)) -> tuple[float, float | None]:
     """Run a command and return its peak memory in millions of bytes: all of it, and without mapped files (None where
-    the system does not tell). Raises InputError if it fails."""
+    the system does not tell). Raises InputError if it ends with another exit code than those allowed."""
     process = subprocess.Popen(words, stdout=sys.stderr)
     pid, anonymous = 0, 0
     while not pid:
@@ -128,7 +129,7 @@ def watched(words: list[str]) -> tuple[float, float | None]:
         # A process counts what the one that started it had held: that one must stay the smaller of the two
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    if process.returncode not in allowed:
         raise InputError(f"{Path(words[1]).name} ended with {process.returncode}; its own message says why")
     return round(usage.ru_maxrss * MAXRSS / 1e6, 1), round(anonymous / 1e6, 1) or None
 

@@ -159,12 +159,12 @@ def folder_name(path: str) -> str:
 # Progress ---------------------------------------------------------------------------------------------------------
 
 
-def progress_bar(category: str, step: int, steps: int, shown: bool) -> "tqdm":
+def progress_bar(category: str, step: int, steps: int, shown: bool, unit: str = "step") -> "tqdm":
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds
     pace = {"mininterval": interval, "maxinterval": max(10, interval)}
-    return tqdm(total=steps, initial=step, desc=category, unit="step", file=sys.stderr, disable=not shown, **pace)
+    return tqdm(total=steps, initial=step, desc=category, unit=unit, file=sys.stderr, disable=not shown, **pace)
 
 
 @contextmanager

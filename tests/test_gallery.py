@@ -13,6 +13,7 @@ from sklearn.metrics import roc_curve
 
 import gallery
 from gallery import Page, Tile
+from overlays import overlay
 
 COUNT = 60  # normal images that p-values come from
 NAMES = [
@@ -80,45 +81,13 @@ def test_500_noisy_images_with_maps_are_below_15_megabytes():
     rng = np.random.default_rng(0)
     image = texture(rng)
     heat = np.abs(rng.normal(0, 1, (8, 8))).repeat(32, 0).repeat(32, 1)  # glows nearly everywhere
-    pair = (gallery.thumbnail(image), gallery.thumbnail(gallery.overlay(image, heat, 0.5, 3.0)))
+    pair = (
+        gallery.thumbnail(image),
+        gallery.thumbnail(np.asarray(overlay(image, heat.astype(np.float32), 0.75, outlined=True))),
+    )
     tiles = [Tile(f"crack/{i:03d}.png", "crack", 1, float(i), 1 / 61, *pair) for i in range(500)]
     html = gallery.render([Page("c", "distance", 0.1, COUNT, "", None, tiles)], "title")
     assert 5e6 < len(html.encode()) < 15e6
-
-
-def test_a_low_map_leaves_the_image_and_a_spot_shows_where_it_is():
-    image = texture(np.random.default_rng(0), 64)
-    before = image.copy()
-    low = np.random.default_rng(1).uniform(-3, 2, (64, 64))  # level / 2 = 2
-    assert np.array_equal(gallery.overlay(image, low, 4.0, 10.0), before)
-    spot = low.copy()
-    spot[10:20, 30:40] = 8
-    drawn = gallery.overlay(image, spot, 4.0, 10.0)
-    changed = (drawn != before).any(2)
-    expected = np.zeros((64, 64), bool)
-    expected[10:20, 30:40] = True
-    assert np.array_equal(changed, expected)
-    edge = np.ones((10, 10), bool)
-    edge[1:-1, 1:-1] = False
-    assert np.array_equal((drawn[10:20, 30:40] == gallery.OUTLINE).all(2), edge)
-    assert np.array_equal(image, before)
-    assert drawn.dtype == np.uint8
-
-
-def test_heat_grows_with_the_map_and_stays_at_the_top():
-    gray = np.full((1, 6, 3), 128, np.uint8)
-    rows = gallery.overlay(gray, np.array([[4.0, 5, 6, 8, 10, 99]]), 8.0, 10.0)[0].astype(int)  # ends at an outline
-    away = np.abs(rows[:4] - 128).sum(1)
-    assert away[0] == 0
-    assert (np.diff(away) > 0).all()
-    flat = [gallery.overlay(gray, np.full((1, 6), value), 8.0, 10.0) for value in (10.0, 99.0)]
-    assert np.array_equal(*flat)
-    assert not (flat[0] == gallery.OUTLINE).all(2).any()  # an outline has an outside
-
-
-def test_a_map_of_another_size_is_an_error():
-    with pytest.raises(ValueError, match=r"\(4, 5\).*\(5, 4, 3\)"):
-        gallery.overlay(np.zeros((5, 4, 3), np.uint8), np.zeros((4, 5)), 1.0, 2.0)
 
 
 # Charts -----------------------------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = [
-    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "metrics", "dataset", "model", "localization"],
-    *["gradcam", "config", "options", "member", "detector", "plots", "gallery", "log", "checkpoint", "training"],
-    *["report", "eval", "job", "run_training", "predict", "export", "prepare_data"],
+    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset", "model"],
+    *["localization", "gradcam", "config", "options", "member", "detector", "plots", "overlays", "gallery", "log"],
+    *["checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing", "predict", "export"],
+    "prepare_data",
 ]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
@@ -191,7 +192,8 @@ def test_each_table_has_one_place():
         **dict.fromkeys(("paper", "paper_runs", "paper_pixel", "paper_made"), "results.md"),
         **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
         **dict.fromkeys(("recipe", "areas", "invisible", "trials", "around", "ways"), "recipe.md"),
-        **dict.fromkeys(("transfer", "transfer_others", "transfer_pixel", "members"), "transfer.md"),
+        **dict.fromkeys(("transfer", "transfer_others", "transfer_pixel", "members", "reach"), "transfer.md"),
+        **dict.fromkeys(("false_alarms", "decisions"), "decisions.md"),
         **dict.fromkeys(("speed", "fitting", "memory"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)

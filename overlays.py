@@ -1,0 +1,103 @@
+"""Where an image is anomalous, from its map: the strongest region, a mask, and heat laid over the image.
+
+Maps and images in; boxes and files out. Owns how such files are named and colored.
+"""
+
+import io
+import os
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from runtime.files import InputError
+
+OPACITY = 0.7  # of the strongest heat
+COLORS = ((255, 214, 64), (232, 120, 36), (176, 20, 32))  # of heat, from weak to strong
+OUTLINE = (0x3F, 0xD0, 0xFF)  # as on the sheets of heat maps
+SIDE_PER_PIXEL = 400  # an outline is a pixel wide for so many of the image's longer side, or part of it
+
+
+def region(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """x, y, width, height, in pixels of the image, of the connected region (4 neighbors) of heat (h, w) above the
+    threshold that holds its maximum; None where nothing is above. size: (H, W) of the image; the box is the smallest
+    that covers the region."""
+    from scipy.ndimage import find_objects, label
+
+    above = heat.astype(np.float64) > threshold
+    if not above.any():
+        return None
+    names, _ = label(above)
+    own = names[np.unravel_index(heat.argmax(), heat.shape)]
+    box = find_objects(names)[own - 1]
+    (top, bottom), (left, right) = (
+        (part.start * side // cells, -(-part.stop * side // cells)) for part, side, cells in zip(box, size, heat.shape)
+    )
+    return left, top, right - left, bottom - top
+
+
+def enlarged(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map (h, w) at the size (H, W) of its image, bilinear, as eval.py saves maps."""
+    return functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+
+
+def mask(heat: np.ndarray, threshold: float) -> Image.Image:
+    """255 where the heat (H, W) is above the threshold, else 0."""
+    return Image.fromarray((heat > threshold).astype(np.uint8) * np.uint8(255))
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bool) -> Image.Image:
+    """An image (H, W, 3) uint8 under its heat (H, W), in a scale that depends on the threshold alone: transparent up to
+    half of it, strongest from twice of it. outlined: with a thin line around what is above it."""
+    from scipy.ndimage import binary_erosion
+
+    low, high = threshold - abs(threshold) / 2, threshold + max(abs(threshold), 1e-9)
+    level = (255 * ((heat - low) / (high - low)).clip(0, 1)).astype(np.uint8)
+    places = np.linspace(0, 255, len(COLORS))
+    table = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
+    colors = Image.fromarray(np.stack(table, 1).astype(np.uint8)[level])
+    image = Image.composite(colors, Image.fromarray(pixels), Image.fromarray((level * OPACITY).astype(np.uint8)))
+    if outlined:
+        above = heat > threshold
+        width = -(-max(above.shape) // SIDE_PER_PIXEL)
+        line = above & ~binary_erosion(above, iterations=width, border_value=1)
+        image.paste(OUTLINE, mask=Image.fromarray(line))
+    return image
+
+
+def encoded(image: Image.Image, target: str) -> bytes:
+    """The content of a PNG or JPEG file. Raises InputError for an image that the format cannot hold."""
+    buffer = io.BytesIO()
+    try:
+        image.save(buffer, format="PNG" if target.endswith(".png") else "JPEG", quality=90)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{target}: cannot be drawn ({error})") from error
+    return buffer.getvalue()
+
+
+class Targets:
+    """The files that are drawn, each of one image: no two share a name, and none replaces an image."""
+
+    def __init__(self) -> None:
+        self.owners: dict[str, tuple[str, str]] = {}  # of a file: the image, and the folder of results
+        self.real = lru_cache(1024)(os.path.realpath)  # of folders
+
+    def place(self, path: str) -> str:
+        return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
+
+    def keep(self, path: str) -> None:
+        """Let nothing be drawn over an image."""
+        self.owners[self.place(path)] = (path, "")
+
+    def add(self, folder: str, below: str, path: str, suffix: str | None = None) -> str:
+        """The file for an image that is called ``below``; without a ``suffix`` a JPEG for a JPEG, else a PNG. Raises
+        InputError if another image has that name, or the other drawing of this one."""
+        stem, own = os.path.splitext(below)
+        target = os.path.join(folder, stem + (suffix or (own if own.lower() in (".jpg", ".jpeg") else ".png")))
+        owner = self.owners.setdefault(self.place(target), (path, folder))
+        if owner != (path, folder):
+            found = f"{target} would be drawn of it, but that name is taken by {owner[0]}"
+            raise InputError(f"{path}: {found}; rename one, or take another folder")
+        return target

@@ -1,0 +1,159 @@
+"""Rows that are written as they come: CSV or JSON lines, to stdout or to a file that outlives a killed run.
+
+Owns the columns, how a row becomes bytes, and how a file of rows is continued. Knows nothing of images.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from runtime.files import InputError
+
+COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error")
+FORMATS = ("csv", "jsonl")
+SPECIAL = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+
+
+def harmless(path: str) -> str:
+    """The same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
+    return os.path.join(".", path) if path.startswith(SPECIAL) else path
+
+
+class RowsFile:
+    """``with RowsFile(path, ...) as rows``: rows are appended whole; ``path`` None is stdout.
+
+    done: the paths that have a row, those of earlier runs included; counts: all rows, the anomalous ones, and those
+    with an error. Bytes of a path that are no UTF-8 are written to CSV as they are, to JSON as ``\\udcXX``.
+
+    A file that is there is continued: half a row at its end, from a killed run, is cut off. Raises InputError, and
+    changes nothing, if it holds something else. overwrite: start anew, whatever it holds.
+    """
+
+    def __init__(self, path: str | None, kind: str, columns: Iterable[str], overwrite: bool = False) -> None:
+        self.path, self.kind, self.columns = path, kind, tuple(columns)
+        self.done: set[str] = set()
+        self.counts = {"rows": 0, "anomalous": 0, "errors": 0}
+        self.file: BinaryIO | None = None
+        self.overwrite, self.cuts = overwrite, False
+
+    def __enter__(self) -> "RowsFile":
+        header = b"" if self.kind == "jsonl" else csv_bytes(self.columns)
+        if self.path is None:
+            sys.stdout.flush()
+            # What a full disk refused must not wait in a buffer, to fail once more at the end
+            self.file = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+            self.write(header)
+            return self
+        path = Path(self.path)
+        whole = 0
+        if path.is_file() and not self.overwrite:
+            with path.open("rb") as file:
+                whole = self.read(file, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("ab", buffering=0)
+        self.cuts = path.is_file()  # else a device, or a pipe
+        if self.cuts:
+            self.file.truncate(whole)
+        if not whole:
+            self.write(header)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.path is not None:
+            self.file.close()
+
+    def add(self, rows: list[dict]) -> None:
+        """Append rows, by the names of the columns; None is empty. Raises OSError, naming the file."""
+        self.write(b"".join(self.as_bytes(row) for row in rows))
+        for row in rows:
+            self.note(row["path"], row["anomalous"], row["error"])
+
+    def as_bytes(self, row: dict) -> bytes:
+        values = {name: row[name] for name in self.columns}
+        return csv_bytes(values.values()) if self.kind == "csv" else json.dumps(values).encode() + b"\n"
+
+    def note(self, path: str, anomalous: object, error: object) -> None:
+        self.done.add(path)
+        self.counts["rows"] += 1
+        self.counts["anomalous"] += str(anomalous) == "1"
+        self.counts["errors"] += bool(error)
+
+    def write(self, content: bytes) -> None:
+        """All of it, or nothing of it where the file can be cut."""
+        start, rest = os.fstat(self.file.fileno()).st_size if self.cuts else 0, memoryview(content)
+        try:
+            try:
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+            except OSError:
+                if self.cuts:
+                    self.file.truncate(start)
+                raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", self.path or "stdout") from error
+
+    def read(self, file: BinaryIO, header: bytes) -> int:
+        """Note the rows of an earlier run; returns where the last whole one ends, in bytes."""
+        if header and (first := file.readline(len(header))) != header:
+            if file.read(1) or not header.startswith(first):
+                self.refuse()
+            return 0  # a run that was killed at once
+        end = len(header)
+        for record in records(file, self.kind):
+            if not record.endswith(b"\n"):
+                start = b'{"%s"' % self.columns[0].encode()
+                if not end and record[: len(start)] != start[: len(record)]:
+                    self.refuse()
+                break
+            row = self.parsed(record)
+            self.note(row["path"], row["anomalous"], row["error"])
+            end = file.tell()
+        return end
+
+    def parsed(self, record: bytes) -> dict:
+        try:
+            text = record.decode("utf-8", "surrogateescape")
+            if self.kind == "jsonl":
+                row = json.loads(text)
+            else:
+                (values,) = csv.reader(io.StringIO(text, newline=""), strict=True)
+                row = dict(zip(self.columns, values, strict=True))
+            if tuple(row) != self.columns or not isinstance(row["path"], str):
+                self.refuse()
+        except (ValueError, TypeError, csv.Error):
+            self.refuse()
+        return row
+
+    def refuse(self) -> None:
+        asked = f"{self.kind.upper()} rows with the columns {','.join(self.columns)}"
+        raise InputError(f"{self.path}: holds something else than {asked}; another --output, or --overwrite")
+
+
+def csv_bytes(values: Iterable[object]) -> bytes:
+    """One record. Numbers keep all digits; None is empty."""
+    values = ["" if value is None else value for value in values]
+    # Not every version of the module quotes a carriage return
+    quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def records(file: BinaryIO, kind: str) -> Iterator[bytes]:
+    """The records of a file of rows; a line break within quotes ends none. The last may be half a record, without one.
+    While a record is looked at, ``file.tell()`` is where it ends."""
+    record, quotes = b"", 0
+    while line := file.readline():
+        record, quotes = record + line, quotes + line.count(b'"')
+        if kind == "jsonl" or quotes % 2 == 0:
+            yield record
+            record = b""
+    if record:
+        yield record.removesuffix(b"\n")  # which is within quotes
