@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import beta, binomtest
 from torch import Tensor
 
 KINDS = {  # where normal scores come from: what the rate is worth
@@ -88,11 +87,8 @@ class Promise:
         """Between which the rate lies for INTERVAL of all sets of n normal images; it depends on the set at hand. Of
         several folds it is that of as many images held out, which is only nearly theirs."""
         rank = round(self.rate * (self.count + 1))
-        if rank > self.count:
-            return 1.0, 1.0
         tail = (1 - INTERVAL) / 2
-        low, high = beta.ppf([tail, 1 - tail], rank, self.count + 1 - rank)
-        return float(low), float(high)
+        return beta_quantile(tail, rank, self.count + 1 - rank), beta_quantile(1 - tail, rank, self.count + 1 - rank)
 
     @property
     def bound(self) -> float | None:
@@ -120,5 +116,11 @@ def proportion_interval(count: int, total: int) -> tuple[float | None, float | N
     """Clopper and Pearson's 95 % interval of a share, of which ``count`` of ``total`` were seen; None of none."""
     if not total:
         return None, None
-    found = binomtest(count, total).proportion_ci(0.95, "exact")
-    return float(found.low), float(found.high)
+    return beta_quantile(0.025, count, total - count + 1), beta_quantile(0.975, count + 1, total - count)
+
+
+def beta_quantile(q: float, a: float, b: float) -> float:
+    """Of Beta(a, b); where a or b is 0 all lies at 0 or at 1."""
+    from scipy.special import betaincinv  # scipy.stats takes a second to import, for each command
+
+    return float(betaincinv(a, b, q)) if a and b else float(b == 0)

@@ -6,7 +6,7 @@ flags or of training.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -173,6 +173,12 @@ class Detector(nn.Module):
         if threshold:
             self.normal_scores = held_out
             self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
+        return self
+
+    def at_rate(self, rate: float) -> "Detector":
+        """Itself, deciding at another false-alarm rate in [0, 1] from now on."""
+        self.config = replace(self.config, false_alarm_rate=rate)
+        self.threshold, _ = conformal_threshold(self.normal_scores, rate)
         return self
 
     def refit(self, images: ImageArray, **changes) -> "Detector":

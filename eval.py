@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ from metrics import image_metrics, pixel_metrics
 from model import WeightsError
 from options import PATCH_SETTINGS, flagged, given_settings
 from report import (
+    Evaluation,
     as_csv,
     decision_line,
+    gallery_page,
     missing,
     normal_table,
     print_average,
@@ -43,6 +45,9 @@ from runtime.files import InputError, say, write_files
 from runtime.flags import new_parser, zero_or_one
 from runtime.script import choose_device, folder_name, run_script
 
+if TYPE_CHECKING:
+    from gallery import Page
+
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
 
@@ -53,6 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
     options.add_given_flags(parser, AGREEING, "network", "must agree with the detector, if given")
     note = "given: the density is fitted anew to train/good; default: the detector's own"
     options.add_given_flags(parser, REFITTED, "density and maps", note)
+    options.add_given_flags(parser, ("false_alarm_rate",), "decisions", "given: instead of the detector's")
     add = parser.add_argument_group("output").add_argument
     add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
     for name, default, help in (
@@ -63,12 +69,15 @@ def get_parser() -> argparse.ArgumentParser:
     ):
         text = f"{help} (default: {int(default)})"
         add(f"--{name}", type=zero_or_one, default=default, metavar="0|1", help=text)
+    add("--report", metavar="FILE", help="an HTML file of all images by their scores, with heat maps of patch models")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     here = ranks.from_environment()
     device = choose_device(args.cuda, here.local_rank)
+    if args.report and Path(args.report).suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--report {args.report}: the name of an .html file is needed")
     paths = find_work(args.model_dir, args.data_dir, args.type, here.is_main)
     for path in paths:  # all, before any hour is spent
         check_flags(args, path)
@@ -108,7 +117,13 @@ def main(args: argparse.Namespace) -> None:
         contents |= {str(Path(result.seed, name)): plot for name, plot in result.plots.items()}
     if args.save_plots:
         contents |= draw_summary(rows)
-    write_files({out_dir / name: content for name, content in contents.items()})
+    files = {out_dir / name: content for name, content in contents.items()}
+    if args.report:
+        from gallery import render
+
+        title = f"CutPaste: {folder_name(args.model_dir)}"
+        files[Path(args.report)] = render([result.page for result in results], title).encode()
+    write_files(files)
     say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
 
 
@@ -181,15 +196,6 @@ def changes(args: argparse.Namespace) -> dict:
 # Evaluation -------------------------------------------------------------------------------------------------------
 
 
-class Evaluation(NamedTuple):
-    """Scores and p-values (M,) float64 of test images, anomaly maps (M, H, W) float32 or None, and the metrics."""
-
-    scores: np.ndarray
-    p_values: np.ndarray
-    maps: np.ndarray | None
-    metrics: dict[str, float]
-
-
 def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
     """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
     there are both normal and anomalous ones, of pixels only if a mask marks some."""
@@ -218,6 +224,7 @@ class Result:
     row: dict  # of results.csv
     score_rows: list[dict]  # of scores.csv
     normal_rows: list[dict]  # of normal_scores.csv
+    page: "Page | None"  # of the HTML report
     labels: np.ndarray
     standardized: np.ndarray  # the scores in deviations from those of held-out normal images
     plots: dict[str, bytes]  # PNG files by name
@@ -238,14 +245,17 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
         detector = detector.refit(train, **changed)
         for note in detector.notes():
             say(f"{category}: {note}")
+    if args.false_alarm_rate is not None:
+        detector.at_rate(args.false_alarm_rate)
     test = load_test(args.data_dir, category, *where)
     with_maps = config.patches is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
-    scores, p, maps, metrics = evaluate(detector, test, masks)
+    found = evaluate(detector, test, masks)
+    scores, p, maps, metrics = found
     untrained = None
     if args.control:  # its maps are large and not needed
-        untrained, *_, found = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
-        metrics |= {f"control_{name}": value for name, value in found.items()}
+        untrained, *_, others = evaluate(detector.untrained().fit(train, threshold=False), test, masks)
+        metrics |= {f"control_{name}": value for name, value in others.items()}
     for note in missing(test, masks, metrics):
         say(f"{category}: {note}")
     if args.save_maps:
@@ -257,7 +267,8 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
     score_rows = score_table(args.data_dir, category, test, scores, p, seed)
     scale, center = (each.item() for each in torch.std_mean(detector.normal_scores))
     standardized = (scores - center) / max(scale, 1e-9)
-    return Result(seed, row, score_rows, normal_rows(args, detector), test.labels, standardized, plots)
+    page = gallery_page(detector, test, found, seed) if args.report else None
+    return Result(seed, row, score_rows, normal_rows(args, detector), page, test.labels, standardized, plots)
 
 
 def normal_rows(args: argparse.Namespace, detector: Detector) -> list[dict]:

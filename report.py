@@ -6,6 +6,7 @@ Owns the names of lines and columns. Writes no file; chooses nothing.
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,19 @@ from dataset import TestSet
 from detector import Detector
 from metrics import image_metrics
 from runtime.script import command_line
+
+if TYPE_CHECKING:
+    from gallery import Page
+
+
+class Evaluation(NamedTuple):
+    """Scores and p-values (M,) float64 of test images, anomaly maps (M, H, W) float32 or None, and the metrics."""
+
+    scores: np.ndarray
+    p_values: np.ndarray
+    maps: np.ndarray | None
+    metrics: dict[str, float]
+
 
 LINES = {  # on stdout, for columns of results.csv
     "image_auroc": "AUC",
@@ -57,6 +71,25 @@ def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[
     share = masks[test.with_truth].mean()
     if share in (0, 1) and test.labels.any():
         yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
+
+
+def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> "Page":
+    """A category for the HTML report; with heat maps of a patch model, all in the detector's own scale."""
+    from gallery import Page, Tile, overlay, thumbnail
+
+    level, tiles = detector.threshold.item(), []
+    top = level + max(abs(level), 1e-9)
+    for i, path in enumerate(test.paths):
+        image, drawn = test.images[i].permute(1, 2, 0).numpy(), None
+        if detector.config.patches and found.maps is not None:
+            drawn = thumbnail(overlay(image, found.maps[i], level, top))
+        name, kind, label = f"{path.parent.name}/{path.name}", test.defect_types[i], int(test.labels[i])
+        scores = found.scores[i].item(), found.p_values[i].item()
+        tiles.append(Tile(name, kind, label, *scores, thumbnail(image), drawn))
+    promise, auroc = detector.promise, found.metrics.get("image_auroc")
+    shown = promise.words()
+    category = " ".join(filter(None, (detector.config.category, seed)))
+    return Page(category, detector.unit, promise.rate, promise.count, shown, auroc, tiles)
 
 
 # Several seeds ----------------------------------------------------------------------------------------------------

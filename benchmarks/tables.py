@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas
 from cells import markdown, newest, percent, spread, yes_or_no
+from deciding import DECIDING
 from pandas import DataFrame
 from paper import paper_made, paper_pixel_table, paper_runs_table, paper_table, published
 from record import ROOT, append, read
@@ -320,6 +321,7 @@ TABLES = {
     "transfer_others": functools.partial(transfer_table, "image_auroc", OTHERS),
     "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
     "members": members_table,
+    **DECIDING,
 }
 
 

@@ -30,7 +30,8 @@ def trained(row: pandas.Series) -> str:
         return "as it is"
     rates = f"{row.optim} {row.lr:g}" + ("" if pandas.isna(row.lr_unfrozen) else f", then {row.lr_unfrozen:g}")
     norm = "frozen" if row.freeze_bn else "trained"
-    return f"{row.epochs} steps of {row.batch_size}, {rates}, BatchNorm {norm}"
+    views = ", visible views alone" if row.get("invisible") == "drop" else ""
+    return f"{row.epochs} steps of {row.batch_size}, {rates}, BatchNorm {norm}{views}"
 
 
 def transfer_table(column: str, categories: Sequence[str] = CATEGORIES) -> str:
@@ -51,7 +52,12 @@ def tuned_figures() -> dict[str, str]:
     that are not given."""
     rows, own = transfer_rows(), RECIPES["finetune"]
     rows = rows[(rows.backbone == "mobilenet_v2") & (rows.patch_size == 64) & (rows.taken == "level 2,3")]
-    rows = rows[(rows.recipe == "finetune") & (rows.epochs == own["epochs"]) & (rows.batch_size == own["batch_size"])]
+    rows = rows[
+        (rows.recipe == "finetune")
+        & (rows.invisible == "keep")
+        & (rows.epochs == own["epochs"])
+        & (rows.batch_size == own["batch_size"])
+    ]
     return {category: spread(found.image_auroc) for category, found in rows.groupby("category")}
 
 

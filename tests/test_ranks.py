@@ -93,14 +93,11 @@ def child_pids(process):
     return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
 
 
-@pytest.mark.parametrize("ddp", [0, 1])
-def test_a_killed_rank_is_restarted_and_continues(data, models, tmp_path, ddp):
+def test_a_killed_rank_is_restarted_and_continues(data, tmp_path):
     """With one restart of torchrun: kill -9 of one rank in the middle."""
-    names = "brick,grass" if ddp == 0 else "brick"
-    more = ("--type", names, "--save_minutes", 0, "--ddp", ddp, "--epochs", 12)
+    more = ("--type", "brick", "--save_minutes", 0, "--ddp", 1, "--epochs", 12)
     plain = tmp_path / "plain" / "models"
-    if ddp:
-        assert finish(launch(*flags(data, plain, *more))).code == 0
+    assert finish(launch(*flags(data, plain, *more))).code == 0
     folder = tmp_path / "killed" / "models"
     process = launch(*flags(data, folder, *more), restarts=1)
     until = time.monotonic() + 120
@@ -108,13 +105,12 @@ def test_a_killed_rank_is_restarted_and_continues(data, models, tmp_path, ddp):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < until
         time.sleep(0.02)
-    os.kill(child_pids(process)[1 if ddp else 0], signal.SIGKILL)
+    os.kill(child_pids(process)[1], signal.SIGKILL)
     done = finish(process)
     assert done.code == 0, done.err
     assert "brick: continuing at step" in done.err
-    for name in names.split(","):
-        assert same_weights(folder / f"{name}.pt", (plain if ddp else models) / f"{name}.pt")
-        assert not (folder / f"{name}.checkpoint").exists()
+    assert same_weights(folder / "brick.pt", plain / "brick.pt")
+    assert not (folder / "brick.checkpoint").exists()
 
 
 ENDING = """
@@ -147,7 +143,7 @@ with ranks.ending():
 """
 
 
-@pytest.mark.parametrize("code", [0, 3, None])
+@pytest.mark.parametrize("code", [0, None])
 def test_a_rank_ends_while_a_thread_frees_a_tensor(tmp_path, code):
     """It neither aborts nor waits for ever, and has its exit code; a bug its traceback."""
     script = tmp_path / "ending.py"

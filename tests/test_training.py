@@ -87,14 +87,13 @@ def test_killed_twice_equals_uninterrupted(data, models, tmp_path, script):
     assert not (folder / "brick.checkpoint").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, tmp_path, script, number, code):
+def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, tmp_path, script):
     folder = tmp_path / "models"
     more = ("--type", "brick", "--test_epochs", 2, "--save_minutes", 0)
     process = start(data, folder, *more)
     wait_for_step(process, folder / "brick.checkpoint", 2)
-    process.send_signal(number)
-    assert process.wait(60) == code
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
     err = process.stderr.read()
     assert "state saved; the same command continues" in err
     assert "Traceback" not in err

@@ -1,0 +1,217 @@
+"""The HTML report: every image of one or several categories by its score, in one file that needs no other.
+
+Arrays, numbers and JPEG files' bytes in, a string out. Knows nothing of flags, detectors or folders; the page itself is
+gallery.html.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from PIL import Image
+from scipy import ndimage
+
+THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
+LOWEST_QUALITY = 20
+OUTLINE = (63, 208, 255)
+FAINT, STRONG = (255, 196, 0), (225, 0, 40)  # the heat where it begins and at the top
+MOST_OPAQUE = 0.75
+EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
+WIDTH, ROC_HEIGHT, STRIP_HEIGHT, STRIP_GAP, BINS = 280, 200, 82, 26, 40  # of the charts, in units of their SVG
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image. label: 0 normal, 1 anomalous, None unknown. defect_type: "" without a label. image, overlay: JPEG
+    files, the second with the heat map; None without one."""
+
+    name: str
+    defect_type: str
+    label: int | None
+    score: float
+    p_value: float
+    image: bytes
+    overlay: bytes | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """A category. unit: of the score. rate: images with p_value <= rate are called anomalous. count: n, the normal
+    images that p-values come from, each a whole number of (n + 1)-ths. promise: a sentence or two on what the rate
+    promises. auroc: a fraction, None without labels."""
+
+    category: str
+    unit: str
+    rate: float
+    count: int
+    promise: str
+    auroc: float | None
+    tiles: Sequence[Tile]
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
+    """A JPEG file of an image (H, W, 3) uint8, its longest side at most ``side`` pixels. The quality goes down from
+    ``quality`` until the file has at most THUMBNAIL_BYTES."""
+    small = Image.fromarray(image)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    while True:
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
+        if buffer.tell() <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
+            return buffer.getvalue()
+        quality = max(LOWEST_QUALITY, quality - 10)
+
+
+def overlay(image: np.ndarray, anomaly_map: np.ndarray, level: float, top: float) -> np.ndarray:
+    """The image (H, W, 3) uint8 under its anomaly map (H, W): a new array (H, W, 3) uint8.
+
+    Nothing is drawn on values up to half of ``level``; the heat grows from there to ``top`` and no further. Where the
+    map exceeds ``level`` there is an outline. The scale does not depend on the map, so that good parts do not glow.
+    ValueError if the sizes differ.
+    """
+    if image.shape != (*anomaly_map.shape, 3):
+        raise ValueError(f"a map {anomaly_map.shape} on an image {image.shape}")
+    start = min(level, level / 2)  # a level below zero is its own start
+    heat = ((anomaly_map - start) / max(top - start, 1e-12)).clip(0, 1)[..., None]
+    color = (1 - heat) * FAINT + heat * STRONG
+    opacity = MOST_OPAQUE * heat
+    drawn = ((1 - opacity) * image + opacity * color).round().astype(np.uint8)
+    above = anomaly_map > level
+    width = math.ceil(max(above.shape) / 192)  # a pixel of the thumbnail, which would lose a thinner one
+    drawn[above & ~ndimage.binary_erosion(above, iterations=width, border_value=1)] = OUTLINE
+    return drawn
+
+
+def data_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+# The page ---------------------------------------------------------------------------------------------------------
+
+
+def render(pages: Sequence[Page], title: str) -> str:
+    """The HTML file of all categories. It can be written as UTF-8 whatever the names hold."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=as_text,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"data_uri": data_uri, "short": short}
+    return environment.get_template("gallery.html").render(title=title, sections=[section(page) for page in pages])
+
+
+def as_text(value: object) -> object:
+    """What jinja2 escapes, with two things that it leaves: carriage returns, which HTML would turn into line feeds, and
+    the halves of characters that stand for undecodable bytes in names of files, which no UTF-8 file can hold."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    valid = value.encode("utf-8", "backslashreplace").decode()
+    return escape(valid).replace("\r", Markup("&#13;"))
+
+
+def short(value: float) -> str:
+    """Three digits, as the script in the page writes them."""
+    return f"{value:.3g}"
+
+
+def section(page: Page) -> dict:
+    """What gallery.html needs of a category."""
+    tiles = sorted(page.tiles, key=lambda tile: -tile.score)
+    normal, anomalous = ([tile.score for tile in tiles if tile.label == label] for label in (0, 1))
+    chosen = math.floor(page.rate * (page.count + 1) + 1e-6)
+    levels = slider_levels(page.count, chosen)
+    kinds = {}
+    for tile in tiles:
+        if tile.label is not None:
+            kinds[tile.defect_type] = kinds.get(tile.defect_type, 0) + 1
+    if normal or anomalous:
+        groups = [(name, own) for name, own in (("normal", normal), ("anomalous", anomalous)) if own]
+    else:
+        groups = [("images", [tile.score for tile in tiles])]
+    return {
+        "page": page,
+        "tiles": tiles,
+        "ranks": [round(tile.p_value * (page.count + 1)) for tile in tiles],
+        "normal": len(normal),
+        "anomalous": len(anomalous),
+        "levels": levels,
+        "start": levels.index(chosen),
+        "kinds": sorted(kinds.items()),
+        "with_maps": any(tile.overlay for tile in tiles),
+        "aspect": aspect(tiles),
+        "roc": roc_path(np.array(normal), np.array(anomalous)) if normal and anomalous else None,
+        "histogram": histogram(groups) if tiles else None,
+        "width": WIDTH,
+        "roc_height": ROC_HEIGHT,
+    }
+
+
+def slider_levels(count: int, chosen: int) -> list[int]:
+    """The numerators k of the p-values k / (count + 1) that the slider can be set to, ascending, ``chosen`` and
+    count + 1 among them."""
+    levels, k = {chosen}, 1
+    while k <= count:
+        levels.add(k)
+        k = max(k + 1, round(1.02 * k)) if k >= EVERY_LEVEL else k + 1
+    return sorted(levels | {count + 1})
+
+
+def aspect(tiles: Sequence[Tile]) -> float:
+    """Width / height of the frames of the pictures: that of the median picture, within what a grid bears."""
+    sizes = [Image.open(io.BytesIO(tile.image)).size for tile in tiles]
+    return float(np.clip(np.median([width / height for width, height in sizes]), 0.6, 1.8)) if sizes else 1.0
+
+
+# Charts -----------------------------------------------------------------------------------------------------------
+
+
+def roc_points(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From scores (N,), (A,) the shares (T,), (T,) of normal and anomalous images at or above each score, from none to
+    all."""
+    levels = np.unique(np.concatenate([normal, anomalous]))[::-1]
+    shares = [1 - np.searchsorted(np.sort(own), levels, "left") / len(own) for own in (normal, anomalous)]
+    return np.append(0.0, shares[0]), np.append(0.0, shares[1])
+
+
+def roc_path(normal: np.ndarray, anomalous: np.ndarray) -> str:
+    """The curve as the d of an SVG path, from the lower left to the upper right of (WIDTH, ROC_HEIGHT)."""
+    return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(*roc_points(normal, anomalous)))
+
+
+def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
+    """Bars of groups of scores, a strip a group, above a common axis. groups: name, scores, of which there is at least
+    one. Returns low and high, the ends of the axis; ticks: place, text; strips; the height of all."""
+    everything = np.concatenate([own for _, own in groups])
+    low, high = float(everything.min()), float(everything.max())
+    if low == high:
+        low, high = low - 0.5 * max(1, abs(low)), high + 0.5 * max(1, abs(high))
+    strips = []
+    for number, (name, own) in enumerate(groups):
+        found = np.histogram(own, BINS, (low, high))[0]
+        heights = STRIP_HEIGHT * found / found.max()
+        bars = [(WIDTH * k / BINS, STRIP_HEIGHT - height, height) for k, height in enumerate(heights) if height]
+        y = STRIP_GAP + number * (STRIP_HEIGHT + STRIP_GAP)
+        strips.append({"name": name, "total": len(own), "most": found.max(), "bars": bars, "y": y})
+    ticks = [((value - low) / (high - low) * WIDTH, f"{value:g}") for value in round_values(low, high)]
+    height = len(groups) * (STRIP_HEIGHT + STRIP_GAP)
+    shape = {"bar": WIDTH / BINS, "strip": STRIP_HEIGHT, "height": height}
+    return {"low": low, "high": high, "ticks": ticks, "strips": strips} | shape
+
+
+def round_values(low: float, high: float, most: int = 5) -> list[float]:
+    """Values of few digits and equal steps within low < high, about ``most`` of them."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+    return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
