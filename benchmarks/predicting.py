@@ -54,37 +54,48 @@ def main(args: argparse.Namespace) -> None:
     if not sources:
         raise InputError(f"{args.images}: no image found")
     device = choose_device(args.cuda)
-    detector = load(args.detector, device)
     with tempfile.TemporaryDirectory(prefix="cutpaste-predict-") as folder:
         _, _, start = timed(args, make_copies(sources, Path(folder, "one"), 1), Path(folder))
-        for count in sorted(set(args.count)):
-            copies = make_copies(sources, Path(folder, str(count)), count)
-            peak, anonymous, seconds = timed(args, copies, Path(folder))
+        folders = {count: make_copies(sources, Path(folder, str(count)), count) for count in sorted(set(args.count))}
+        # All before this process takes memory, which those that it starts would count as theirs
+        taken = {count: timed(args, copies, Path(folder)) for count, copies in folders.items()}
+        detector = load(args.detector, device)
+        shared = described(args, detector, sources)
+        for count, (peak, anonymous, seconds) in taken.items():
             row = {
                 "images": count,
                 "broken": count // BROKEN_EVERY,
-                "detector": args.detector.stem,
-                "backbone": detector.config.backbone,
-                "patch_model": detector.config.patches is not None,
-                "height": detector.size[0],
-                "width": detector.size[1],
-                "file_kb": round(sum(path.stat().st_size for path in sources) / len(sources) / 1e3, 1),
-                "heatmaps": args.heatmaps,
                 "start_seconds": round(start, 2),
                 "seconds": round(seconds, 2),
                 "images_per_second": round(count / max(seconds - start, 1e-9), 2),
-                "decoded_per_second": round(decoding_speed(copies, detector.size, args.workers), 2),
+                "decoded_per_second": round(decoding_speed(folders[count], detector.size, args.workers), 2),
                 "scored_per_second": round(scoring_speed(detector, sources, min(count, SCORED_ALONE)), 2),
                 "peak_mb": peak,
                 "anonymous_mb": anonymous,
-                "workers": args.workers,
-                "threads": torch.get_num_threads(),
-                "device": device_name(device),
-                "torch": torch.__version__,
             }
-            append(row | {"command": command(), "commit": commit(), "note": args.note}, args.results)
+            append(row | shared, args.results)
             print(f"{count}: {row['images_per_second']} images per second, {peak} MB")
-            shutil.rmtree(copies)
+
+
+def described(args: argparse.Namespace, detector: Detector, sources: list[Path]) -> dict:
+    """What a row says of the detector, the images and the machine."""
+    height, width = detector.size
+    return {
+        "detector": args.detector.stem,
+        "backbone": detector.config.backbone,
+        "patch_model": detector.config.patches is not None,
+        "height": height,
+        "width": width,
+        "file_kb": round(sum(path.stat().st_size for path in sources) / len(sources) / 1e3, 1),
+        "heatmaps": args.heatmaps,
+        "workers": args.workers,
+        "threads": torch.get_num_threads(),
+        "device": device_name(detector.device),
+        "torch": torch.__version__,
+        "command": command(),
+        "commit": commit(),
+        "note": args.note,
+    }
 
 
 def make_copies(sources: list[Path], folder: Path, count: int) -> Path:
