@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -243,7 +243,8 @@ class Run:
                 if watch is not None and is_main and (self.step % watch_every == 0 or last):
                     check_finite(category, self.step, values[0])
                     looked = time.monotonic()
-                    auroc = watch(Detector(self.config, [self.network]).fit(self.images, threshold=False))
+                    alone = replace(self.config, folds=1, holdout=0.0)  # its images are those that it may see
+                    auroc = watch(Detector(alone, [self.network]).fit(self.images, threshold=False))
                     self.network.train()
                     log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began
