@@ -1,7 +1,6 @@
 """A finished detector: one or several members, their average and the threshold as one module, and the file of it.
 
-Owns the file format, saving and loading. Knows nothing of folders of images, of
-flags or of training.
+Owns the file format, saving and loading. Knows nothing of folders of images, of flags or of training.
 """
 
 import math

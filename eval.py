@@ -261,7 +261,9 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
     say(f"{category}: {decision_line(row)}")
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}
     score_rows = score_table(args.data_dir, category, test, scores, p, seed)
-    scale, center = (each.item() for each in torch.std_mean(detector.normal_scores))
+    normal = detector.normal_scores
+    several = int(len(normal) > 1)  # one image held out has no deviation
+    scale, center = (each.item() for each in torch.std_mean(normal, correction=several))
     standardized = (scores - center) / max(scale, 1e-9)
     page = gallery_page(detector, test, found, seed) if args.report else None
     return Result(seed, row, score_rows, normal_rows(args, detector), page, test.labels, standardized, plots)

@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from config import Config, SettingError
 from dataset import decode, load_test, load_train
-from detector import Detector, load
+from detector import Detector, load, save
 from eval import evaluate
 from member import initial_network, member_images, stream, unseen_by
 from runtime.files import InputError
@@ -112,6 +112,20 @@ def test_another_rate_decides_otherwise(held, data, tmp_path, script):
     assert (row.false_alarm_rate, row.promised_rate) == (0.75, 0.75)
     assert row.threshold == normal.min()
     assert load(held / "brick.pt").config.false_alarm_rate == 0.25
+
+
+def test_of_one_image_held_out_the_score_has_no_deviation(images, data, tmp_path, script):
+    config = replace(CONFIG, holdout=0.01)
+    for seed in (0, 1):
+        own = replace(config, seed=seed)
+        made = Detector(own, [initial_network(own)]).fit(images)
+        made.metadata = {"train_images": len(images)}
+        assert made.promise.count == 1
+        save(made, tmp_path / f"models/seed{seed}/brick.pt")
+    where = ["--data_dir", data, "--model_dir", tmp_path / "models", "--eval_dir", tmp_path, "--save_plots", 0]
+    done = script("eval", *where)
+    assert done.code == 0, done.err
+    assert 0 <= pandas.read_csv(tmp_path / "models/seeds.csv").averaged_auroc[0] <= 1
 
 
 def test_a_report_needs_a_name_for_html(held, data, script):
