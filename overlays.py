@@ -1,11 +1,9 @@
 """Where an image is anomalous, from its map: the strongest region, a mask, and heat laid over the image.
 
-Maps and images in; boxes and files out. Owns how such files are named and colored.
+Maps and images in; boxes and files' bytes out. Owns how heat is colored.
 """
 
 import io
-import os
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -75,29 +73,3 @@ def encoded(image: Image.Image, target: str) -> bytes:
     except (OSError, ValueError) as error:
         raise InputError(f"{target}: cannot be drawn ({error})") from error
     return buffer.getvalue()
-
-
-class Targets:
-    """The files that are drawn, each of one image: no two share a name, and none replaces an image."""
-
-    def __init__(self) -> None:
-        self.owners: dict[str, tuple[str, str]] = {}  # of a file: the image, and the folder of results
-        self.real = lru_cache(1024)(os.path.realpath)  # of folders
-
-    def place(self, path: str) -> str:
-        return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
-
-    def keep(self, path: str) -> None:
-        """Let nothing be drawn over an image."""
-        self.owners[self.place(path)] = (path, "")
-
-    def add(self, folder: str, below: str, path: str, suffix: str | None = None) -> str:
-        """The file for an image that is called ``below``; without a ``suffix`` a JPEG for a JPEG, else a PNG. Raises
-        InputError if another image has that name, or the other drawing of this one."""
-        stem, own = os.path.splitext(below)
-        target = os.path.join(folder, stem + (suffix or (own if own.lower() in (".jpg", ".jpeg") else ".png")))
-        owner = self.owners.setdefault(self.place(target), (path, folder))
-        if owner != (path, folder):
-            found = f"{target} would be drawn of it, but that name is taken by {owner[0]}"
-            raise InputError(f"{path}: {found}; rename one, or take another folder")
-        return target

@@ -23,29 +23,19 @@ import argparse
 import os
 import signal
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-import numpy as np
-import torch
-
-import overlays
-from dataset import decode, read_size
 from detector import SUFFIX, Detector, detector_path, load, load_config
-from listing import listed, relative, watch
-from overlays import Targets
+from drawings import Drawings
+from listing import listed, watch
 from rows_file import COLUMNS, FORMATS, RowsFile
-from runtime.files import InputError, say, write_file
+from runtime.files import InputError, say
 from runtime.flags import int_at_least, new_parser, number, one_of, size, zero_or_one
 from runtime.script import Interrupts, choose_device, progress_bar, run_script
-
-T, R = TypeVar("T"), TypeVar("R")
+from scoring import Scorer
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -78,17 +68,11 @@ def main(args: argparse.Namespace) -> None:
     tasks, device = find_tasks(args), choose_device(args.cuda)
     for task in tasks:  # all, before any hour is spent
         check(args, task)
-    written = [folder for folder in (args.heatmaps, args.masks) if folder]  # may lie within what is scored
-    lists = [listed(task.words, written) for task in tasks]
+    drawings = Drawings(args.heatmaps, args.masks)
+    lists = [listed(task.words, drawings.folders) for task in tasks]  # the folders may lie within what is scored
     if not any(lists) and not args.watch:
         raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
-    targets = Targets() if written else None
-    for path in (path for paths in lists for path in paths if targets):
-        targets.keep(path)
-    for task, paths in zip(tasks, lists):
-        name_drawings(args, task, paths, targets)
-    for folder in written:
-        os.makedirs(folder, exist_ok=True)  # here it is known before anything is scored that it cannot be
+    check_drawings(drawings, tasks, lists)
     columns = (*(["category"] if args.model_dir else []), *COLUMNS)
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
@@ -96,16 +80,21 @@ def main(args: argparse.Namespace) -> None:
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         total, done = sum(map(len, lists)), sum(path in rows.done for paths in lists for path in paths)
         bar = stack.enter_context(progress_bar("images", done, total, True, "image"))
+
+        def tell(count: int) -> None:
+            bar.update(count)
+            halt(stop)
+
         scorers = []
         for task, paths in zip(tasks, lists):
-            scorer = Scorer(args, task, load(task.detector, device), targets)
-            scorer.score(paths, rows, pool, bar.update, stop)
+            scorer = make_scorer(args, task, load(task.detector, device), drawings)
+            scorer.score(paths, rows, pool, tell)
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
             folders = [folder for task in tasks for folder in task.words]
-            for ready in watch(folders, rows.done, written, lambda: stop.signal):
-                for scorer in scorers:
-                    scorer.score([path for path in ready if scorer.task.holds(path)], rows, pool, bar.update, stop)
+            for ready in watch(folders, rows.done, drawings.folders, lambda: stop.signal):
+                for task, scorer in zip(tasks, scorers):
+                    scorer.score([path for path in ready if task.holds(path)], rows, pool, tell)
             halt(stop)
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
@@ -184,117 +173,23 @@ def check(args: argparse.Namespace, task: Task) -> None:
         raise InputError(f"--heatmaps: {path} needs a gradient, which the density {config.density} has not")
 
 
-def name_drawings(args: argparse.Namespace, task: Task, paths: list[str], targets: Targets | None) -> list[str]:
-    """The files that will be drawn of images, of which none may be in the way of another; see Targets.add."""
-    if targets is None:
-        return []
-    kinds = [(folder, suffix) for folder, suffix in ((args.heatmaps, None), (args.masks, ".png")) if folder]
-    return [targets.add(folder, relative(path, task.folders), path, end) for path in paths for folder, end in kinds]
+def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]) -> None:
+    """Know before anything is scored what cannot be drawn. Raises InputError or OSError."""
+    for path in (path for paths in lists for path in paths if drawings):
+        drawings.keep(path)
+    for task, paths in zip(tasks, lists):
+        for path in paths:
+            drawings.name(path, task.folders)
+    for folder in drawings.folders:
+        os.makedirs(folder, exist_ok=True)
 
 
-# Scoring ----------------------------------------------------------------------------------------------------------
-
-
-class Read(NamedTuple):
-    """A file, its pixels (h, w, 3) uint8 at the detector's size, and its own size (H, W), which only patch models
-    need; or why there are none."""
-
-    path: str
-    pixels: np.ndarray | None = None
-    size: tuple[int, int] | None = None
-    error: str | None = None
-
-
-class Scorer:
-    """One detector at work: paths in, rows and drawings out."""
-
-    def __init__(self, args: argparse.Namespace, task: Task, detector: Detector, targets: Targets | None) -> None:
-        self.args, self.task, self.detector, self.targets = args, task, detector, targets
-        self.has_maps = detector.config.patches is not None
-        if args.false_alarm_rate is not None:
-            detector.at_rate(args.false_alarm_rate)
-        self.threshold, self.rate = detector.threshold.item(), detector.promise.rate
-        say(f"{detector.config.category}: {detector.promise.words()}")
-
-    def score(
-        self, paths: list[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object], stop: Interrupts
-    ) -> None:
-        """Add a row for each path that has none; as many as go through the detector together are written at once."""
-        missing = (path for path in paths if path not in rows.done)
-        at_once = self.detector.at_once
-        with closing(in_order(pool, self.read, missing, at_once + self.args.workers)) as found:
-            while block := list(islice(found, at_once)):
-                rows.add(self.rows(block, pool))
-                tell(len(block))
-                halt(stop)
-
-    def read(self, path: str) -> Read:
-        try:
-            if os.path.exists(path) and not os.path.isfile(path):
-                raise InputError("no file, or a folder that cannot be listed")
-            return Read(path, decode(path, self.detector.size), read_size(path) if self.has_maps else None)
-        except InputError as error:
-            return Read(path, error=reason(error, path))
-
-    @torch.inference_mode()
-    def rows(self, block: list[Read], pool: Executor) -> list[dict]:
-        """Rows of images, whose drawings are in place when they come."""
-        empty = dict.fromkeys(COLUMNS) | ({"category": self.task.category} if self.args.model_dir else {})
-        rows = {each.path: empty | {"path": each.path, "error": each.error} for each in block}
-        good = [each for each in block if each.error is None]
-        if not good:
-            return list(rows.values())
-        pixels = torch.from_numpy(np.stack([each.pixels for each in good])).permute(0, 3, 1, 2)
-        drawn = self.args.heatmaps or self.args.masks
-        judged = self.detector.judge(pixels.to(self.detector.device), grad_cam=bool(drawn) and not self.has_maps)
-        scores, p_values = judged.scores.tolist(), judged.p_values.tolist()
-        maps = [None] * len(good) if judged.maps is None else list(judged.maps.cpu().numpy())
-        faults = list(pool.map(self.draw, (each.path for each in good), scores, maps)) if drawn else [None] * len(good)
-        for each, score, p, heat, fault in zip(good, scores, p_values, maps, faults):
-            if fault:
-                rows[each.path]["error"] = fault
-                continue
-            rows[each.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.rate)}
-            if self.has_maps and (box := overlays.region(heat, self.threshold, each.size)):
-                rows[each.path] |= dict(zip(("x", "y", "width", "height"), box))
-        return list(rows.values())
-
-    def draw(self, path: str, score: float, heat: np.ndarray) -> str | None:
-        """Write what is asked for of an image with a map (h, w). Returns why it cannot be drawn."""
-        try:
-            self.targets.keep(path)  # it may have come later
-            targets = name_drawings(self.args, self.task, [path], self.targets)
-            pixels = decode(path)
-            if not self.has_maps:  # brought to the score's unit, as the maximum of a patch model's map is its score
-                heat = heat * np.float32(max(score, 0) / max(heat.max(), 1e-30))
-            heat = overlays.enlarged(heat, pixels.shape[:2])
-            if self.args.masks:
-                write_file(overlays.encoded(overlays.mask(heat, self.threshold), targets[-1]), targets[-1])
-            if self.args.heatmaps:
-                picture = overlays.overlay(pixels, heat, self.threshold, outlined=self.has_maps)
-                write_file(overlays.encoded(picture, targets[0]), targets[0])
-        except InputError as error:
-            return reason(error, path)
-
-
-def reason(error: InputError, path: str) -> str:
-    """What is wrong with a file, in one line, without its path."""
-    return " ".join(str(error).removeprefix(f"{path}: ").splitlines())
-
-
-def in_order(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """work(item) of each, in order, done by a pool that is at most ``ahead`` items in front of who takes them."""
-    waiting = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings) -> Scorer:
+    if args.false_alarm_rate is not None:
+        detector.at_rate(args.false_alarm_rate)
+    say(f"{detector.config.category}: {detector.promise.words()}")
+    first = {"category": task.category} if args.model_dir else {}
+    return Scorer(detector, first, drawings, task.folders, args.workers)
 
 
 if __name__ == "__main__":

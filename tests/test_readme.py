@@ -25,9 +25,9 @@ BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = [
     *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset", "model"],
-    *["localization", "gradcam", "config", "options", "member", "detector", "plots", "overlays", "gallery", "log"],
-    *["checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing", "predict", "export"],
-    "prepare_data",
+    *["localization", "gradcam", "config", "options", "member", "earlier", "detector", "plots", "overlays", "gallery"],
+    *["log", "checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing", "drawings"],
+    *["scoring", "predict", "export", "prepare_data"],
 ]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}

@@ -1,0 +1,62 @@
+"""The files that are drawn of images: heat maps and masks, how they are named, and that they harm no other file."""
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+import overlays
+from dataset import decode
+from listing import relative
+from runtime.files import InputError, write_file
+
+
+class Drawings:
+    """Heat maps and masks of images, each in a folder, None: not drawn. Each file is of one image: no two share a name,
+    and none replaces an image. It is true if anything is drawn."""
+
+    def __init__(self, heatmaps: str | None, masks: str | None) -> None:
+        self.heatmaps, self.masks = heatmaps, masks
+        self.folders = [folder for folder in (heatmaps, masks) if folder]
+        self.owners: dict[str, tuple[str, str]] = {}  # of a file: the image, and the folder of results
+        self.real = lru_cache(1024)(os.path.realpath)  # of folders
+
+    def __bool__(self) -> bool:
+        return bool(self.folders)
+
+    def draw(self, path: str, folders: Sequence[str], heat: np.ndarray, threshold: float, outlined: bool) -> None:
+        """Write what is asked for of an image with a map (h, w). folders: those it is named from. outlined: with a line
+        around what is above the threshold. Raises InputError if it cannot be drawn."""
+        self.keep(path)  # it may have come later
+        targets = self.name(path, folders)
+        pixels = decode(path)
+        heat = overlays.enlarged(heat, pixels.shape[:2])
+        if self.heatmaps:
+            picture = overlays.overlay(pixels, heat, threshold, outlined)
+            write_file(overlays.encoded(picture, targets[0]), targets[0])
+        if self.masks:
+            write_file(overlays.encoded(overlays.mask(heat, threshold), targets[-1]), targets[-1])
+
+    def name(self, path: str, folders: Sequence[str]) -> list[str]:
+        """The files that are drawn of an image, of which none may be in the way of another; see ``add``."""
+        kinds = [(folder, suffix) for folder, suffix in ((self.heatmaps, None), (self.masks, ".png")) if folder]
+        return [self.add(folder, relative(path, folders), path, suffix) for folder, suffix in kinds]
+
+    def place(self, path: str) -> str:
+        return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
+
+    def keep(self, path: str) -> None:
+        """Let nothing be drawn over an image."""
+        self.owners[self.place(path)] = (path, "")
+
+    def add(self, folder: str, below: str, path: str, suffix: str | None = None) -> str:
+        """The file for an image that is called ``below``; without a ``suffix`` a JPEG for a JPEG, else a PNG. Raises
+        InputError if another image has that name, or the other drawing of this one."""
+        stem, own = os.path.splitext(below)
+        target = os.path.join(folder, stem + (suffix or (own if own.lower() in (".jpg", ".jpeg") else ".png")))
+        owner = self.owners.setdefault(self.place(target), (path, folder))
+        if owner != (path, folder):
+            found = f"{target} would be drawn of it, but that name is taken by {owner[0]}"
+            raise InputError(f"{path}: {found}; rename one, or take another folder")
+        return target
