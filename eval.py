@@ -41,7 +41,7 @@ from report import (
 )
 from runtime import ranks
 from runtime.files import InputError, say, write_files
-from runtime.flags import new_parser, zero_or_one
+from runtime.flags import html_file, new_parser, zero_or_one
 from runtime.script import choose_device, folder_name, run_script
 
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
@@ -65,15 +65,14 @@ def get_parser() -> argparse.ArgumentParser:
     ):
         text = f"{help} (default: {int(default)})"
         add(f"--{name}", type=zero_or_one, default=default, metavar="0|1", help=text)
-    add("--report", metavar="FILE", help="an HTML file of all images by their scores, with heat maps of patch models")
+    about = "an HTML file of all images by their scores, with heat maps of patch models"
+    add("--report", type=html_file, metavar="FILE", help=about)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     here = ranks.from_environment()
     device = choose_device(args.cuda, here.local_rank)
-    if args.report and Path(args.report).suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"--report {args.report}: the name of an .html file is needed")
     paths = find_work(args.model_dir, args.data_dir, args.type, here.is_main)
     for path in paths:  # all, before any hour is spent
         check_flags(args, path)

@@ -31,9 +31,10 @@ from pathlib import Path
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from drawings import Drawings
 from listing import listed, watch
+from report import Gallery
 from rows_file import COLUMNS, FORMATS, RowsFile
-from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, number, one_of, size, zero_or_one
+from runtime.files import InputError, say, write_file
+from runtime.flags import html_file, int_at_least, new_parser, number, one_of, size, zero_or_one
 from runtime.script import Interrupts, choose_device, progress_bar, run_script
 from scoring import Scorer
 
@@ -54,6 +55,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start --output anew, whatever the file holds")
     add("--heatmaps", metavar="DIR", help="draw each image under its heat; earlier drawings are replaced")
     add("--masks", metavar="DIR", help="patch models: a PNG of what is above the threshold, 255 of 0 and 255")
+    about = "an HTML file of the images that are scored, the highest scores first, with heat maps of patch models"
+    add("--report", type=html_file, metavar="FILE", help=about)
     fail = "exit with 3 if an image is anomalous (default: 0)"
     add("--fail_on_anomaly", type=zero_or_one, default=False, metavar="0|1", help=fail)
     add("--watch", action="store_true", help="go on with the files that come to the folders, until Ctrl-C")
@@ -77,6 +80,8 @@ def main(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
         rows = stack.enter_context(RowsFile(args.output, args.format, columns, args.overwrite))
+        galleries: list[Gallery] = []
+        stack.callback(write_report, args, galleries)  # of what was scored until a signal too
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         total, done = sum(map(len, lists)), sum(path in rows.done for paths in lists for path in paths)
         bar = stack.enter_context(progress_bar("images", done, total, True, "image"))
@@ -87,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
 
         scorers = []
         for task, paths in zip(tasks, lists):
-            scorer = make_scorer(args, task, load(task.detector, device), drawings)
+            scorer = make_scorer(args, task, load(task.detector, device), drawings, galleries)
             scorer.score(paths, rows, pool, tell)
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
@@ -184,12 +189,30 @@ def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]
         os.makedirs(folder, exist_ok=True)
 
 
-def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings) -> Scorer:
+def make_scorer(
+    args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings, galleries: list[Gallery]
+) -> Scorer:
+    """What scores a task's images; with --report its gallery is added to ``galleries``."""
     if args.false_alarm_rate is not None:
         detector.at_rate(args.false_alarm_rate)
     say(f"{detector.config.category}: {detector.promise.words()}")
     first = {"category": task.category} if args.model_dir else {}
-    return Scorer(detector, first, drawings, task.folders, args.workers)
+    followers = []
+    if args.report:
+        galleries.append(Gallery(detector))
+        followers.append(galleries[-1])
+    return Scorer(detector, first, drawings, task.folders, args.workers, followers)
+
+
+def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
+    """The HTML file of what was scored in this run; none, if that is nothing."""
+    if pages := [each.page() for each in galleries if each.count]:
+        from gallery import render
+
+        title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
+        write_file(render(pages, title).encode(), args.report)
+    elif args.report:
+        say(f"nothing new was scored, so {args.report} is not written")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What an evaluation leaves in words and figures: the lines on stdout, rows of the tables.
+"""What an evaluation leaves in words and figures: the lines on stdout, rows of the tables, pages of the HTML report.
 
 Owns the names of lines and columns. Writes no file; chooses nothing.
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from conformal import Promise, proportion_interval
 from dataset import TestSet
-from detector import Detector
+from detector import Detector, Judged
 from metrics import image_metrics
 from runtime.script import command_line
 
 if TYPE_CHECKING:
-    from gallery import Page
+    from gallery import Page, Tile
+
+MOST_TILES = 1000  # of images that have no labels: with heat maps 30 MB at most
 
 
 class Evaluation(NamedTuple):
@@ -73,23 +77,62 @@ def missing(test: TestSet, masks: np.ndarray | None, metrics: dict) -> Iterator[
         yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
 
 
-def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> "Page":
-    """A category for the HTML report; with heat maps of a patch model, all in the detector's own scale."""
-    from gallery import Page, Tile, thumbnail
-    from overlays import overlay
+# The HTML report --------------------------------------------------------------------------------------------------
 
-    level, tiles = detector.threshold.item(), []
+
+def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> "Page":
+    """A category's test images for the HTML report."""
+    tiles = []
     for i, path in enumerate(test.paths):
-        image, drawn = test.images[i].permute(1, 2, 0).numpy(), None
-        if detector.config.patches and found.maps is not None:
-            drawn = thumbnail(np.asarray(overlay(image, found.maps[i], level, outlined=True)))
-        name, kind, label = f"{path.parent.name}/{path.name}", test.defect_types[i], int(test.labels[i])
-        scores = found.scores[i].item(), found.p_values[i].item()
-        tiles.append(Tile(name, kind, label, *scores, thumbnail(image), drawn))
-    promise, auroc = detector.promise, found.metrics.get("image_auroc")
-    shown = promise.words()
-    category = " ".join(filter(None, (detector.config.category, seed)))
-    return Page(category, detector.unit, promise.rate, promise.count, shown, auroc, tiles)
+        about = {"defect_type": test.defect_types[i], "label": int(test.labels[i])}
+        about |= {"score": found.scores[i].item(), "p_value": found.p_values[i].item()}
+        heat = None if found.maps is None else found.maps[i]
+        tiles.append(tile(detector, f"{path.parent.name}/{path.name}", test.images[i], heat, about))
+    return page(detector, tiles, " ".join(filter(None, (detector.config.category, seed))), found.metrics)
+
+
+class Gallery:
+    """Tiles of images without labels as they are scored; of more than MOST_TILES those with the highest scores."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector, self.count = detector, 0
+        self.kept: list[tuple[float, int, Tile]] = []  # a heap, the lowest score first, of equal ones the last
+
+    def add(self, paths: Sequence[str], pixels: Tensor, judged: Judged) -> None:
+        """Images by path, (B, 3, H, W) uint8, and what the detector says of them."""
+        maps = [None] * len(paths) if judged.maps is None else judged.maps.cpu().numpy()
+        for path, image, heat, score, p in zip(paths, pixels, maps, judged.scores.tolist(), judged.p_values.tolist()):
+            self.count += 1
+            if len(self.kept) == MOST_TILES and score <= self.kept[0][0]:
+                continue
+            about = {"defect_type": "", "label": None, "score": score, "p_value": p}
+            new = (score, -self.count, tile(self.detector, path, image, heat, about))
+            (heapq.heappushpop if len(self.kept) == MOST_TILES else heapq.heappush)(self.kept, new)
+
+    def page(self) -> "Page":
+        tiles = [each for *_, each in self.kept]
+        more = f". The {len(tiles)} images with the highest scores, of {self.count}" * (self.count > len(tiles))
+        return page(self.detector, tiles, self.detector.config.category, {}, more)
+
+
+def tile(detector: Detector, name: str, image: Tensor, heat: np.ndarray | None, about: dict) -> "Tile":
+    """An image (3, H, W) uint8, of a patch model with its map (H, W) in the detector's own scale."""
+    from gallery import Tile, thumbnail
+
+    pixels, drawn = image.permute(1, 2, 0).cpu().numpy(), None
+    if detector.config.patches and heat is not None:
+        from overlays import overlay
+
+        drawn = thumbnail(np.asarray(overlay(pixels, heat, detector.threshold.item(), outlined=True)))
+    return Tile(name, image=thumbnail(pixels), overlay=drawn, **about)
+
+
+def page(detector: Detector, tiles: "list[Tile]", title: str, metrics: dict, more: str = "") -> "Page":
+    from gallery import Page
+
+    promise = detector.promise
+    auroc, words = metrics.get("image_auroc"), promise.words() + more
+    return Page(title, detector.unit, promise.rate, promise.count, words, auroc, tiles)
 
 
 # Several seeds ----------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def one_of(choices: Collection[str]) -> Rule:
 
 zero_or_one = Rule(bool, "0 or 1", parse={"0": False, "1": True}.__getitem__)
 anything = Rule(str, "text")
+html_file = Rule(str, "the name of an .html file", lambda value: value.lower().endswith((".html", ".htm")))
 
 
 def _parse_size(text: str) -> tuple[int, int]:

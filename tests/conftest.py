@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,21 @@ def models(data, tmp_path_factory) -> Path:
     assert done.code == 0, done.err
     assert done.out == ""
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    """Chromium, without a window; tests of it are skipped where there is none."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    with api.sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        path = own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
+        if path is None:
+            pytest.skip("no Chromium is installed")
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # as root too
+        yield browser
+        browser.close()
 
 
 def train(data: Path, folder: Path, *flags: object, **kwargs) -> SimpleNamespace:

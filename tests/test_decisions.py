@@ -7,7 +7,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import one_line, train
+from conftest import train
 from scipy.stats import beta
 
 from config import Config, SettingError
@@ -104,6 +104,21 @@ def test_tables_have_p_values_and_what_deciding_by_them_comes_to(held, data, tmp
     assert "://" not in text
 
 
+def test_the_report_counts_what_results_csv_says(held, data, tmp_path, script, browser):
+    where = ["--data_dir", data, "--model_dir", held, "--eval_dir", tmp_path, "--save_plots", 0]
+    for rate in (0.25, 0.99):
+        done = script("eval", *where, "--false_alarm_rate", rate, "--report", tmp_path / "report.html")
+        assert done.code == 0, done.err
+        row = pandas.read_csv(tmp_path / "models/results.csv").iloc[0]
+        tab = browser.new_page()
+        tab.goto((tmp_path / "report.html").as_uri())
+        shown = {role: tab.locator(f"[data-role={role}]").inner_text() for role in ("false-alarms", "detections")}
+        assert shown["false-alarms"] == f"{row.false_alarms} of {row.test_normal}"
+        assert shown["detections"] == f"{row.detections} of {row.test_anomalous}"
+        tab.close()
+    assert row.detections > 0
+
+
 def test_another_rate_decides_otherwise(held, data, tmp_path, script):
     where = ["--data_dir", data, "--model_dir", held, "--eval_dir", tmp_path, "--save_plots", 0]
     assert script("eval", *where, "--false_alarm_rate", 0.75).code == 0
@@ -129,7 +144,9 @@ def test_of_one_image_held_out_the_score_has_no_deviation(images, data, tmp_path
 
 
 def test_a_report_needs_a_name_for_html(held, data, script):
-    one_line(script("eval", "--data_dir", data, "--model_dir", held, "--report", "a.pdf"), "--report a.pdf", ".html")
+    done = script("eval", "--data_dir", data, "--model_dir", held, "--report", "a.pdf")
+    assert done.code == 2
+    assert "argument --report: 'a.pdf': the name of an .html file" in done.err
 
 
 # The Python interface ---------------------------------------------------------------------------------------------

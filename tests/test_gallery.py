@@ -1,10 +1,8 @@
 """The HTML report: its pictures, its charts, and what it shows and does in a browser."""
 
 import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,20 +124,6 @@ def test_the_slider_has_the_level_in_use_and_all_small_ones(count, chosen):
 
 
 # In a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    with api.sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        path = own if Path(own).exists() else next(filter(None, map(shutil.which, names)), None)
-        if path is None:
-            pytest.skip("no Chromium is installed")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # as root too
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

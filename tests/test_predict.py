@@ -21,6 +21,7 @@ from conftest import ROOT, one_line, run
 from PIL import Image
 
 import overlays
+import report
 from config import Config, PatchConfig
 from conformal import Promise
 from dataset import find_images, load_train, read_size
@@ -301,6 +302,42 @@ def test_a_killed_run_is_continued(detectors, here, data, script):
     assert np.allclose(scores, scores[: len(sources)][np.arange(160) % len(sources)], rtol=1e-5)
 
 
+def test_a_thousand_files_of_which_twenty_are_broken(detectors, here, data, script):
+    folder, sources = here / "many", find_images(data / "brick/train/good")
+    folder.mkdir()
+    for number in range(1000):
+        os.link(shutil.copy(sources[number % 8], here / f"{number % 8}.png"), folder / f"{number:04}.png")
+    png, gray = sources[0].read_bytes(), Image.open(sources[0]).convert("L")
+    for kind in ("jpeg", "tiff", "bmp", "webp"):
+        gray.save(here / f"x.{kind}")
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(here / "nan.tiff")
+    bmp = (here / "x.bmp").read_bytes()
+    contents = [b"", b"x", png[:8], png[:60], png[:-40], png[:41] + bytes(len(png) - 41), b"GIF89a" + bytes(90)]
+    whole = [(here / f"x.{kind}").read_bytes() for kind in ("jpeg", "tiff", "bmp", "webp")]
+    contents += [content[:size] for content in whole for size in (20, len(content) // 2)]
+    contents += [bmp[:18] + b"\xff\xff\x0f\x00" * 2 + bmp[26:], (here / "nan.tiff").read_bytes(), b"\0" * 5000]
+    broken = [f"many/{50 * number + 7:04}.png" for number in range(20)]
+    for name, content in zip(broken, contents):
+        os.unlink(name)
+        (here / name).write_bytes(content)
+    os.unlink(broken[18])
+    os.mkfifo(broken[18])  # would be waited for
+    os.unlink(broken[19])
+    os.symlink("loop.png", "many/loop.png")
+    os.link("many/loop.png", broken[19], follow_symlinks=False)
+    os.unlink("many/loop.png")
+    done = script("predict", detectors / "whole/brick.pt", *sorted(f"many/{n:04}.png" for n in range(1000)))
+    rows = table(done, 1)
+    assert len(contents) == 18
+    assert [row["path"] for row in rows] == [f"many/{number:04}.png" for number in range(1000)]
+    assert [row["path"] for row in rows if row["error"]] == broken
+    assert {row["score"] for row in rows if row["error"]} == {""}
+    scores = np.array([float(row["score"] or "nan") for row in rows]).reshape(-1, 8)
+    assert np.allclose(np.nanmin(scores, 0), np.nanmax(scores, 0), rtol=1e-5)
+    assert np.isfinite(scores).sum() == 980
+    assert "20 could not be scored" in done.err
+
+
 def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
@@ -472,6 +509,38 @@ def test_no_drawing_is_in_the_way(detectors, here, script):
     assert not (here / "a").exists()
 
 
+def test_a_report_of_new_images(detectors, here, script, monkeypatch, browser):
+    path = half_above(detectors / "patch/brick.pt", here)
+    shutil.copy("photos/b.png", "photos/<b>&'.png")
+    words = ["predict", path, "photos", "--output", "rows.csv", "--report", "look.html"]
+    done = script(*words)
+    assert done.code == 0, done.err
+    rows = rows_in("rows.csv")
+    tab = browser.new_page(viewport={"width": 390, "height": 800})
+    tab.goto((here / "look.html").as_uri())
+    scores = {row["path"]: float(row["score"]) for row in rows}
+    names = tab.locator(".name").evaluate_all("all => all.map(e => e.textContent)")
+    assert {*names} == {*scores}
+    assert [scores[name] for name in names] == sorted(scores.values(), reverse=True)
+    called = sum(row["anomalous"] == "1" for row in rows)
+    assert tab.locator("[data-role=called]").inner_text() == f"{called} of 7"
+    assert tab.locator("button.frame").count() == 7  # with heat maps
+    tab.close()
+    content = (here / "look.html").read_text()
+    done = script(*words)
+    assert "nothing new was scored, so look.html is not written" in done.err
+    monkeypatch.setattr(report, "MOST_TILES", 4)
+    done = script(*words, "--overwrite")
+    fewer = (here / "look.html").read_text()
+    assert done.code == 0, done.err
+    assert (content.count('class="tile"'), fewer.count('class="tile"')) == (7, 4)
+    assert "The 4 images with the highest scores, of 7" in fewer
+    assert [name for name in ("photos/a.jpg", "photos/more/e.bmp") if f"heat map of {name}" in fewer] == [
+        name for name in ("photos/a.jpg", "photos/more/e.bmp") if name in names[:4]
+    ]
+    assert script("predict", path, "photos", "--report", "look.pdf").code == 2
+
+
 # Several categories -----------------------------------------------------------------------------------------------
 
 
@@ -581,6 +650,33 @@ def test_new_files_are_scored_once_they_are_written(detectors, here, data, scrip
     assert [row["path"] for row in rows[6:]] == ["photos/slow.png", "photos/new/in.png"]
     assert not any(row["error"] for row in rows)
     assert (here / "photos/heat/new/in.png").is_file()
+
+
+def test_a_watch_that_is_killed_is_continued(detectors, here, data):
+    """Nothing is lost and nothing twice, whatever came before, while and after it was dead."""
+    out, sources = here / "out.csv", find_images(data / "brick/train/good")
+    words = [sys.executable, ROOT / "predict.py", detectors / "whole/brick.pt", "photos", "--watch", "--output", out]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: seen(out) > 6)
+        for number in range(20):
+            shutil.copy(sources[0], here / f"photos/while{number:03}.png")
+            time.sleep(0.1)
+        wait_for(lambda: seen(out) > 7)
+    finally:
+        process.kill()
+        process.wait()
+    shutil.copy(sources[0], here / "photos/after.png")
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: seen(out) > 6 + 21)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    paths = [row["path"] for row in rows_in(out)]
+    assert sorted(paths) == sorted(listed(["photos"]))
+    assert len(paths) == 6 + 21
 
 
 def test_a_watched_folder_that_goes_away(detectors, here, script, aside):
