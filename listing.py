@@ -7,7 +7,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from dataset import find_images
@@ -68,7 +68,9 @@ def relative(path: str, folders: Iterable[str] = ()) -> str:
     return os.path.join(*(part for part in Path(path).parts if part not in (Path(path).anchor, os.pardir)))
 
 
-def watch(folders: list[str], known: set[str], skipped: Iterable[str], stopped: Callable[[], bool]) -> Iterator[list]:
+def watch(
+    folders: list[str], known: Container[str], skipped: Iterable[str], stopped: Callable[[], bool]
+) -> Iterator[list]:
     """The files that have come to folders and are written, as lists that may be empty, until ``stopped()``. A file is
     written when size and time have not changed for SETTLED seconds. known: paths that are not given again; the caller
     adds to it. Raises InputError if a folder goes away."""
@@ -89,7 +91,7 @@ def watch(folders: list[str], known: set[str], skipped: Iterable[str], stopped: 
             happened, now = happened or bool(changes), time.monotonic()
             if now - walked > (pause if happened else WALK_EVERY):
                 found = {path for folder in folders for path in walk(folder, skipped)}
-                waiting = {path: waiting.get(path, ()) for path in sorted(found - known)}
+                waiting = {path: waiting.get(path, ()) for path in sorted(found) if path not in known}
                 happened, walked = False, time.monotonic()
                 pause = WALK_SHARE * (walked - now)
             yield settled(waiting)

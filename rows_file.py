@@ -27,16 +27,18 @@ def harmless(path: str) -> str:
 class RowsFile:
     """``with RowsFile(path, ...) as rows``: rows are appended whole; ``path`` None is stdout.
 
-    done: the paths that have a row, those of earlier runs included; counts: all rows, the anomalous ones, and those
-    with an error. Bytes of a path that are no UTF-8 are written to CSV as they are, to JSON as ``\\udcXX``.
+    done: the paths that have a row, those of earlier runs included, with the score, None without one; counts: all rows,
+    the anomalous ones, and those with an error. Bytes of a path that are no UTF-8 are written to CSV as they are, to
+    JSON as ``\\udcXX``.
 
     A file that is there is continued: half a row at its end, from a killed run, is cut off. Raises InputError, and
-    changes nothing, if it holds something else. overwrite: start anew, whatever it holds.
+    changes nothing, if it holds something else, or if another run is writing to it. overwrite: start anew, whatever it
+    holds.
     """
 
     def __init__(self, path: str | None, kind: str, columns: Iterable[str], overwrite: bool = False) -> None:
         self.path, self.kind, self.columns = path, kind, tuple(columns)
-        self.done: set[str] = set()
+        self.done: dict[str, float | None] = {}
         self.counts = {"rows": 0, "anomalous": 0, "errors": 0}
         self.file: BinaryIO | None = None
         self.overwrite, self.cuts = overwrite, False
@@ -50,18 +52,34 @@ class RowsFile:
             self.write(header)
             return self
         path = Path(self.path)
-        whole = 0
-        if path.is_file() and not self.overwrite:
-            with path.open("rb") as file:
-                whole = self.read(file, header)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("ab", buffering=0)
         self.cuts = path.is_file()  # else a device, or a pipe
-        if self.cuts:
-            self.file.truncate(whole)
+        whole = 0
+        try:
+            if self.cuts:
+                self.lock()
+                if not self.overwrite:
+                    with path.open("rb") as file:
+                        whole = self.read(file, header)
+                self.file.truncate(whole)
+        except InputError:
+            self.file.close()
+            raise
         if not whole:
             self.write(header)
         return self
+
+    def lock(self) -> None:
+        """Let no other run write to the file, until this process ends; systems without such locks trust the user."""
+        try:
+            import fcntl
+
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self.path}: another run is writing to it; wait for it, or take another file") from error
+        except (ImportError, OSError):
+            pass
 
     def __exit__(self, *_) -> None:
         if self.path is not None:
@@ -71,17 +89,20 @@ class RowsFile:
         """Append rows, by the names of the columns; None is empty. Raises OSError, naming the file."""
         self.write(b"".join(self.as_bytes(row) for row in rows))
         for row in rows:
-            self.note(row["path"], row["anomalous"], row["error"])
+            self.note(row)
 
     def as_bytes(self, row: dict) -> bytes:
         values = {name: row[name] for name in self.columns}
         return csv_bytes(values.values()) if self.kind == "csv" else json.dumps(values).encode() + b"\n"
 
-    def note(self, path: str, anomalous: object, error: object) -> None:
-        self.done.add(path)
+    def note(self, row: dict) -> None:
+        try:
+            self.done[row["path"]] = float(row["score"])
+        except (TypeError, ValueError):  # an image without a score
+            self.done[row["path"]] = None
         self.counts["rows"] += 1
-        self.counts["anomalous"] += str(anomalous) == "1"
-        self.counts["errors"] += bool(error)
+        self.counts["anomalous"] += str(row["anomalous"]) == "1"
+        self.counts["errors"] += bool(row["error"])
 
     def write(self, content: bytes) -> None:
         """All of it, or nothing of it where the file can be cut."""
@@ -113,7 +134,7 @@ class RowsFile:
                     self.refuse()
                 break
             row = self.parsed(record)
-            self.note(row["path"], row["anomalous"], row["error"])
+            self.note(row)
             end = file.tell()
         return end
 

@@ -23,6 +23,8 @@ from rows_file import COLUMNS, RowsFile
 from runtime.files import InputError
 
 T, R = TypeVar("T"), TypeVar("R")
+RECALLED = 3  # images of earlier rows that are scored again
+SAME_SCORE = 0.01  # relative difference; devices and batches round otherwise, in bfloat16 by a few thousandths
 
 
 class Follower(Protocol):
@@ -63,14 +65,30 @@ class Scorer:
         self.has_maps = detector.config.patches is not None
         self.threshold, self.rate = detector.threshold.item(), detector.promise.rate
 
-    def score(self, paths: Iterable[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
+    def score(self, paths: Sequence[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
         """Add a row for each path that has none; as many as go through the detector together are written at once, then
-        ``tell`` is called with their number."""
+        ``tell`` is called with their number. Raises InputError if rows that are there are another detector's."""
+        known = (path for path in paths if rows.done.get(path) is not None)
+        self.check(list(islice(known, RECALLED)), rows)
         missing = (path for path in paths if path not in rows.done)
         with closing(in_order(pool, self.read, missing, self.ahead)) as found:
             while block := list(islice(found, self.detector.at_once)):
                 rows.add(self.rows(block, pool))
                 tell(len(block))
+
+    def check(self, paths: list[str], rows: RowsFile) -> None:
+        """Hold the scores of earlier rows against what this detector says. An image may have been replaced since, or
+        be gone: only where all of several differ the rows are of another detector."""
+        found = [each for each in map(self.read, paths) if each.error is None]
+        if not found:
+            return
+        pixels = torch.from_numpy(np.stack([each.pixels for each in found])).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            scores = self.detector(pixels.to(self.detector.device))[0].cpu()
+        known = torch.tensor([rows.done[each.path] for each in found], dtype=scores.dtype)
+        if not torch.isclose(scores, known, rtol=SAME_SCORE).any():
+            was = f"{found[0].path} has the score {known[0]:.4g} there, this detector gives {scores[0]:.4g}"
+            raise InputError(f"{rows.path}: is another detector's ({was}); another --output, or --overwrite")
 
     def read(self, path: str) -> Read:
         try:

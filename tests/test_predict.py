@@ -302,6 +302,37 @@ def test_a_killed_run_is_continued(detectors, here, data, script):
     assert np.allclose(scores, scores[: len(sources)][np.arange(160) % len(sources)], rtol=1e-5)
 
 
+def test_rows_of_another_detector_are_not_continued(detectors, here, script):
+    words = ["photos", "--output", "rows.csv"]
+    first = half_above(detectors / "patch/brick.pt", here)
+    assert script("predict", first, "photos/b.png", "photos/d.png", *words[1:]).code == 0
+    content = (here / "rows.csv").read_bytes()
+    done = script("predict", detectors / "whole/brick.pt", *words)
+    one_line(done, "rows.csv: is another detector's (photos/b.png has the score", "--overwrite")
+    assert (here / "rows.csv").read_bytes() == content
+    shutil.copy("photos/a.jpg", "photos/b.png")  # replaced since; the other tells that it is the same detector
+    assert script("predict", first, *words).code == 0
+    assert len(rows_in("rows.csv")) == 6
+    assert script("predict", detectors / "whole/brick.pt", *words, "--overwrite").code == 0
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    pytest.importorskip("fcntl")
+    path = str(tmp_path / "rows.csv")
+    row = dict.fromkeys(COLUMNS, 0.25) | {"error": None}
+    with RowsFile(path, "csv", COLUMNS) as first:
+        first.add([row | {"path": "a"}])
+        for overwrite in (False, True):
+            with (
+                pytest.raises(InputError, match="another run is writing to it"),
+                RowsFile(path, "csv", COLUMNS, overwrite),
+            ):
+                pass
+        first.add([row | {"path": "b"}])
+    with RowsFile(path, "csv", COLUMNS) as third:
+        assert third.done == {"a": 0.25, "b": 0.25}
+
+
 def test_a_thousand_files_of_which_twenty_are_broken(detectors, here, data, script):
     folder, sources = here / "many", find_images(data / "brick/train/good")
     folder.mkdir()
