@@ -180,6 +180,19 @@ assert nearest.shape == (1, 8)
     assert (tmp_path / "walk/brick.pt").is_file()
 
 
+def test_the_python_interface_runs(data, models, tmp_path, monkeypatch, capsys):
+    """The lines of docs/decisions.md, executed."""
+    (tmp_path / "Data").symlink_to(data)
+    (tmp_path / "models").symlink_to(models)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/decisions.md").read_text(), re.S)
+    names = {}
+    exec(code.replace("bottle", "brick"), names)
+    assert names["found"].scores.shape == names["found"].p_values.shape == names["found"].anomalous.shape == (1,)
+    assert names["found"].maps is None
+    assert names["detector"].promise.words() in capsys.readouterr().out
+
+
 def test_tables_are_what_the_files_say():
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
