@@ -1,4 +1,4 @@
-"""The files that are drawn of images: heat maps and masks, how they are named, and that they harm no other file."""
+"""The files that are drawn of images: heat maps, masks and panels, how they are named, and that they harm no other."""
 
 import os
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from runtime.files import InputError, write_file
 
 
 class Drawings:
-    """Heat maps and masks of images, each in a folder, None: not drawn. Each file is of one image: no two share a name,
-    and none replaces an image. It is true if anything is drawn."""
+    """Heat maps, masks and panels of images, each in a folder, None: not drawn. Each file is of one image: no two share
+    a name, and none replaces an image. It is true if there are heat maps or masks, which every image has."""
 
-    def __init__(self, heatmaps: str | None, masks: str | None) -> None:
-        self.heatmaps, self.masks = heatmaps, masks
-        self.folders = [folder for folder in (heatmaps, masks) if folder]
+    def __init__(self, heatmaps: str | None, masks: str | None, panels: str | None = None) -> None:
+        self.heatmaps, self.masks, self.panels = heatmaps, masks, panels
+        self.folders = [folder for folder in (heatmaps, masks, panels) if folder]
         self.owners: dict[str, tuple[str, str]] = {}  # of a file: the image, and the folder of results
         self.real = lru_cache(1024)(os.path.realpath)  # of folders
 
     def __bool__(self) -> bool:
-        return bool(self.folders)
+        return bool(self.heatmaps or self.masks)
 
     def draw(self, path: str, folders: Sequence[str], heat: np.ndarray, threshold: float, outlined: bool) -> None:
         """Write what is asked for of an image with a map (h, w). folders: those it is named from. outlined: with a line
@@ -42,6 +42,11 @@ class Drawings:
         """The files that are drawn of an image, of which none may be in the way of another; see ``add``."""
         kinds = [(folder, suffix) for folder, suffix in ((self.heatmaps, None), (self.masks, ".png")) if folder]
         return [self.add(folder, relative(path, folders), path, suffix) for folder, suffix in kinds]
+
+    def panel(self, path: str, folders: Sequence[str]) -> str:
+        """The file of an image's panel. Raises InputError as ``add`` does."""
+        self.keep(path)
+        return self.add(self.panels, relative(path, folders), path, ".png")
 
     def place(self, path: str) -> str:
         return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))

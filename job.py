@@ -15,6 +15,7 @@ from checkpoint import checkpoint_paths, found_checkpoints, load_checkpoint, rem
 from config import Config, SettingError
 from dataset import load_train, train_paths
 from detector import Detector, detector_path, save
+from explain import normals_path, save_normals
 from member import build_network, check_enough, member_images
 from runtime import cache
 from runtime.files import InputError, remove_file, say
@@ -53,7 +54,8 @@ class Running:
     """How trainings run: nothing of it decides what a detector is.
 
     ranks: those that train each network together; the first one writes, and says what is done. numerics: what was asked
-    for, by the names of training.Numerics, None for what is to be chosen. watcher: gives what is called with a detector
+    for, by the names of training.Numerics, None for what is to be chosen. explain: keep normal images beside the
+    detector. watcher: gives what is called with a detector
     every ``test_epochs`` steps, see Run.train.
     """
 
@@ -65,6 +67,7 @@ class Running:
     numerics: dict
     cores: int
     overwrite: bool
+    explain: bool
     test_epochs: int
     save_minutes: float
     bar: bool
@@ -172,9 +175,23 @@ def write_detector(job: Job, running: Running, images: cache.ImageArray | None =
         say(f"{category}: {note}")
     if folds > 1:
         say(f"{category}: {most_unusual(detector.normal_scores, train_paths(running.data_dir, category))}")
+    keep_normals(job, running, detector, images)  # before the detector: there is none without them
     save(detector, job.path)
     remove_checkpoints(job.folder, category)
     say(f"{category}: wrote {job.path}")
+
+
+def keep_normals(job: Job, running: Running, detector: Detector, images: cache.ImageArray) -> None:
+    """Write the file of normal images of a detector, if that is asked for; else remove that of an earlier one."""
+    path = normals_path(job.path)
+    if not running.explain:
+        remove_file(path)
+        return
+    names = [path.name for path in train_paths(running.data_dir, job.config.category)]
+    if len(names) != len(images):
+        found = f"{len(names)} training images, {len(images)} when training began"
+        raise InputError(f"{job.config.category}: {found}; put them back, or start anew with --overwrite")
+    save_normals(detector, images, names, path)
 
 
 def most_unusual(scores: Tensor, paths: list[Path]) -> str:

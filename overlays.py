@@ -36,6 +36,12 @@ def region(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[i
     return left, top, right - left, bottom - top
 
 
+def as_score(heat: np.ndarray, score: float) -> np.ndarray:
+    """A Grad-CAM map, at least 0, brought to the score's unit: its maximum is the score, as that of a patch model's map
+    is."""
+    return heat * np.float32(max(score, 0) / max(heat.max(), 1e-30))
+
+
 def enlarged(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A map (h, w) at the size (H, W) of its image, bilinear, as eval.py saves maps."""
     return functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()

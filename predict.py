@@ -23,13 +23,14 @@ import argparse
 import os
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from drawings import Drawings
+from explain import Explainer, load_normals, normals_path
 from listing import listed, watch
 from report import Gallery
 from rows_file import COLUMNS, FORMATS, RowsFile
@@ -57,6 +58,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--masks", metavar="DIR", help="patch models: a PNG of what is above the threshold, 255 of 0 and 255")
     about = "an HTML file of the images that are scored, the highest scores first, with heat maps of patch models"
     add("--report", type=html_file, metavar="FILE", help=about)
+    why = "draw each anomalous image next to the normal one nearest to it, as run_training.py --explain 1 keeps them"
+    add("--explain", metavar="DIR", help=why)
     fail = "exit with 3 if an image is anomalous (default: 0)"
     add("--fail_on_anomaly", type=zero_or_one, default=False, metavar="0|1", help=fail)
     add("--watch", action="store_true", help="go on with the files that come to the folders, until Ctrl-C")
@@ -71,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
     tasks, device = find_tasks(args), choose_device(args.cuda)
     for task in tasks:  # all, before any hour is spent
         check(args, task)
-    drawings = Drawings(args.heatmaps, args.masks)
+    drawings = Drawings(args.heatmaps, args.masks, args.explain)
     lists = [listed(task.words, drawings.folders) for task in tasks]  # the folders may lie within what is scored
     if not any(lists) and not args.watch:
         raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
@@ -92,7 +95,8 @@ def main(args: argparse.Namespace) -> None:
 
         scorers = []
         for task, paths in zip(tasks, lists):
-            scorer = make_scorer(args, task, load(task.detector, device), drawings, galleries)
+            scorer = make_scorer(args, task, load(task.detector, device), drawings, pool)
+            galleries += [each for each in scorer.followers if isinstance(each, Gallery)]
             scorer.score(paths, rows, pool, tell)
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
@@ -176,31 +180,36 @@ def check(args: argparse.Namespace, task: Task) -> None:
         raise InputError(f"--masks: {path} is no patch model, it has no map; --heatmaps draws where its score is from")
     if args.heatmaps and config.patches is None and not config.has_gradient:
         raise InputError(f"--heatmaps: {path} needs a gradient, which the density {config.density} has not")
+    if args.explain:
+        load_normals(normals_path(path), load(path))
 
 
 def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]) -> None:
     """Know before anything is scored what cannot be drawn. Raises InputError or OSError."""
-    for path in (path for paths in lists for path in paths if drawings):
+    if len({*drawings.folders}) < len(drawings.folders):
+        raise InputError(f"{', '.join(drawings.folders)}: each kind of drawing needs a folder of its own")
+    for path in (path for paths in lists for path in paths if drawings.folders):
         drawings.keep(path)
     for task, paths in zip(tasks, lists):
         for path in paths:
             drawings.name(path, task.folders)
+            if drawings.panels:
+                drawings.panel(path, task.folders)
     for folder in drawings.folders:
         os.makedirs(folder, exist_ok=True)
 
 
-def make_scorer(
-    args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings, galleries: list[Gallery]
-) -> Scorer:
-    """What scores a task's images; with --report its gallery is added to ``galleries``."""
+def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings, pool: Executor) -> Scorer:
+    """What scores a task's images; its followers are what else was asked for."""
     if args.false_alarm_rate is not None:
         detector.at_rate(args.false_alarm_rate)
     say(f"{detector.config.category}: {detector.promise.words()}")
-    first = {"category": task.category} if args.model_dir else {}
-    followers = []
+    first, followers = {"category": task.category} if args.model_dir else {}, []
     if args.report:
-        galleries.append(Gallery(detector))
-        followers.append(galleries[-1])
+        followers.append(Gallery(detector))
+    if args.explain:
+        normals = load_normals(normals_path(task.detector), detector)
+        followers.append(Explainer(detector, normals, lambda path: drawings.panel(path, task.folders), pool))
     return Scorer(detector, first, drawings, task.folders, args.workers, followers)
 
 

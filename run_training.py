@@ -3,8 +3,8 @@
     python run_training.py --model_dir models --head_layer 2
     python run_training.py --model_dir patch_models --recipe fast --no-pretrained
 
-Writes <model_dir>/<category>.pt, with several seeds <model_dir>/seed<S>/<category>.pt. The same command again continues
-where it stopped; finished categories are skipped.
+Writes <model_dir>/<category>.pt and the normal images that predict.py --explain shows, <category>.normals; with several
+seeds below <model_dir>/seed<S>. The same command again continues where it stopped; finished categories are skipped.
 """
 
 import argparse
@@ -50,6 +50,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--logdir", default="logdirs", metavar="DIR", help="folder of TensorBoard's files (default: logdirs)")
     minutes = "between two saved states (default: 3)"
     add("--save_minutes", type=number(0, 1e6), default=3.0, metavar="X", help=minutes)
+    normals = "keep up to 1,000 training images beside the detector, for predict.py --explain (default: 1)"
+    add("--explain", type=zero_or_one, default=True, metavar="0|1", help=normals)
     add("--overwrite", action="store_true", help="start anew, replacing detectors and saved states")
     add("--list_backbones", action="store_true", help="print the networks with their stages, and stop")
     add("--preview", metavar="FILE", help="write a sheet of augmented samples to this PNG file and stop")
@@ -124,6 +126,7 @@ def make_detectors(args: argparse.Namespace, jobs: list[Job], device: torch.devi
         numerics={"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile},
         cores=torch.get_num_threads(),  # before a resumed category sets its own number
         overwrite=args.overwrite,
+        explain=args.explain,
         test_epochs=args.test_epochs,
         save_minutes=args.save_minutes,
         bar=here.is_main,

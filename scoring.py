@@ -127,8 +127,8 @@ class Scorer:
 
     def draw(self, path: str, score: float, heat: np.ndarray) -> str | None:
         """Draw an image with a map (h, w). Returns why it cannot be drawn."""
-        if not self.has_maps:  # brought to the score's unit, as the maximum of a patch model's map is its score
-            heat = heat * np.float32(max(score, 0) / max(heat.max(), 1e-30))
+        if not self.has_maps:
+            heat = overlays.as_score(heat, score)
         try:
             self.drawings.draw(path, self.folders, heat, self.threshold, outlined=self.has_maps)
         except InputError as error:

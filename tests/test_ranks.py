@@ -53,7 +53,7 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
     done = finish(launch(*flags(data, folder, "--type", "brick,grass")))
     assert done.code == 0, done.err
     assert done.out == ""
-    assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
+    assert [p.name for p in sorted(folder.iterdir())] == ["brick.normals", "brick.pt", "grass.normals", "grass.pt"]
     for name in ("brick.pt", "grass.pt"):
         assert same_weights(folder / name, models / name)
 
@@ -81,7 +81,7 @@ def test_ranks_share_the_networks_of_a_detector(data, tmp_path, script):
     assert done.code == 0, done.err
     assert script("run_training", *flags(data, alone, *more)[1:]).code == 0
     for folder in (shared, alone):
-        assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
+        assert [p.name for p in sorted(folder.iterdir())] == ["brick.normals", "brick.pt", "grass.normals", "grass.pt"]
     for name in ("brick.pt", "grass.pt"):
         assert same_weights(shared / name, alone / name)
     args = get_parser().parse_args(["--folds", "3", "--minutes", "1"])

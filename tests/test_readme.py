@@ -26,8 +26,8 @@ RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "s
 ORDER = [
     *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset", "model"],
     *["localization", "gradcam", "config", "options", "member", "earlier", "detector", "plots", "overlays", "gallery"],
-    *["log", "checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing", "drawings"],
-    *["scoring", "predict", "export", "prepare_data"],
+    *["explain", "log", "checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing"],
+    *["drawings", "scoring", "predict", "export", "prepare_data"],
 ]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
@@ -152,7 +152,7 @@ def test_the_commands_people_know_do_their_work(workplace, monkeypatch, script):
                 assert (workplace / "Eval/models/brick/roc.png").is_file()
         else:
             folder = workplace / (f"models_{variant}" if "--variant" in command else "models")
-            assert sorted(p.name for p in folder.iterdir()) == ["brick.pt", "grass.pt"]
+            assert sorted(p.name for p in folder.glob("*.pt")) == ["brick.pt", "grass.pt"]
     assert list((workplace / "logdirs/models/brick").glob("events.out.tfevents*"))
 
 

@@ -116,7 +116,7 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
     assert done.code == 0, done.err
     assert "continuing at step" in done.err
     assert load(folder / "brick.pt").config.seed == 1
-    assert [p.name for p in sorted(folder.iterdir())] == ["brick.pt", "grass.pt"]
+    assert [p.name for p in sorted(folder.iterdir())] == ["brick.normals", "brick.pt", "grass.normals", "grass.pt"]
 
 
 @pytest.mark.parametrize(
