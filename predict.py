@@ -30,6 +30,7 @@ from pathlib import Path
 
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from drawings import Drawings
+from drift import Drift
 from listing import listed, watch
 from rows_file import COLUMNS, FORMATS, RowsFile
 from runtime.files import InputError, say
@@ -89,12 +90,16 @@ def main(args: argparse.Namespace) -> None:
         for task, paths in zip(tasks, lists):
             scorer = make_scorer(args, task, load(task.detector, device), drawings)
             scorer.score(paths, rows, pool, tell)
+            if not args.watch:
+                scorer.end()
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
             folders = [folder for task in tasks for folder in task.words]
             for ready in watch(folders, rows.done, drawings.folders, lambda: stop.signal):
                 for task, scorer in zip(tasks, scorers):
                     scorer.score([path for path in ready if task.holds(path)], rows, pool, tell)
+            for scorer in scorers:
+                scorer.end()
             halt(stop)
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
@@ -189,7 +194,8 @@ def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawin
         detector.at_rate(args.false_alarm_rate)
     say(f"{detector.config.category}: {detector.promise.words()}")
     first = {"category": task.category} if args.model_dir else {}
-    return Scorer(detector, first, drawings, task.folders, args.workers)
+    drift = Drift(detector.config.category, detector.appearance, detector.promise)
+    return Scorer(detector, first, drawings, task.folders, args.workers, [drift])
 
 
 if __name__ == "__main__":
