@@ -93,7 +93,7 @@ class Drift:
             return
         self.warned = True
         if words:
-            found.append(words.format("have not" if probability > level else "too"))
+            found.append(words.format("do not show it" if probability > level else "show it"))
         if not words or probability <= level:
             found.append("the false-alarm rate is not to be relied on")
         self.recent.clear()

@@ -109,7 +109,7 @@ def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(ca
         drift = Drift("brick", torch.empty(0, 3), Promise(kind, 99, 0.01))
         drift.add([], torch.zeros(64, 3, 8, 8, dtype=torch.uint8), SimpleNamespace(p_values=torch.full((64,), 0.1)))
         assert drift.warned == warns
-        words = "p-values of the 64 called normal too (mean 0.10, expected 0.51); the false-alarm rate is not to be"
+        words = "p-values of the 64 called normal show it (mean 0.10, expected 0.51); the false-alarm rate is not to be"
         assert capsys.readouterr().err.count(words) == warns
 
 
@@ -129,7 +129,7 @@ def test_a_change_is_told_once_with_its_size(capsys):
     assert line.endswith("; the false-alarm rate is not to be relied on; see docs/decisions.md")
     drift = Drift("brick", known, PROMISE)
     drift.add([], pictures(64, generator, bright=100.0), judged(torch.randn(64, generator=generator), normal))
-    assert " called normal have not (mean 0." in (line := capsys.readouterr().err)
+    assert " called normal do not show it (mean 0." in (line := capsys.readouterr().err)
     assert "relied" not in line  # the detector sees nothing of it
 
 
