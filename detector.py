@@ -18,6 +18,7 @@ import earlier
 from config import Config, UnknownSettingError
 from conformal import Promise, conformal_threshold, p_values
 from dataset import decode, resized
+from drift import MOST, measure
 from localization import Level
 from member import Member, build_network, check_enough, initial_network, member_images, stream, unseen_by
 from model import CutPasteNet
@@ -58,7 +59,8 @@ class Detector(nn.Module):
     metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
     before ``fit``. normal_scores: the held-out scores (n,) of normal images that it and p-values follow from. Of one
     member they are by densities that have not seen the image, though the network has; with ``--holdout`` those of the
-    images held out; of several members, by a network that has not seen it either.
+    images held out; of several members, by a network that has not seen it either. appearance: how normal images look,
+    (n, 3), see drift.measure; (0, 3) if it is not known.
     """
 
     def __init__(self, config: Config, networks: Sequence[CutPasteNet] = ()) -> None:
@@ -69,6 +71,7 @@ class Detector(nn.Module):
         self.members = nn.ModuleList(Member(config, network) for network in networks)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
+        self.register_buffer("appearance", torch.empty(0, 3))
 
     @property
     def network(self) -> CutPasteNet:
@@ -173,6 +176,7 @@ class Detector(nn.Module):
         if threshold:
             self.normal_scores = held_out
             self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
+            self.appearance = torch.cat(list(stream(self, images, measure, MOST)))
         return self
 
     def at_rate(self, rate: float) -> "Detector":
@@ -238,6 +242,7 @@ def save(detector: Detector, path: str | Path) -> None:
         ],
         "threshold": detector.threshold,
         "normal_scores": detector.normal_scores,
+        "appearance": detector.appearance,
     }
     save_tensors(content, path)
 
@@ -259,6 +264,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
         for member, part in zip(detector.members, content["members"]):
             fill(member, part)
         detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
+        detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
         detector.metadata = dict(content["metadata"])
         return detector.to(device).eval()
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:

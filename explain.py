@@ -167,6 +167,9 @@ class Explainer:
             )
         )
 
+    def end(self) -> None:
+        """Nothing is left to do."""
+
     def draw(self, path: str, pixels: np.ndarray, score: float, p: float, heat: np.ndarray | None, near: int) -> None:
         """Write the panel of an image (h, w, 3) with a map (h, w), next to the normal image of a number."""
         try:

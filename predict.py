@@ -30,6 +30,7 @@ from pathlib import Path
 
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from drawings import Drawings
+from drift import Drift
 from explain import Explainer, load_normals, normals_path
 from listing import listed, watch
 from report import Gallery
@@ -98,12 +99,16 @@ def main(args: argparse.Namespace) -> None:
             scorer = make_scorer(args, task, load(task.detector, device), drawings, pool)
             galleries += [each for each in scorer.followers if isinstance(each, Gallery)]
             scorer.score(paths, rows, pool, tell)
+            if not args.watch:
+                scorer.end()
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
             folders = [folder for task in tasks for folder in task.words]
             for ready in watch(folders, rows.done, drawings.folders, lambda: stop.signal):
                 for task, scorer in zip(tasks, scorers):
                     scorer.score([path for path in ready if task.holds(path)], rows, pool, tell)
+            for scorer in scorers:
+                scorer.end()
             halt(stop)
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
@@ -204,7 +209,8 @@ def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawin
     if args.false_alarm_rate is not None:
         detector.at_rate(args.false_alarm_rate)
     say(f"{detector.config.category}: {detector.promise.words()}")
-    first, followers = {"category": task.category} if args.model_dir else {}, []
+    first = {"category": task.category} if args.model_dir else {}
+    followers = [Drift(detector.config.category, detector.appearance, detector.promise)]
     if args.report:
         followers.append(Gallery(detector))
     if args.explain:

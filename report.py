@@ -109,6 +109,9 @@ class Gallery:
             new = (score, -self.count, tile(self.detector, path, image, heat, about))
             (heapq.heappushpop if len(self.kept) == MOST_TILES else heapq.heappush)(self.kept, new)
 
+    def end(self) -> None:
+        """Nothing is left to do."""
+
     def page(self) -> "Page":
         tiles = [each for *_, each in self.kept]
         more = f". The {len(tiles)} images with the highest scores, of {self.count}" * (self.count > len(tiles))

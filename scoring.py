@@ -33,6 +33,9 @@ class Follower(Protocol):
     def add(self, paths: Sequence[str], pixels: Tensor, judged: Judged) -> None:
         """Images by path, (B, 3, H, W) uint8 on the detector's device, and what the detector says of them."""
 
+    def end(self) -> None:
+        """There are no more images."""
+
 
 class Read(NamedTuple):
     """A file, its pixels (h, w, 3) uint8 at the detector's size, and its own size (H, W), which only patch models
@@ -75,6 +78,11 @@ class Scorer:
             while block := list(islice(found, self.detector.at_once)):
                 rows.add(self.rows(block, pool))
                 tell(len(block))
+
+    def end(self) -> None:
+        """No more images will come."""
+        for follower in self.followers:
+            follower.end()
 
     def check(self, paths: list[str], rows: RowsFile) -> None:
         """Hold the scores of earlier rows against what this detector says. An image may have been replaced since, or

@@ -23,12 +23,12 @@ MODULES = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("runtime/*.py"))]
 SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
-ORDER = [
-    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset", "model"],
-    *["localization", "gradcam", "config", "options", "member", "earlier", "detector", "plots", "overlays", "gallery"],
-    *["explain", "log", "checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing"],
-    *["drawings", "scoring", "predict", "export", "prepare_data"],
-]
+ORDER = """
+    color paste cutpaste density conformal drift metrics dataset model localization gradcam config options member
+    earlier detector plots overlays gallery explain log checkpoint training report eval job run_training
+    rows_file listing drawings scoring predict export prepare_data
+"""
+ORDER = ["runtime", *RUNTIME, *re.findall(r"\w+", ORDER)]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
 MISSION = (
