@@ -24,10 +24,10 @@ SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = [
-    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset", "model"],
-    *["localization", "gradcam", "config", "options", "member", "earlier", "detector", "plots", "overlays", "gallery"],
-    *["log", "checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing", "drawings"],
-    *["scoring", "predict", "export", "prepare_data"],
+    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "duplicates", "dataset"],
+    *["model", "localization", "gradcam", "config", "options", "member", "earlier", "detector", "enough", "matching"],
+    *["plots", "overlays", "gallery", "log", "checkpoint", "training", "report", "eval", "check_data", "job"],
+    *["run_training", "rows_file", "listing", "drawings", "scoring", "predict", "export", "prepare_data"],
 ]
 LONGEST_README, LONGEST_MODULE, LONGEST_FUNCTION = 200, 330, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
