@@ -39,6 +39,11 @@ def p_values(scores: Tensor, normal: Sequence[Tensor]) -> Tensor:
     return (1 + at_least).double() / (1 + sum(map(len, normal)))
 
 
+def own_p_values(scores: Tensor) -> Tensor:
+    """Of normal scores (n,) themselves, in [1 / n, 1], float64: (1 + the number of others at least as high) / n."""
+    return (len(scores) - torch.searchsorted(scores.sort().values, scores.contiguous())).double() / len(scores)
+
+
 def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
     """The ceil((1 - rate)(n + 1))-th smallest of n normal scores (n,), as in split conformal prediction: a new score,
     exchangeable with them, lies above it with a probability of at most ``rate``. False, with the largest score, if n

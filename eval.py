@@ -19,9 +19,10 @@ import torch
 
 import options
 from config import Config, SettingError
-from dataset import TestSet, choose_categories, load_masks, load_test, load_train, save_maps, train_paths
-from detector import SUFFIX, Detector, detector_path, load, load_config
-from member import stream, unseen_by
+from dataset import TestSet, load_masks, load_test, load_train, save_maps
+from detector import Detector, load, load_config
+from matching import find_work, scored_paths
+from member import stream
 from metrics import image_metrics, pixel_metrics
 from model import WeightsError
 from options import PATCH_SETTINGS, flagged, given_settings
@@ -123,45 +124,6 @@ def main(args: argparse.Namespace) -> None:
 
 
 # What there is to do ----------------------------------------------------------------------------------------------
-
-
-def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:
-    """The detector files to evaluate: of the categories asked for, or of each with both a detector and images; others
-    are told. Where the folder holds folders of several seeds, those in them, by category and seed."""
-    folder = Path(model_dir)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; train first, or name the folder of detectors with --model_dir")
-    seeds = [path for path in folder.glob("seed*") if path.is_dir() and path.name.removeprefix("seed").isdecimal()]
-    seeds.sort(key=lambda path: int(path.name.removeprefix("seed")))
-    if seeds and detectors_in(folder):
-        raise InputError(f"{folder}: holds detectors of its own and of several seeds; name one, such as {seeds[0]}")
-    if not seeds:
-        return [detector_path(folder, category) for category in find_categories(folder, data_dir, names, tell)]
-    found = [
-        detector_path(seed, category) for seed in seeds for category in find_categories(seed, data_dir, names, tell)
-    ]
-    return sorted(found, key=lambda path: path.stem)  # which keeps the order of seeds
-
-
-def detectors_in(folder: Path) -> list[str]:
-    return sorted(p.stem for p in folder.glob("*" + SUFFIX) if not p.name.startswith("."))
-
-
-def find_categories(folder: Path, data_dir: str, names: list[str], tell: bool) -> list[str]:
-    trained, found = detectors_in(folder), choose_categories(data_dir, names)
-    if names != ["all"]:
-        missing = [name for name in found if name not in trained]
-        if missing:
-            raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
-        return found
-    for name in sorted({*trained} ^ {*found}) if tell else ():
-        has = f"a detector in {folder} but no images in {data_dir}"
-        lacks = f"images in {data_dir} but no detector in {folder}"
-        say(f"{name}: has {has if name in trained else lacks}; left out")
-    both = [name for name in found if name in trained]
-    if not both:
-        raise InputError(f"{folder}: no detector for any category of {data_dir}; train one with run_training.py")
-    return both
 
 
 def check_flags(args: argparse.Namespace, path: Path) -> None:
@@ -272,11 +234,10 @@ def normal_rows(args: argparse.Namespace, detector: Detector) -> list[dict]:
     """Rows of normal_scores.csv, if networks have judged images that they had not seen."""
     if detector.promise.kind == "seen":
         return []
-    category, paths = detector.config.category, train_paths(args.data_dir, detector.config.category)
-    if detector.config.holdout:
-        paths = [paths[i] for i in unseen_by(detector.config, len(paths), 0).tolist()]
-    if len(paths) != len(detector.normal_scores):
-        say(f"{category}: other training images than the detector's, so none of them in normal_scores.csv")
+    paths = scored_paths(args.data_dir, detector)
+    if paths is None:
+        found = "other training images than the detector's, so none of them in normal_scores.csv"
+        say(f"{detector.config.category}: {found}")
         return []
     return normal_table(args.data_dir, detector, paths)
 

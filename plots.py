@@ -89,25 +89,27 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
 
 def heat_sheet(
     category: str,
-    cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray]],
+    cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray | None]],
     threshold: float | None,
     unit: str,
+    shows: str = "image, defect as marked, heat map",
+    with_masks: bool = True,
 ) -> Figure:
     """Images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colors.
 
-    cases: title, image (H, W, 3) in [0, 1], mask (H, W) of {0, 1} or None if it is missing, map (H, W). threshold: the
-    level that an image's maximum is held against, drawn as an outline; None draws none.
+    cases: title, image (H, W, 3) in [0, 1], mask (H, W) of {0, 1} or None if it is missing, map (H, W), or None for all
+    of them. threshold: the level that an image's maximum is held against, drawn as an outline; None draws none. shows:
+    what the sheet does, in words.
     """
     height, width = cases[0][1].shape[:2]
-    bands = -(-len(cases) // CASES_ACROSS)
+    bands, kinds = -(-len(cases) // CASES_ACROSS), 3 if with_masks else 2
     across = -(-len(cases) // bands)  # bands of about the same length
     side = 1.75
-    figure = Figure(
-        figsize=(side * across + 1.2, bands * (3 * side * height / width + 0.5) + 0.5), layout="constrained"
-    )
-    grid = figure.subplots(3 * bands, across, squeeze=False)
-    maps = np.stack([case[3] for case in cases])
-    low, high = np.quantile(maps, [0.02, 0.998])
+    size = (side * across + 1.2, bands * (kinds * side * height / width + 0.5) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(kinds * bands, across, squeeze=False)
+    maps = [case[3] for case in cases if case[3] is not None]
+    low, high = np.quantile(np.stack(maps), [0.02, 0.998]) if maps else (0, 1)
     high = max(high, low + 1e-9)
     if threshold is not None:  # never out of sight, and not below the middle of the colors: faint defects show too
         high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
@@ -115,25 +117,33 @@ def heat_sheet(
         axes.set_axis_off()
     for number, (title, image, mask, heat) in enumerate(cases):
         band, column = divmod(number, across)
-        top, middle, bottom = grid[3 * band : 3 * band + 3, column]
+        top, *middle, bottom = grid[kinds * band : kinds * (band + 1), column]
         top.imshow(image.clip(0, 1))
         top.set_title(title, fontsize=7.5)
-        if mask is None:
-            middle.text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=9, color="0.4")
-        else:
-            middle.imshow(mask, cmap="gray", vmin=0, vmax=1)
+        for axes in middle:
+            if mask is None:
+                axes.text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=9, color="0.4")
+            else:
+                axes.imshow(mask, cmap="gray", vmin=0, vmax=1)
+        if heat is None:
+            continue
         bottom.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
         colors = bottom.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.75)
         if threshold is not None and heat.min() < threshold < heat.max():
             bottom.contour(heat, [threshold], colors="#3fd0ff", linewidths=1)
     note = "" if threshold is None else "; blue outline: above the threshold"
-    figure.suptitle(f"{category}: image, defect as marked, heat map{note}", fontsize=11)
+    figure.suptitle(f"{category}: {shows}{note}", fontsize=11)
+    if maps:
+        _color_bar(figure, colors, grid, threshold, unit)
+    return figure
+
+
+def _color_bar(figure: Figure, colors, grid: np.ndarray, threshold: float | None, unit: str) -> None:
     bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
     bar.solids.set_alpha(1)
     bar.set_label(f"{unit}, higher is more anomalous", fontsize=9)
     if threshold is not None:
         bar.ax.axhline(threshold, color="#3fd0ff", linewidth=2)
-    return figure
 
 
 # Charts -----------------------------------------------------------------------------------------------------------
@@ -264,6 +274,34 @@ def curves(rows: "DataFrame") -> Figure:
     panels[1, 0].set(ylabel="pretext accuracy, percent")
     handles = [Line2D([], [], color=color, label=recipe) for recipe, color in colors.items()]
     panels[0, -1].legend(handles=handles, title="recipe", loc="lower right", frameon=True)
+    return figure
+
+
+def enough(category: str, rows: Sequence[dict]) -> Figure:
+    """What new normal images score, and below it the image AUROC if rows have one, against the number of normal images
+    in the density; from rows of enough.csv. Dots are subsets, lines their means."""
+    panels = (("median", "quantile_90"), ("image_auroc",))[: 1 if rows[0]["image_auroc"] is None else 2]
+    styles = {"median": ("median", NORMAL_COLOR, 1), "quantile_90": ("90 % quantile", "#e8a33d", 1)}
+    styles["image_auroc"] = ("image AUROC of the test images", ANOMALY_COLOR, 100)
+    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
+        figure = Figure(figsize=(5.6, 2.9 * len(panels)), layout="constrained")
+        grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    counts = list(dict.fromkeys(row["images"] for row in rows))
+    for axes, names in zip(grid, panels):
+        for name in names:
+            title, color, factor = styles[name]
+            dots = [(row["images"], factor * row[name]) for row in rows]
+            means = [np.mean([value for count, value in dots if count == each]) for each in counts]
+            axes.plot(counts, means, color=color, label=title)
+            axes.scatter(*zip(*dots), s=14, color=color, alpha=0.6, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, map(str, counts))
+        axes.legend(frameon=True, fontsize=9)
+        seaborn.despine(ax=axes)
+    grid[0].set(title=f"{category}: what more normal images bring", ylabel="score of new normal ones\n(deviations)")
+    if len(panels) > 1:
+        grid[1].set(ylabel="percent")
+    grid[-1].set(xlabel="normal images in the density")
     return figure
 
 

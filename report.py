@@ -244,7 +244,8 @@ def normal_table(data_dir: str, detector: Detector, paths: Sequence[Path]) -> li
     return [dict(zip(columns, (category, names[i], scores[i].item(), above[i]))) for i in order]
 
 
-def as_csv(rows: list[dict]) -> bytes:
+def as_csv(rows: list[dict], columns: Sequence[str] | None = None) -> bytes:
+    """columns: their names where there may be no row."""
     import pandas
 
-    return pandas.DataFrame(rows).to_csv(index=False).encode()
+    return pandas.DataFrame(rows, columns=columns).to_csv(index=False).encode()

@@ -27,7 +27,8 @@ import options
 from config import Config, PatchConfig, SettingError, settings_of
 from dataset import load_masks, load_test, load_train
 from detector import Detector, detector_path, load, load_config, save
-from eval import evaluate, find_work
+from eval import evaluate
+from matching import find_work
 from member import stream
 from options import PATCH_SETTINGS, flagged
 from report import record
