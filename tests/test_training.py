@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import matplotlib.image
 import pytest
 import torch
 from conftest import ROOT, TINY, one_line, same_weights, train
+from forked import Forked
 from PIL import Image
 from torch.nn import functional
 
@@ -46,12 +48,14 @@ def flags(data, tmp_path, *more):
 # Continuing -------------------------------------------------------------------------------------------------------
 
 
-def start(data, folder, *more):
-    """run_training.py left running, state saved after every step."""
+def start(data, folder, *more, new=False):
+    """run_training.py left running, in a new process or a forked one."""
     where = [data, folder, folder.parent / "logdirs"]
-    command = [sys.executable, ROOT / "run_training.py", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more]
+    command = [ROOT / "run_training.py", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more]
+    if not new:
+        return Forked(*command)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([str(c) for c in command], env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, stderr=subprocess.PIPE, text=True)
 
 
 def again(script, data, folder, *more):
@@ -65,7 +69,8 @@ def wait_for_step(process, checkpoint, step):
     until = time.monotonic() + 120
     while time.monotonic() < until:
         assert process.poll() is None, process.stderr.read()
-        if checkpoint.exists() and load_tensors(checkpoint, "checkpoint")["step"] >= step:
+        # mapped, so that a look costs no reading of all tensors, many times over
+        if checkpoint.exists() and torch.load(checkpoint, mmap=True, weights_only=True)["step"] >= step:
             return
         time.sleep(0.02)
     raise AssertionError("no state was saved")
@@ -75,7 +80,7 @@ def test_killed_twice_equals_uninterrupted(data, models, tmp_path, script):
     folder = tmp_path / "models"
     more = ("--type", "brick", "--save_minutes", 0)
     for step in (1, 6):
-        process = start(data, folder, *more)
+        process = start(data, folder, *more, new=step == 1)
         wait_for_step(process, folder / "brick.checkpoint", step)
         process.kill()
         assert process.wait() == -signal.SIGKILL
@@ -90,7 +95,7 @@ def test_killed_twice_equals_uninterrupted(data, models, tmp_path, script):
 def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, tmp_path, script):
     folder = tmp_path / "models"
     more = ("--type", "brick", "--test_epochs", 2, "--save_minutes", 0)
-    process = start(data, folder, *more)
+    process = start(data, folder, *more, new=True)
     wait_for_step(process, folder / "brick.checkpoint", 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
@@ -414,12 +419,7 @@ def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     given = [str(flag) for flag in flags(data, tmp_path, "--minutes", 0.15)]
     place = given.index("--epochs")
     del given[place : place + 2]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "run_training.py", "--save_minutes", "0", *given],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked(ROOT / "run_training.py", "--save_minutes", "0", *given)
     state = tmp_path / "models/brick.checkpoint"
     wait_for_step(process, state, 1)
     process.send_signal(signal.SIGINT)
@@ -613,19 +613,14 @@ def test_weights_that_cannot_be_downloaded_name_the_way_out(data, tmp_path):
 def test_a_full_disk_gets_one_line_and_keeps_what_was_there(data, models, tmp_path):
     shutil.copytree(models, tmp_path / "models")
     before = (tmp_path / "models/brick.pt").read_bytes()
-
-    def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))  # no file over 1 MiB
-
+    small_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**20, 2**20))  # no file over 1 MiB
     done = train(data, tmp_path / "models", "--type", "brick", "--overwrite", "--epochs", 2, preexec=small_disk)
     one_line(done, "brick.checkpoint", "cannot be written")
     assert (tmp_path / "models/brick.pt").read_bytes() == before
 
 
 def test_a_full_disk_for_tensorboard_gets_one_line(data, tmp_path):
-    def tiny_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
-
+    tiny_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**13, 2**13))
     done = train(data, tmp_path / "models", "--type", "brick", preexec=tiny_disk)
     one_line(done, "logdirs/models/brick")
 
