@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Forked:
         words = [str(word) for word in command]
         self.process = SERVER.Process(target=_work, args=(words, streams, cwd, preexec, dict(os.environ) | env))
         self.process.start()
+        weakref.finalize(self, self.process.kill)  # a test that fails leaves none running
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
 
     def poll(self) -> int | None:

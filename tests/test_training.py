@@ -23,11 +23,10 @@ from checkpoint import load_checkpoint
 from config import Config, PatchConfig, SettingError
 from dataset import load_train
 from detector import load
-from log import check_finite, invisible_shares
 from options import config_of
 from run_training import get_parser
 from runtime.cache import Images, digest
-from runtime.files import InputError, load_tensors, save_tensors
+from runtime.files import load_tensors, save_tensors
 from runtime.script import suitable_precision
 from training import Numerics, Run, batch_values, choose_numerics, steps_within
 
@@ -259,22 +258,6 @@ def test_pretrained_weights_from_a_file(data, tmp_path, script):
 # What it writes ---------------------------------------------------------------------------------------------------
 
 
-def test_tensorboard_holds_what_the_readme_says(data, tmp_path, script):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert script("run_training", *flags(data, tmp_path, "--test_epochs", 6)).code == 0
-    events = EventAccumulator(str(tmp_path / "logdirs/models/brick"), {"tensors": 0, "images": 0, "scalars": 0})
-    events.Reload()
-    tags = events.Tags()
-    assert set(tags["scalars"]) == {"loss", "acc", "lr", "eval_auc", "images_per_second", "left_out"}
-    assert tags["images"] == ["views"]
-    assert tags["tensors"] == ["settings/text_summary"]
-    assert [e.step for e in events.Scalars("loss")] == [10, 12]
-    assert [e.step for e in events.Scalars("eval_auc")] == [6, 12]
-    assert events.Scalars("lr")[-1].value == pytest.approx(0, abs=1e-9)
-    assert 0 < events.Scalars("loss")[0].value < 10
-
-
 def test_preview_writes_a_sheet_and_trains_nothing(data, tmp_path, script):
     done = script("run_training", *flags(data, tmp_path, "--preview", tmp_path / "sheet.png"))
     assert done.code == 0, done.err
@@ -393,27 +376,6 @@ def test_a_batch_that_shows_nothing_changes_no_weight():
     assert torch.allclose(run.network.head[0].weight, before, atol=1e-5)  # but for the decay
 
 
-def test_shares_of_views_that_show_nothing_are_told(tmp_path, script):
-    still = ["--jitter", 0, "--patch_jitter", 0]
-    config = tiny_config(*still)
-    shares = invisible_shares(config, even_and_noisy())
-    assert list(shares) == ["patch", "scar"]
-    assert all(0.5 <= share < 0.7 for share in shares.values())
-    assert invisible_shares(tiny_config("--variant", "union"), even_and_noisy()[4:])["patch or scar"] < 0.2
-    folder = tmp_path / "Data/plate/train/good"
-    folder.mkdir(parents=True)
-    for number, image in enumerate(even_and_noisy()):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
-    where = ["--data_dir", tmp_path / "Data", "--model_dir", tmp_path / "models", "--logdir", tmp_path / "logdirs"]
-    for name, word in (("keep", "are learned as anomalous (--invisible drop"), ("drop", "are left out of the loss")):
-        done = script("run_training", *where, *TINY, *still, "--epochs", 1, "--overwrite", "--invisible", name)
-        assert done.code == 0, done.err
-        assert re.search(
-            r"plate: views that show no difference from the image: \d+ % of patch, \d+ % of scar; ", done.err
-        )
-        assert word in done.err
-
-
 def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     """It is stored, and an interrupted run continues with it; another budget is another setting."""
     given = [str(flag) for flag in flags(data, tmp_path, "--minutes", 0.15)]
@@ -482,19 +444,6 @@ def test_preview_of_a_patch_model(data, tmp_path, script):
 
 
 # Bad input --------------------------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_stops(data, tmp_path, script):
-    for more in ([], ["--test_epochs", 3], ["--epochs", 1]):
-        done = script("run_training", *flags(data, tmp_path, "--lr", 1e9, *more))
-        one_line(done, "brick", "not finite" if "--epochs" in more else "at step", "lower --lr")
-        assert not (tmp_path / "models/brick.pt").exists()
-    check_finite("brick", 1, 0.5, torch.zeros(3))
-    with pytest.raises(InputError, match="a weight of the network is not finite at step 3"):
-        check_finite("brick", 3, 0.5, torch.zeros(3), torch.tensor([1.0, float("nan")]))
-    for bad in (float("nan"), float("inf")):
-        with pytest.raises(InputError, match="at step 7"):
-            check_finite("brick", 7, bad)
 
 
 def test_a_state_of_other_images_is_refused(data, tmp_path, script):
