@@ -29,7 +29,9 @@ class Forked:
         self.stdout, self.stderr = (tempfile.NamedTemporaryFile("r") for _ in range(2))  # noqa: SIM115
         streams = self.stdout.name, self.stderr.name
         words = [str(word) for word in command]
-        self.process = SERVER.Process(target=_work, args=(words, streams, cwd, preexec, dict(os.environ) | env))
+        self.process = SERVER.Process(
+            target=_work, args=(words, streams, cwd or os.getcwd(), preexec, {**os.environ, **env})
+        )
         self.process.start()
         weakref.finalize(self, self.process.kill)  # a test that fails leaves none running
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
@@ -56,13 +58,13 @@ class Forked:
         return self.process.exitcode
 
 
-def _work(words: list[str], streams: tuple[str, str], cwd: Path | None, preexec: Callable | None, env: dict) -> None:
+def _work(words: list[str], streams: tuple[str, str], cwd: Path | str, preexec: Callable | None, env: dict) -> None:
     """In the new process."""
     for number, path in enumerate(streams, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(cwd or ".")
+    os.chdir(cwd)
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(Path(words[0]).parent), *(p for p in sys.path if Path(p).resolve() not in (here, here.parent))]
     sys.argv = words
