@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import ROOT, TINY, one_line, run
+from conftest import ROOT, TINY, fork, one_line, run
 from PIL import Image
 
 from config import Config, PatchConfig
@@ -189,7 +189,7 @@ def test_the_newest_row_of_a_setting_counts(tables, tmp_path, name, table):
 def test_the_benchmark_of_speed_runs(data, tmp_path):
     table = tmp_path / "speed.csv"
     flags = ["--size", 32, "--original", "48x40", "--batch_size", 2, "--repeats", 1, "--results", table]
-    done = run("benchmarks/speed.py", *flags, "--data_dir", data / "brick/train/good", "--amp", "off")
+    done = fork("benchmarks/speed.py", *flags, "--data_dir", data / "brick/train/good", "--amp", "off")
     assert done.code == 0, done.err
     result = json.loads(done.out)
     (row,) = table_of(table)
@@ -343,7 +343,7 @@ def test_the_benchmark_of_maps_runs(script, data, tmp_path):
     flags = ["--data_dir", data, "--model_dir", models, "--results", table, "--workers", 0, "--repeats", 1]
     flags += ["--level", "1", "1,2", "--density", "torch", "kde", "--location", "each", "--dims", 16]
     one_line(script("maps", *flags), "grass.pt", "no patch model")
-    done = run("benchmarks/maps.py", *flags, "--type", "brick")
+    done = fork("benchmarks/maps.py", *flags, "--type", "brick")
     assert done.code == 0, done.err
     found = table_of(table)
     assert [(row["level"], row["location_chosen"], row["dims"]) for row in found] == [

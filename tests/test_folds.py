@@ -7,7 +7,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import one_line, run, same_weights, train
+from conftest import fork, one_line, same_weights, train
 from test_detector import CONFIG, PATCHES, pictures
 from test_training import again, start, wait_for_step
 
@@ -214,7 +214,7 @@ def test_seeds_have_folders_of_their_own(seeds, data, tmp_path, script):
 
 def test_eval_gives_mean_error_and_averaged_scores_of_seeds(seeds, data, tmp_path):
     where = ["--data_dir", data, "--model_dir", seeds, "--eval_dir", tmp_path]
-    done = run("eval.py", *where)
+    done = fork("eval.py", *where)
     assert done.code == 0, done.err
     printed = dict(line.rsplit(": ", 1) for line in done.out.splitlines())
     rows = pandas.read_csv(tmp_path / "models/results.csv")

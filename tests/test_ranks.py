@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,13 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, one_line, same_weights
+from forked import Forked
+from test_training import wait_for_step
 from torch.nn.functional import cross_entropy
 
 from cutpaste import apply, make_params, visible
 from model import CutPasteNet
 from options import config_of
 from run_training import check_ranks, get_parser
-from runtime.files import InputError
+from runtime.files import InputError, load_tensors
 from runtime.ranks import Ranks, from_environment
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", "2"]
@@ -43,6 +46,22 @@ def finish(process):
     return SimpleNamespace(code=process.returncode, out=out, err=err)
 
 
+def two_ranks(*command):
+    """A script as two ranks without torchrun: two processes with the environment that it would give them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0, "GROUP_WORLD_SIZE": 1}
+    both = []
+    for rank in range(2):
+        own = {name: str(value) for name, value in (env | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        both.append(Forked(ROOT / command[0], *command[1:], **own))
+    texts = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    return SimpleNamespace(code=0, out="".join(out for out, _ in texts), err="".join(err for _, err in texts))
+
+
 def flags(data, folder, *more):
     where = ("--data_dir", data, "--model_dir", folder, "--logdir", folder.parent / "logdirs")
     return ("run_training.py", *where, *TINY, *more)
@@ -59,7 +78,7 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
 
     where = ("--data_dir", data, "--model_dir", folder, "--control", 1)
     alone = script("eval", *where, "--eval_dir", tmp_path / "alone")
-    shared = finish(launch("eval.py", *where, "--eval_dir", tmp_path / "shared"))
+    shared = two_ranks("eval.py", *where, "--eval_dir", tmp_path / "shared")
     assert alone.code == shared.code == 0, alone.err + shared.err
     assert shared.out == alone.out
     assert len(shared.out.splitlines()) == 6
@@ -77,8 +96,7 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
 def test_ranks_share_the_networks_of_a_detector(data, tmp_path, script):
     more = ("--folds", 3, "--type", "brick,grass", "--epochs", 3)
     shared, alone = tmp_path / "shared" / "models", tmp_path / "alone" / "models"
-    done = finish(launch(*flags(data, shared, *more)))
-    assert done.code == 0, done.err
+    two_ranks(*flags(data, shared, *more))
     assert script("run_training", *flags(data, alone, *more)[1:]).code == 0
     for folder in (shared, alone):
         assert [p.name for p in sorted(folder.iterdir())] == ["brick.normals", "brick.pt", "grass.normals", "grass.pt"]
@@ -93,24 +111,29 @@ def child_pids(process):
     return [int(pid) for pid in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
 
 
-def test_a_killed_rank_is_restarted_and_continues(data, tmp_path):
-    """With one restart of torchrun: kill -9 of one rank in the middle."""
-    more = ("--type", "brick", "--save_minutes", 0, "--ddp", 1, "--epochs", 12)
+def test_a_killed_rank_is_restarted_and_interrupted_ranks_stop_at_one_step(data, tmp_path):
+    """With one restart of torchrun: kill -9 of one rank in the middle, SIGTERM later, the same command after that."""
+    more = ("--type", "brick", "--save_minutes", 0, "--ddp", 1, "--epochs", 16)
     plain = tmp_path / "plain" / "models"
-    assert finish(launch(*flags(data, plain, *more))).code == 0
+    two_ranks(*flags(data, plain, *more))
     folder = tmp_path / "killed" / "models"
+    state = folder / "brick.checkpoint"
     process = launch(*flags(data, folder, *more), restarts=1)
-    until = time.monotonic() + 120
-    while not (folder / "brick.checkpoint").exists():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for_step(process, state, 1)
     os.kill(child_pids(process)[1], signal.SIGKILL)
+    time.sleep(0.5)  # no rank writes any more
+    wait_for_step(process, state, load_tensors(state, "checkpoint")["step"] + 2)
+    process.send_signal(signal.SIGTERM)
     done = finish(process)
-    assert done.code == 0, done.err
-    assert "brick: continuing at step" in done.err
+    assert done.code != 0
+    assert done.err.count("brick: continuing at step") == 1
+    (step,) = re.findall(r"brick: stopped at step (\d+), state saved", done.err)
+    assert load_tensors(state, "checkpoint")["step"] == int(step) < 16
+    assert not (folder / "brick.pt").exists()
+    done = two_ranks(*flags(data, folder, *more))
+    assert f"brick: continuing at step {step} of 16" in done.err
     assert same_weights(folder / "brick.pt", plain / "brick.pt")
-    assert not (folder / "brick.checkpoint").exists()
+    assert not state.exists()
 
 
 ENDING = """
@@ -200,8 +223,7 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
         cases.append((images, drop))
     torch.save(cases, tmp_path / "cases")
     (tmp_path / "gradients.py").write_text(GRADIENTS.format(root=str(ROOT), folder=str(tmp_path)))
-    done = finish(launch(tmp_path / "gradients.py"))
-    assert done.code == 0, done.err
+    two_ranks(tmp_path / "gradients.py")
 
     for case, (images, drop) in enumerate(cases):
         count = len(images)
@@ -220,23 +242,6 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
         for _, buffers in found:
             for name, buffer in network.named_buffers():
                 torch.testing.assert_close(buffers[name], buffer, rtol=1e-6, atol=1e-6)
-
-
-def test_interrupted_together_they_stop_at_one_step(data, tmp_path):
-    folder = tmp_path / "models"
-    more = ("--type", "brick", "--ddp", 1, "--epochs", 2000)
-    process = launch(*flags(data, folder, *more))
-    until = time.monotonic() + 120
-    while not list((tmp_path / "logdirs").rglob("events*")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    done = finish(process)
-    assert done.code != 0
-    assert len(re.findall(r"brick: stopped at step \d+, state saved", done.err)) == 1
-    assert (folder / "brick.checkpoint").exists()
 
 
 def torchrun_says(monkeypatch, rank, count, restarts=0, machines=1):

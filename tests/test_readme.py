@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, one_line, run
+from conftest import ROOT, fork, one_line, run
 
 from options import config_of
 
@@ -173,10 +173,10 @@ assert shaded.shape == (8, 3, 32, 32) and (shaded[4:] <= shaded[:4]).all() and (
 assert larger.eval()(views)[1].shape == (12, 2048)
 assert nearest.shape == (1, 8)
 """
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "image_auroc" in done.stdout
+    (tmp_path / "walk.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    done = fork(tmp_path / "walk.py", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert "image_auroc" in done.out
     assert (tmp_path / "walk/brick.pt").is_file()
 
 
@@ -194,8 +194,8 @@ def test_the_python_interface_runs(data, models, tmp_path, monkeypatch, capsys):
 
 
 def test_tables_are_what_the_files_say():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = fork("benchmarks/tables.py", "check")
+    assert done.code == 0, done.err
 
 
 def test_each_table_has_one_place():
@@ -272,9 +272,25 @@ def test_modules_and_functions_are_short(path):
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
 
 
-@pytest.mark.parametrize("path", SCRIPTS, **by_path)
-def test_help_imports_nothing_heavy(path):
-    """What takes seconds is imported when it is needed."""
+HELP = """
+import os, runpy, sys
+import torch  # once for all of them; nothing else is imported before a script is
+for path in sys.argv[2:]:
+    pid = os.fork()
+    if not pid:
+        sys.path.insert(0, sys.argv[1])
+        sys.argv = [path, "--help"]
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as stop:
+            print("ended:", path, stop.code, [name for name in {heavy!r} if name in sys.modules], flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_help_imports_nothing_heavy():
+    """What takes seconds is imported when it is needed. Each script in a process of its own."""
     heavy = (
         "torchvision",
         "sklearn",
@@ -285,12 +301,8 @@ def test_help_imports_nothing_heavy(path):
         "tensorboard",
         "torch.distributed.run",
     )
-    code = (
-        f"import runpy, sys; sys.argv = [{path.name!r}, '--help']\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"try:\n    runpy.run_path({str(path)!r}, run_name='__main__')\n"
-        f"except SystemExit as stop:\n    assert not stop.code\n"
-        f"print('imported:', [name for name in {heavy!r} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.endswith("imported: []\n"), (done.stdout[-300:], done.stderr)
+    command = [sys.executable, "-c", HELP.format(heavy=heavy), ROOT, *SCRIPTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ended = [line for line in done.stdout.splitlines() if line.startswith("ended: ")]
+    assert ended == [f"ended: {path} 0 []" for path in SCRIPTS], done.stderr
+    assert done.stdout.count("usage: ") == len(SCRIPTS)
