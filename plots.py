@@ -288,6 +288,8 @@ def curves(rows: "DataFrame") -> Figure:
 def enough(category: str, rows: Sequence[dict]) -> Figure:
     """What new normal images score, and below it the image AUROC if rows have one, against the number of normal images
     in the density; from rows of enough.csv. Dots are subsets, lines their means."""
+    import seaborn
+
     panels = (("median", "quantile_90"), ("image_auroc",))[: 1 if rows[0]["image_auroc"] is None else 2]
     styles = {"median": ("median", NORMAL_COLOR, 1), "quantile_90": ("90 % quantile", "#e8a33d", 1)}
     styles["image_auroc"] = ("image AUROC of the test images", ANOMALY_COLOR, 100)
