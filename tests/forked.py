@@ -18,7 +18,7 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"  # of the server too
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch._dynamo", "torchvision", "torch.utils.tensorboard", "torch.distributed.run", "matplotlib.figure", "pandas"]
+    ["torch._dynamo", "torchvision", "torch.utils.tensorboard", "seaborn", "sklearn.manifold"]
 )
 
 

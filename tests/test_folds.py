@@ -141,7 +141,7 @@ def test_training_names_the_most_unusual_images_and_leaves_one_file(three, data)
 
 def test_killed_within_the_second_member_equals_uninterrupted(three, data, tmp_path, script):
     folder = tmp_path / "models"
-    more = ("--type", "brick", "--folds", 3, "--save_minutes", 0)
+    more = ("--type", "brick", "--folds", 3)
     process = start(data, folder, *more)
     wait_for_step(process, folder / "brick.checkpoints/1.checkpoint", 2)
     process.kill()

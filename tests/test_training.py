@@ -48,9 +48,10 @@ def flags(data, tmp_path, *more):
 
 
 def start(data, folder, *more, new=False):
-    """run_training.py left running, in a new process or a forked one."""
+    """run_training.py left running, state saved after every step, in a new process or a forked one."""
     where = [data, folder, folder.parent / "logdirs"]
     command = [ROOT / "run_training.py", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more]
+    command += ["--save_minutes", 0]
     if not new:
         return Forked(*command)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -58,7 +59,7 @@ def start(data, folder, *more, new=False):
 
 
 def again(script, data, folder, *more):
-    """The same command as ``start``'s, in this process."""
+    """The same command as ``start``'s, in this process, but for how often it saves."""
     where = [data, folder, folder.parent / "logdirs"]
     return script("run_training", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more)
 
@@ -77,7 +78,7 @@ def wait_for_step(process, checkpoint, step):
 
 def test_killed_twice_equals_uninterrupted(data, models, tmp_path, script):
     folder = tmp_path / "models"
-    more = ("--type", "brick", "--save_minutes", 0)
+    more = ("--type", "brick")
     for step in (1, 6):
         process = start(data, folder, *more, new=step == 1)
         wait_for_step(process, folder / "brick.checkpoint", step)
@@ -93,7 +94,7 @@ def test_killed_twice_equals_uninterrupted(data, models, tmp_path, script):
 
 def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, tmp_path, script):
     folder = tmp_path / "models"
-    more = ("--type", "brick", "--test_epochs", 2, "--save_minutes", 0)
+    more = ("--type", "brick", "--test_epochs", 2)
     process = start(data, folder, *more, new=True)
     wait_for_step(process, folder / "brick.checkpoint", 2)
     process.send_signal(signal.SIGTERM)
@@ -109,7 +110,7 @@ def test_a_signal_saves_the_state_and_the_same_command_continues(data, models, t
 def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_path, script):
     folder = tmp_path / "models"
     shutil.copytree(models, folder)
-    more = ("--type", "brick", "--save_minutes", 0, "--seed", 1)
+    more = ("--type", "brick", "--seed", 1)
     process = start(data, folder, *more, "--overwrite")
     wait_for_step(process, folder / "brick.checkpoint", 2)
     process.terminate()
@@ -286,7 +287,7 @@ PATCHES = ("--size", 48, "--patch_size", 32, "--window", 8, "--stride", 8)
 
 
 def test_a_patch_model_trains_and_continues_bit_for_bit(data, tmp_path, script):
-    more = (*PATCHES, "--location", "each", "--save_minutes", 0)
+    more = (*PATCHES, "--location", "each")
     done = script("run_training", *flags(data, tmp_path / "whole", *more))
     assert done.code == 0, done.err
     made = load(tmp_path / "whole/models/brick.pt")
@@ -449,13 +450,12 @@ def test_preview_of_a_patch_model(data, tmp_path, script):
 def test_a_state_of_other_images_is_refused(data, tmp_path, script):
     own = tmp_path / "Data"
     shutil.copytree(data / "brick", own / "brick")
-    process = start(own, tmp_path / "models", "--type", "brick", "--save_minutes", 0)
+    process = start(own, tmp_path / "models", "--type", "brick")
     wait_for_step(process, tmp_path / "models/brick.checkpoint", 1)
     process.terminate()
     assert process.wait(60) == 143
     (own / "brick/train/good/000.png").unlink()
-    more = ["--save_minutes", 0]
-    one_line(script("run_training", *flags(own, tmp_path, *more)), "brick.checkpoint", "other images", "--overwrite")
+    one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "other images", "--overwrite")
     (tmp_path / "models/brick.checkpoint").write_text("hello")
     one_line(script("run_training", *flags(own, tmp_path)), "brick.checkpoint", "truncated, damaged")
 
