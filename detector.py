@@ -18,6 +18,7 @@ import earlier
 from config import Config, UnknownSettingError
 from conformal import Promise, conformal_threshold, p_values
 from dataset import decode, resized
+from ignore import ALL_COUNT
 from localization import Level
 from member import Member, build_network, check_enough, initial_network, member_images, stream, unseen_by
 from model import CutPasteNet
@@ -58,15 +59,16 @@ class Detector(nn.Module):
     metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
     before ``fit``. normal_scores: the held-out scores (n,) of normal images that it and p-values follow from. Of one
     member they are by densities that have not seen the image, though the network has; with ``--holdout`` those of the
-    images held out; of several members, by a network that has not seen it either.
+    images held out; of several members, by a network that has not seen it either. sources: (H, W), what takes the place
+    of pixels that do not count, see ignore.py.
     """
 
-    def __init__(self, config: Config, networks: Sequence[CutPasteNet] = ()) -> None:
+    def __init__(self, config: Config, networks: Sequence[CutPasteNet] = (), sources: Tensor = ALL_COUNT) -> None:
         super().__init__()
         self.config = config
         self.metadata: dict = {}
         networks = networks or [build_network(config) for _ in range(config.folds)]
-        self.members = nn.ModuleList(Member(config, network) for network in networks)
+        self.members = nn.ModuleList(Member(config, network, sources) for network in networks)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
 
@@ -79,6 +81,11 @@ class Detector(nn.Module):
     def levels(self) -> Sequence[Level]:
         """The first member's levels."""
         return self.members[0].levels
+
+    @property
+    def sources(self) -> Tensor:
+        """What takes the place of pixels that do not count, (H, W); empty if all do."""
+        return self.members[0].sources
 
     @property
     def size(self) -> tuple[int, int]:
@@ -181,18 +188,29 @@ class Detector(nn.Module):
         self.threshold, _ = conformal_threshold(self.normal_scores, rate)
         return self
 
+    def hide(self, mask: Tensor) -> "Detector":
+        """Itself, with maps that are, from now on, as low as can be where the mask (H, W) bool is set, beside what does
+        not count anyway; a patch model's scores follow. Normal scores stay, so that p-values only grow. Raises
+        InputError if nothing is left."""
+        for member in self.members:
+            hidden = mask.to(self.device)
+            member.hidden = hidden | member.hidden if member.hidden.numel() else hidden
+            if member.hidden.all():
+                raise InputError(f"{self.config.category}: every pixel is ignored, by the detector or by --ignore")
+        return self
+
     def refit(self, images: ImageArray, **changes) -> "Detector":
         """The same networks with other densities, fitted to ``images``, those they were trained on, where ``changes``
         are other settings; this detector stays as it is."""
         config = Config.from_dict(self.config.to_dict() | changes)
-        other = Detector(config, [member.network for member in self.members])
+        other = Detector(config, [member.network for member in self.members], self.sources)
         other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
         """The untrained baseline: networks as training found them, with the same kinds of density, not yet fitted."""
         networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
-        other = Detector(self.config, [network.to(self.device) for network in networks])
+        other = Detector(self.config, [network.to(self.device) for network in networks], self.sources)
         for new, member in zip(other.members, self.members):
             for own, level in zip(new.levels, member.levels):
                 own.location = "shared" if level.shared else "each"
@@ -238,6 +256,7 @@ def save(detector: Detector, path: str | Path) -> None:
         ],
         "threshold": detector.threshold,
         "normal_scores": detector.normal_scores,
+        "sources": detector.sources,
     }
     save_tensors(content, path)
 
@@ -253,7 +272,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            detector = Detector(config)
+            detector = Detector(config, sources=content.get("sources", ALL_COUNT))
+        if tuple(detector.sources.shape) not in ((0,), detector.size):
+            raise ValueError(f"a mask of {tuple(detector.sources.shape)} for images of {detector.size}")
         if len(content["members"]) != len(detector.members):
             raise ValueError(f"{len(content['members'])} networks for {len(detector.members)} folds")
         for member, part in zip(detector.members, content["members"]):

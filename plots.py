@@ -18,6 +18,7 @@ from config import Config
 from cutpaste import VARIANTS, VIEWS, apply, to_float
 from dataset import GOOD, TestSet
 from detector import Detector
+from ignore import filled
 from member import category_seed, stream
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
     groups = ["anomalous" if label else "normal" for label in test.labels]
     normal = test.images[torch.from_numpy(np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS])]
     if len(normal):
+        normal = filled(normal, detector.sources.cpu())
         views, labels = apply(normal, detector.config.make_params(len(normal), torch.Generator().manual_seed(0)))
         parts += stream(detector, views[labels > 0], embed)
         groups += [VARIANTS[detector.config.variant].views[label] for label in labels[labels > 0].tolist()]

@@ -24,12 +24,17 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from config import Config
+from dataset import read_size
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from drawings import Drawings
+from ignore import load_mask, mask_path
 from listing import listed, watch
 from rows_file import COLUMNS, FORMATS, RowsFile
 from runtime.files import InputError, say
@@ -48,6 +53,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--size", type=size, metavar="S|WxH", help="must agree with the detector, if given")
     rate = "call so many of new normal images anomalous, as a share (default: the detector's)"
     add("--false_alarm_rate", type=number(0, 1), metavar="X", help=rate)
+    ignore = "patch models: mask, or folder of <category>.png, of what does not count either; p-values only grow by it"
+    add("--ignore", metavar="FILE", help=ignore)
     add = parser.add_argument_group("output").add_argument
     add("--format", type=one_of(FORMATS), default="csv", metavar="|".join(FORMATS), help="of the rows (default: csv)")
     add("--output", metavar="FILE", help="write rows there, and continue what is there (default: stdout)")
@@ -66,13 +73,16 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     tasks, device = find_tasks(args), choose_device(args.cuda)
-    for task in tasks:  # all, before any hour is spent
-        check(args, task)
+    configs = [check(args, task) for task in tasks]  # all, before any hour is spent
     drawings = Drawings(args.heatmaps, args.masks)
     lists = [listed(task.words, drawings.folders) for task in tasks]  # the folders may lie within what is scored
     if not any(lists) and not args.watch:
         raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
     check_drawings(drawings, tasks, lists)
+    masks = [find_mask(args, config, paths) for config, paths in zip(configs, lists)]
+    if args.ignore and not any(mask is not None for mask in masks):
+        names = ", ".join(config.category for config in configs)
+        raise InputError(f"--ignore: {args.ignore} has no <category>.png for any of {names}")
     columns = (*(["category"] if args.model_dir else []), *COLUMNS)
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
@@ -86,8 +96,8 @@ def main(args: argparse.Namespace) -> None:
             halt(stop)
 
         scorers = []
-        for task, paths in zip(tasks, lists):
-            scorer = make_scorer(args, task, load(task.detector, device), drawings)
+        for task, paths, mask in zip(tasks, lists, masks):
+            scorer = make_scorer(args, task, load(task.detector, device), drawings, mask)
             scorer.score(paths, rows, pool, tell)
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
@@ -160,8 +170,9 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def check(args: argparse.Namespace, task: Task) -> None:
-    """Hold the flags against a detector file. Raises InputError on a contradiction, or if the file is bad."""
+def check(args: argparse.Namespace, task: Task) -> Config:
+    """Hold the flags against a detector file, whose settings come back. Raises InputError on a contradiction, or if the
+    file is bad."""
     config, path = load_config(task.detector), task.detector
     own = (config.height, config.width)
     if args.size not in (None, own):
@@ -171,6 +182,22 @@ def check(args: argparse.Namespace, task: Task) -> None:
         raise InputError(f"--masks: {path} is no patch model, it has no map; --heatmaps draws where its score is from")
     if args.heatmaps and config.patches is None and not config.has_gradient:
         raise InputError(f"--heatmaps: {path} needs a gradient, which the density {config.density} has not")
+    if args.ignore and config.patches is None and mask_path(args.ignore, config.category):
+        raise InputError(f"--ignore: {path} is no patch model, it has no map; train it with run_training.py --ignore")
+    return config
+
+
+def find_mask(args: argparse.Namespace, config: Config, paths: list[str]) -> Tensor | None:
+    """What a detector ignores beside its own, (H, W) bool, by a mask of its size or of the first image's."""
+    path = mask_path(args.ignore, config.category) if args.ignore else None
+    if path is None:
+        return None
+    file_size = None  # unknown where no image is readable: those are told in their rows
+    for image in filter(os.path.isfile, paths):
+        with suppress(InputError):
+            file_size = read_size(image)
+            break
+    return load_mask(path, (config.height, config.width), file_size)
 
 
 def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]) -> None:
@@ -184,7 +211,11 @@ def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]
         os.makedirs(folder, exist_ok=True)
 
 
-def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings) -> Scorer:
+def make_scorer(
+    args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings, mask: Tensor | None
+) -> Scorer:
+    if mask is not None:
+        detector.hide(mask)
     if args.false_alarm_rate is not None:
         detector.at_rate(args.false_alarm_rate)
     say(f"{detector.config.category}: {detector.promise.words()}")

@@ -24,7 +24,8 @@ SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = [
-    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset", "model"],
+    *["runtime", *RUNTIME, "color", "paste", "cutpaste", "density", "conformal", "metrics", "dataset"],
+    *["ignore", "model"],
     *["localization", "gradcam", "config", "options", "member", "earlier", "detector", "plots", "overlays", "gallery"],
     *["log", "checkpoint", "training", "report", "eval", "job", "run_training", "rows_file", "listing", "drawings"],
     *["scoring", "predict", "export", "prepare_data"],
