@@ -114,15 +114,26 @@ class Detector(nn.Module):
         Higher is more anomalous; the unit is ``unit``. An image's score does not depend on the others of its batch. The
         detector must be in evaluation mode, as ``fit`` and ``load`` leave it.
         """
-        return average([member(images) for member in self.members])
+        return self.average([member(images) for member in self.members])
 
     def judge(self, images: Tensor, grad_cam: bool = False) -> Judged:
         """The same with p-values. grad_cam: maps of an image-level model too, see Member.grad_cam."""
         found = [member.grad_cam(images) if grad_cam else member(images) for member in self.members]
         folds = len(self.members)
         p = p_values(torch.stack([scores for scores, _ in found]), [self.normal_scores[k::folds] for k in range(folds)])
-        scores, maps = average(found)
+        scores, maps = self.average(found)
         return Judged(scores, p, maps)
+
+    def average(self, results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+        """The mean over members of scores (B,) and of maps (B, H, W) or None. Where hidden, not even an image that is
+        anomalous everywhere glows, see overlays.overlay."""
+        scores, maps = (
+            parts[0] if len(parts) == 1 or parts[0] is None else torch.stack(parts).mean(0) for parts in zip(*results)
+        )
+        if maps is not None and (hidden := self.members[0].hidden).numel():
+            dark = (self.threshold - self.threshold.abs() / 2).to(maps.dtype)
+            maps = torch.where(hidden, torch.fmin(maps, dark), maps)  # fmin: a threshold may be NaN
+        return scores, maps
 
     def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see Member.grad_cam."""
@@ -189,8 +200,8 @@ class Detector(nn.Module):
         return self
 
     def hide(self, mask: Tensor) -> "Detector":
-        """Itself, with maps that are, from now on, as low as can be where the mask (H, W) bool is set, beside what does
-        not count anyway; a patch model's scores follow. Normal scores stay, so that p-values only grow. Raises
+        """Itself, with maps that show nothing, from now on, where the mask (H, W) bool is set, beside what does not
+        count anyway; a patch model's scores follow. Normal scores stay, so that p-values only grow. Raises
         InputError if nothing is left."""
         for member in self.members:
             hidden = mask.to(self.device)
@@ -225,14 +236,6 @@ class Detector(nn.Module):
             count, rate = len(self.normal_scores), self.config.false_alarm_rate
             found = f"the threshold is the largest of their scores, for a rate of {self.promise.rate:.2g}"
             yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
-
-
-def average(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """The mean over members of scores (B,) and of maps (B, H, W) or None."""
-    scores, maps = zip(*results)
-    if len(results) == 1:
-        return results[0]
-    return torch.stack(scores).mean(0), None if maps[0] is None else torch.stack(maps).mean(0)
 
 
 # The file ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Member(nn.Module):
 
     Buffers: center, scale (), float64: the scores' mean and standard deviation on normal images that this member has
     not seen, 0 and 1 of a detector's only member. sources (H, W): what takes the place of pixels that do not count, see
-    ignore.py; hidden (H, W) bool: where maps are as low as can be, those pixels at least; both may be empty.
+    ignore.py; hidden (H, W) bool: where maps are to show nothing, those pixels at least; both may be empty.
     """
 
     def __init__(self, config: Config, network: CutPasteNet, sources: Tensor = ALL_COUNT) -> None:
@@ -101,14 +101,12 @@ class Member(nn.Module):
         if self.config.patches is None:
             return sum(distances)[:, 0].double(), None
         sigma = self.config.patches.sigma
-        maps = sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float()
-        maps = self.hide(maps, sum(level.standardized(torch.zeros_like(level.center)) for level in self.levels).float())
+        maps = self.hide(sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float())
         return maps.amax((1, 2)).double(), maps
 
-    def hide(self, maps: Tensor, lowest: Tensor) -> Tensor:
-        """Maps (B, H, W) with their lowest possible value () where they are hidden: not even an image that is anomalous
-        everywhere is so there."""
-        return torch.where(self.hidden, lowest, maps) if self.hidden.numel() else maps
+    def hide(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, W) that are, where hidden, as low as anywhere."""
+        return torch.where(self.hidden, maps.amin((1, 2), keepdim=True), maps) if self.hidden.numel() else maps
 
     def standardized(self, scores: Tensor, maps: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same in deviations from what normal images have."""
@@ -131,8 +129,7 @@ class Member(nn.Module):
             )
             found.append(grad_cam(features, score, self.size))
         scores, maps = (sum(each) for each in zip(*found))
-        maps = self.hide(maps, maps.new_zeros(()))
-        return self.standardized(scores, None)[0], maps / self.scale.float()
+        return self.standardized(scores, None)[0], self.hide(maps) / self.scale.float()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
