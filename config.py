@@ -168,6 +168,13 @@ class Config:
         "training",
         "share of the images that neither network nor density sees, so that the false-alarm rate holds",
     )
+    ignore: str | None = setting(
+        None,
+        anything,
+        "training",
+        "mask of what does not count, such as a date stamp: all that is not black; or a folder of <category>.png",
+        "none",
+    )
     seed: int = setting(0, int_at_least(0), "training", "seed of everything random")
     features: str = setting(
         None,

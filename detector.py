@@ -19,6 +19,7 @@ from config import Config, UnknownSettingError
 from conformal import Promise, conformal_threshold, p_values
 from dataset import decode, resized
 from drift import MOST, measure
+from ignore import ALL_COUNT, filled
 from localization import Level
 from member import Member, build_network, check_enough, initial_network, member_images, stream, unseen_by
 from model import CutPasteNet
@@ -59,16 +60,17 @@ class Detector(nn.Module):
     metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
     before ``fit``. normal_scores: the held-out scores (n,) of normal images that it and p-values follow from. Of one
     member they are by densities that have not seen the image, though the network has; with ``--holdout`` those of the
-    images held out; of several members, by a network that has not seen it either. appearance: how normal images look,
-    (n, 3), see drift.measure; (0, 3) if it is not known.
+    images held out; of several members, by a network that has not seen it either. sources: (H, W), what takes the place
+    of pixels that do not count, see ignore.py. appearance: how normal images look, (n, 3), see drift.measure; (0, 3) if
+    it is not known.
     """
 
-    def __init__(self, config: Config, networks: Sequence[CutPasteNet] = ()) -> None:
+    def __init__(self, config: Config, networks: Sequence[CutPasteNet] = (), sources: Tensor = ALL_COUNT) -> None:
         super().__init__()
         self.config = config
         self.metadata: dict = {}
         networks = networks or [build_network(config) for _ in range(config.folds)]
-        self.members = nn.ModuleList(Member(config, network) for network in networks)
+        self.members = nn.ModuleList(Member(config, network, sources) for network in networks)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
         self.register_buffer("appearance", torch.empty(0, 3))
@@ -82,6 +84,11 @@ class Detector(nn.Module):
     def levels(self) -> Sequence[Level]:
         """The first member's levels."""
         return self.members[0].levels
+
+    @property
+    def sources(self) -> Tensor:
+        """What takes the place of pixels that do not count, (H, W); empty if all do."""
+        return self.members[0].sources
 
     @property
     def size(self) -> tuple[int, int]:
@@ -110,27 +117,34 @@ class Detector(nn.Module):
         Higher is more anomalous; the unit is ``unit``. An image's score does not depend on the others of its batch. The
         detector must be in evaluation mode, as ``fit`` and ``load`` leave it.
         """
-        return average([member(images) for member in self.members])
+        return self.average([member(images) for member in self.members])
 
     def judge(self, images: Tensor, grad_cam: bool = False) -> Judged:
         """The same with p-values. grad_cam: maps of an image-level model too, see Member.grad_cam."""
         found = [member.grad_cam(images) if grad_cam else member(images) for member in self.members]
         folds = len(self.members)
         p = p_values(torch.stack([scores for scores, _ in found]), [self.normal_scores[k::folds] for k in range(folds)])
-        scores, maps = average(found)
+        scores, maps = self.average(found)
         return Judged(scores, p, maps)
 
+    def average(self, results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+        """The mean over members of scores (B,) and of maps (B, H, W) or None. Where hidden, not even an image that is
+        anomalous everywhere glows, see overlays.overlay."""
+        scores, maps = (None if parts[0] is None else torch.stack(parts).mean(0) for parts in zip(*results))
+        if maps is not None and (hidden := self.members[0].hidden).numel():
+            dark = (self.threshold - self.threshold.abs() / 2).to(maps.dtype)
+            maps = torch.where(hidden, torch.fmin(maps, dark), maps)  # fmin: a threshold may be NaN
+        return scores, maps
+
     def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see Member.grad_cam."""
+        """Scores (B,) and maps (B, H, W) of an image-level model, see Member.grad_cam."""
         scores, _, maps = self.judge(images, grad_cam=True)
         return scores, maps
 
     @torch.inference_mode()
     def predict(self, images: Iterable[str | Path | np.ndarray]) -> Prediction:
         """Scores, p-values, decisions and maps of N images: paths of image files, or arrays (H, W, 3) uint8 of any
-        size. They are read block by block; all maps are held. Raises InputError, with the path, for a file that is no
-        image.
-        """
+        size. They are read block by block; all maps are held. Raises InputError, with the path, for no image."""
         found, rest = [], iter(images)
         while block := list(islice(rest, self.at_once)):
             arrays = [resized(x, self.size) if isinstance(x, np.ndarray) else decode(x, self.size) for x in block]
@@ -176,7 +190,8 @@ class Detector(nn.Module):
         if threshold:
             self.normal_scores = held_out
             self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
-            self.appearance = torch.cat(list(stream(self, images, measure, MOST)))
+            looks = stream(self, images, lambda block: measure(filled(block, self.sources)), MOST)
+            self.appearance = torch.cat(list(looks))
         return self
 
     def at_rate(self, rate: float) -> "Detector":
@@ -185,18 +200,29 @@ class Detector(nn.Module):
         self.threshold, _ = conformal_threshold(self.normal_scores, rate)
         return self
 
+    def hide(self, mask: Tensor) -> "Detector":
+        """Itself, with maps that show nothing, from now on, where the mask (H, W) bool is set, beside what does not
+        count anyway; a patch model's scores follow. Normal scores stay, so that p-values only grow. Raises
+        InputError if nothing is left."""
+        for member in self.members:
+            hidden = mask.to(self.device)
+            member.hidden = hidden | member.hidden if member.hidden.numel() else hidden
+            if member.hidden.all():
+                raise InputError(f"{self.config.category}: every pixel is ignored, by the detector or by --ignore")
+        return self
+
     def refit(self, images: ImageArray, **changes) -> "Detector":
         """The same networks with other densities, fitted to ``images``, those they were trained on, where ``changes``
         are other settings; this detector stays as it is."""
         config = Config.from_dict(self.config.to_dict() | changes)
-        other = Detector(config, [member.network for member in self.members])
+        other = Detector(config, [member.network for member in self.members], self.sources)
         other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
         """The untrained baseline: networks as training found them, with the same kinds of density, not yet fitted."""
         networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
-        other = Detector(self.config, [network.to(self.device) for network in networks])
+        other = Detector(self.config, [network.to(self.device) for network in networks], self.sources)
         for new, member in zip(other.members, self.members):
             for own, level in zip(new.levels, member.levels):
                 own.location = "shared" if level.shared else "each"
@@ -211,14 +237,6 @@ class Detector(nn.Module):
             count, rate = len(self.normal_scores), self.config.false_alarm_rate
             found = f"the threshold is the largest of their scores, for a rate of {self.promise.rate:.2g}"
             yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
-
-
-def average(results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """The mean over members of scores (B,) and of maps (B, H, W) or None."""
-    scores, maps = zip(*results)
-    if len(results) == 1:
-        return results[0]
-    return torch.stack(scores).mean(0), None if maps[0] is None else torch.stack(maps).mean(0)
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -243,6 +261,7 @@ def save(detector: Detector, path: str | Path) -> None:
         "threshold": detector.threshold,
         "normal_scores": detector.normal_scores,
         "appearance": detector.appearance,
+        "sources": detector.sources,
     }
     save_tensors(content, path)
 
@@ -258,7 +277,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            detector = Detector(config)
+            detector = Detector(config, sources=content.get("sources", ALL_COUNT))
+        if tuple(detector.sources.shape) not in ((0,), detector.size):
+            raise ValueError(f"a mask of {tuple(detector.sources.shape)} for images of {detector.size}")
         if len(content["members"]) != len(detector.members):
             raise ValueError(f"{len(content['members'])} networks for {len(detector.members)} folds")
         for member, part in zip(detector.members, content["members"]):

@@ -23,6 +23,7 @@ import overlays
 from color import to_float
 from dataset import read_size
 from detector import Detector, Judged
+from ignore import filled
 from member import stream
 from model import CutPasteNet
 from runtime.cache import ImageArray
@@ -85,7 +86,7 @@ def save_normals(detector: Detector, images: ImageArray, names: Sequence[str], p
     """Write the file of a fitted detector, whole or not at all: of its training images (N, 3, H, W) uint8, called
     ``names``, at most MOST, evenly spaced. Raises OSError if it cannot be written."""
     jpegs, embeddings = [], []
-    for block in stream(detector, images, lambda block: block, MOST):
+    for block in stream(detector, images, lambda block: filled(block, detector.sources), MOST):
         embeddings.append(embedded(detector.network, block).half().cpu())
         jpegs += [encoded(image) for image in block.permute(0, 2, 3, 1).cpu().numpy()]
     content = {

@@ -16,6 +16,7 @@ from config import Config, SettingError
 from dataset import load_train, train_paths
 from detector import Detector, detector_path, save
 from explain import normals_path, save_normals
+from ignore import load_sources
 from member import build_network, check_enough, member_images
 from runtime import cache
 from runtime.files import InputError, remove_file, say
@@ -86,12 +87,15 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> cache.Imag
     if len(images) < config.batch_size and ranks.is_main:
         say(f"{category}: {len(images)} training images, so {len(images)} per step (--batch_size)")
     watch = running.watcher(config) if running.test_epochs > 0 and ranks.is_main else None
-    digest = cache.digest(images)
+    sources = load_ignored(config, running.data_dir)
+    digest, now = cache.digest(images), f"{running.data_dir}/{category} holds now"
+    if sources.numel():
+        digest, now = digest + cache.digest(sources[None]), f"{now}, or under another mask than {config.ignore}"
     if running.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
     for number in numbers:
         path, own = job.states[number], member_images(images, number, config)
-        state = ranks.broadcast(lambda path=path: saved_state(path, digest, f"{running.data_dir}/{category}"))
+        state = ranks.broadcast(lambda path=path: saved_state(path, digest, now))
         numerics = numerics_of(path, state, running)
         if running.numerics["amp"] is None and state is None and ranks.is_main and number == numbers[0]:
             amp, reason = suitable_precision(running.device)
@@ -99,8 +103,8 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> cache.Imag
         torch.set_num_threads(numerics.threads)
         with torch.random.fork_rng(devices=[]):
             if config.minutes and number == numbers[0]:
-                config = state["config"] if state else timed(config, own, numerics, running)
-            run = Run(config, own, digest, running.device, numerics, state, ranks, number)
+                config = state["config"] if state else timed(config, own, numerics, running, sources)
+            run = Run(config, own, digest, running.device, numerics, state, ranks, number, sources)
             run.train(
                 job.logs if config.folds == 1 else job.logs / f"network{number}",
                 path,
@@ -122,10 +126,11 @@ def numerics_of(path: Path, state: dict | None, running: Running) -> Numerics:
         raise InputError(f"--{error}{saved}") from error
 
 
-def timed(config: Config, images: cache.ImageArray, numerics: Numerics, running: Running) -> Config:
+def timed(config: Config, images: cache.ImageArray, numerics: Numerics, running: Running, sources: Tensor) -> Config:
     """The settings with as many steps as ``minutes``, shared by the detector's networks, allow on this machine."""
     whole = replace(config, freeze_resnet=0)  # steps with the backbone frozen cost less
-    run, minutes = Run(whole, images, "", running.device, numerics, None, running.ranks), config.minutes / config.folds
+    run = Run(whole, images, "", running.device, numerics, None, running.ranks, sources=sources)
+    minutes = config.minutes / config.folds
     steps = steps_within(60 * minutes, run)
     steps = running.ranks.broadcast(lambda: steps)
     if running.ranks.is_main:
@@ -146,6 +151,12 @@ def load_normal(config: Config, running: Running) -> cache.ImageArray:
     return images
 
 
+def load_ignored(config: Config, data_dir: str) -> Tensor:
+    """What takes the place of pixels that do not count, see ignore.load_sources. Raises InputError for a bad mask."""
+    size, paths = (config.height, config.width), train_paths(data_dir, config.category)
+    return load_sources(config.ignore, config.category, size, paths[0])
+
+
 def write_detector(job: Job, running: Running, images: cache.ImageArray | None = None) -> None:
     """Fit the detector of trained networks to all training images, write it, and remove their saved states; nothing if
     it is there already. images: those that are loaded already."""
@@ -161,7 +172,8 @@ def write_detector(job: Job, running: Running, images: cache.ImageArray | None =
         networks = [build_network(config) for _ in states]
     for network, state in zip(networks, states):
         network.load_state_dict(state["network"])
-    detector = Detector(config, [network.to(running.device) for network in networks]).fit(images)
+    sources = load_ignored(config, running.data_dir).to(running.device)
+    detector = Detector(config, [network.to(running.device) for network in networks], sources).fit(images)
     detector.metadata = {
         "command": command_line(),
         "train_images": len(images),
@@ -201,12 +213,12 @@ def most_unusual(scores: Tensor, paths: list[Path]) -> str:
     return f"training images least like the others, by networks that have not seen them: {listed}"
 
 
-def saved_state(path: Path, digest: str, folder: str) -> dict | None:
-    """The state to continue from, if there is one."""
+def saved_state(path: Path, digest: str, now: str) -> dict | None:
+    """The state to continue from, if there is one. now: what would be trained on, for the message."""
     state = load_checkpoint(path) if path.exists() else None
     if state is not None and state["images"] != digest:
         raise InputError(
-            f"{path}: was saved while training on other images than {folder} holds now; "
+            f"{path}: was saved while training on other images than {now}; "
             "put them back, or start anew with --overwrite"
         )
     return state

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from config import Config
 from cutpaste import VARIANTS, apply_and_sample, visible
+from ignore import ALL_COUNT, filled
 from runtime.cache import ImageArray
 from runtime.files import InputError, say
 from runtime.ranks import Ranks
@@ -83,14 +84,15 @@ class Log:
         self.lap += seconds
 
 
-def log_start(writer: "SummaryWriter", config: Config, images: ImageArray) -> None:
-    """Settings, a sheet of samples and a warning of views that show nothing, once at the start."""
+def log_start(writer: "SummaryWriter", config: Config, images: ImageArray, sources: Tensor = ALL_COUNT) -> None:
+    """Settings, a sheet of samples and a warning of views that show nothing, once at the start; of images filled where
+    they do not count."""
     import plots
 
-    invisible = invisible_shares(config, images)
+    invisible = invisible_shares(config, images, sources)
     rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
     writer.add_text("settings", "\n".join(rows), 0)
-    samples = images[:PREVIEW_IMAGES]
+    samples = filled(images[:PREVIEW_IMAGES], sources)
     figure = plots.preview(samples, [f"image {i}" for i in range(len(samples))], config, invisible)
     figure.set_dpi(80)
     writer.add_figure("views", figure, 0)
@@ -101,13 +103,13 @@ def log_start(writer: "SummaryWriter", config: Config, images: ImageArray) -> No
         say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
 
 
-def invisible_shares(config: Config, images: ImageArray) -> dict[str, float]:
+def invisible_shares(config: Config, images: ImageArray, sources: Tensor = ALL_COUNT) -> dict[str, float]:
     """Of each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
     cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced."""
     generator, found = torch.Generator().manual_seed(config.seed), []
     for part in (torch.arange(LOOKED_AT) * len(images) // LOOKED_AT).split(AT_ONCE):
         params = config.make_params(len(part), generator)
-        views, _, whole = apply_and_sample(images[part], params)
+        views, _, whole = apply_and_sample(filled(images[part], sources), params)
         found.append(visible(views, params, whole).view(-1, len(part)))
     shares = 1 - torch.cat(found, 1).float().mean(1)
     return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))

@@ -15,6 +15,7 @@ from config import Config, SettingError
 from cutpaste import VARIANTS, to_float
 from density import DensityError
 from gradcam import grad_cam
+from ignore import ALL_COUNT, filled, ignored_by
 from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, upsample
 from model import CutPasteNet, load_backbone_weights
 from runtime.cache import ImageArray, iterate, subset
@@ -33,15 +34,18 @@ class Member(nn.Module):
     several levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
 
     Buffers: center, scale (), float64: the scores' mean and standard deviation on normal images that this member has
-    not seen, 0 and 1 of a detector's only member.
+    not seen, 0 and 1 of a detector's only member. sources (H, W): what takes the place of pixels that do not count, see
+    ignore.py; hidden (H, W) bool: where maps are to show nothing, those pixels at least; both may be empty.
     """
 
-    def __init__(self, config: Config, network: CutPasteNet) -> None:
+    def __init__(self, config: Config, network: CutPasteNet, sources: Tensor = ALL_COUNT) -> None:
         super().__init__()
         self.config, self.network = config, network
         self.levels = nn.ModuleList(self._new_level(level) for level in config.levels)
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("sources", sources)
+        self.register_buffer("hidden", ignored_by(sources))
 
     def _new_level(self, level: int) -> Level:
         config, patches = self.config, self.config.patches
@@ -87,7 +91,7 @@ class Member(nn.Module):
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Embeddings of all windows at each level, (B, L, D) float32 each, as the network gives them."""
-        images = to_float(images).contiguous(memory_format=torch.channels_last)
+        images = to_float(filled(images, self.sources)).contiguous(memory_format=torch.channels_last)
         dense = self.config.patches is None or self.config.patches.dense
         return embed_windows(self.network, images, self.config.levels, [level.grid for level in self.levels], dense)
 
@@ -97,8 +101,12 @@ class Member(nn.Module):
         if self.config.patches is None:
             return sum(distances)[:, 0].double(), None
         sigma = self.config.patches.sigma
-        maps = sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float()
+        maps = self.hide(sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float())
         return maps.amax((1, 2)).double(), maps
+
+    def hide(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, W) that are, where hidden, as low as anywhere."""
+        return torch.where(self.hidden, maps.amin((1, 2), keepdim=True), maps) if self.hidden.numel() else maps
 
     def standardized(self, scores: Tensor, maps: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same in deviations from what normal images have."""
@@ -111,7 +119,7 @@ class Member(nn.Module):
         levels the sum of their maps. Raises InputError with a density whose score has no gradient."""
         if not self.levels[0].density.has_gradient:
             raise InputError(f"Grad-CAM needs the gradient of the score, which the density {self.config.density} lacks")
-        images = to_float(images).contiguous(memory_format=torch.channels_last)
+        images = to_float(filled(images, self.sources)).contiguous(memory_format=torch.channels_last)
         found = []
         for level, features in zip(
             self.levels, self.network.features(self.network.normalized(images), self.config.levels)
@@ -121,7 +129,7 @@ class Member(nn.Module):
             )
             found.append(grad_cam(features, score, self.size))
         scores, maps = (sum(each) for each in zip(*found))
-        return self.standardized(scores, None)[0], maps / self.scale.float()
+        return self.standardized(scores, None)[0], self.hide(maps) / self.scale.float()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from torch.nn import functional
 
 from config import Config
 from cutpaste import VARIANTS, VIEWS, apply, to_float
 from dataset import GOOD, TestSet
 from detector import Detector
+from ignore import filled
 from member import category_seed, stream
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    pass
 
 NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
@@ -234,6 +234,7 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
     groups = ["anomalous" if label else "normal" for label in test.labels]
     normal = test.images[torch.from_numpy(np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS])]
     if len(normal):
+        normal = filled(normal, detector.sources.cpu())
         views, labels = apply(normal, detector.config.make_params(len(normal), torch.Generator().manual_seed(0)))
         parts += stream(detector, views[labels > 0], embed)
         groups += [VARIANTS[detector.config.variant].views[label] for label in labels[labels > 0].tolist()]
@@ -260,31 +261,6 @@ def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure
     return figure
 
 
-def curves(rows: "DataFrame") -> Figure:
-    """Image AUROC and, below, accuracy of the pretext task against minutes of training, a column of panels a category,
-    a line a recipe and seed; from rows with category, recipe, seed, seconds, image_auroc, accuracy."""
-    import seaborn
-
-    categories = list(dict.fromkeys(rows.category))
-    figure = Figure(figsize=(4.2 * len(categories), 5.8), layout="constrained")
-    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
-        panels = figure.subplots(2, len(categories), squeeze=False, sharex="col", sharey="row")
-    colors = dict(zip(dict.fromkeys(rows.recipe), (ANOMALY_COLOR, NORMAL_COLOR, "#6aa84f", "#e8a33d")))
-    for column, category in enumerate(categories):
-        for axes, name, style in zip(panels[:, column], ("image_auroc", "accuracy"), (".-", "-")):
-            for (recipe, _), own in rows[rows.category == category].groupby(["recipe", "seed"], sort=False):
-                own = own.dropna(subset=[name])
-                axes.plot(own.seconds / 60, 100 * own[name], style, color=colors[recipe])
-            seaborn.despine(ax=axes)
-        panels[0, column].set(title=category)
-        panels[1, column].set(xlabel="minutes of training", xlim=(0, None))
-    panels[0, 0].set(ylabel="image AUROC, percent")
-    panels[1, 0].set(ylabel="pretext accuracy, percent")
-    handles = [Line2D([], [], color=color, label=recipe) for recipe, color in colors.items()]
-    panels[0, -1].legend(handles=handles, title="recipe", loc="lower right", frameon=True)
-    return figure
-
-
 def enough(category: str, rows: Sequence[dict]) -> Figure:
     """What new normal images score, and below it the image AUROC if rows have one, against the number of normal images
     in the density; from rows of enough.csv. Dots are subsets, lines their means."""
@@ -293,10 +269,10 @@ def enough(category: str, rows: Sequence[dict]) -> Figure:
     panels = (("median", "quantile_90"), ("image_auroc",))[: 1 if rows[0]["image_auroc"] is None else 2]
     styles = {"median": ("median", NORMAL_COLOR, 1), "quantile_90": ("90 % quantile", "#e8a33d", 1)}
     styles["image_auroc"] = ("image AUROC of the test images", ANOMALY_COLOR, 100)
+    figure, counts = Figure(figsize=(5.6, 2.9 * len(panels)), layout="constrained"), [row["images"] for row in rows]
+    counts = sorted(set(counts))
     with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
-        figure = Figure(figsize=(5.6, 2.9 * len(panels)), layout="constrained")
         grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    counts = list(dict.fromkeys(row["images"] for row in rows))
     for axes, names in zip(grid, panels):
         for name in names:
             title, color, factor = styles[name]

@@ -24,14 +24,19 @@ import os
 import signal
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from config import Config
+from dataset import read_size
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from drawings import Drawings
 from drift import Drift
 from explain import Explainer, load_normals, normals_path
+from ignore import load_mask, mask_path
 from listing import listed, watch
 from report import Gallery
 from rows_file import COLUMNS, FORMATS, RowsFile
@@ -51,6 +56,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--size", type=size, metavar="S|WxH", help="must agree with the detector, if given")
     rate = "call so many of new normal images anomalous, as a share (default: the detector's)"
     add("--false_alarm_rate", type=number(0, 1), metavar="X", help=rate)
+    ignore = "patch models: mask, or folder of <category>.png, of what does not count either; p-values only grow by it"
+    add("--ignore", metavar="FILE", help=ignore)
     add = parser.add_argument_group("output").add_argument
     add("--format", type=one_of(FORMATS), default="csv", metavar="|".join(FORMATS), help="of the rows (default: csv)")
     add("--output", metavar="FILE", help="write rows there, and continue what is there (default: stdout)")
@@ -73,13 +80,16 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     tasks, device = find_tasks(args), choose_device(args.cuda)
-    for task in tasks:  # all, before any hour is spent
-        check(args, task)
+    configs = [check(args, task) for task in tasks]  # all, before any hour is spent
     drawings = Drawings(args.heatmaps, args.masks, args.explain)
     lists = [listed(task.words, drawings.folders) for task in tasks]  # the folders may lie within what is scored
     if not any(lists) and not args.watch:
         raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
     check_drawings(drawings, tasks, lists)
+    masks = [find_mask(args, config, paths) for config, paths in zip(configs, lists)]
+    if args.ignore and not any(mask is not None for mask in masks):
+        names = ", ".join(config.category for config in configs)
+        raise InputError(f"--ignore: {args.ignore} has no <category>.png for any of {names}")
     columns = (*(["category"] if args.model_dir else []), *COLUMNS)
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
@@ -95,8 +105,11 @@ def main(args: argparse.Namespace) -> None:
             halt(stop)
 
         scorers = []
-        for task, paths in zip(tasks, lists):
-            scorer = make_scorer(args, task, load(task.detector, device), drawings, pool)
+        for task, paths, mask in zip(tasks, lists, masks):
+            detector = load(task.detector, device)
+            if mask is not None:
+                detector.hide(mask)
+            scorer = make_scorer(args, task, detector, drawings, pool)
             galleries += [each for each in scorer.followers if isinstance(each, Gallery)]
             scorer.score(paths, rows, pool, tell)
             if not args.watch:
@@ -174,8 +187,9 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
     return tasks
 
 
-def check(args: argparse.Namespace, task: Task) -> None:
-    """Hold the flags against a detector file. Raises InputError on a contradiction, or if the file is bad."""
+def check(args: argparse.Namespace, task: Task) -> Config:
+    """Hold the flags against a detector file, whose settings come back. Raises InputError on a contradiction, or if the
+    file is bad."""
     config, path = load_config(task.detector), task.detector
     own = (config.height, config.width)
     if args.size not in (None, own):
@@ -187,6 +201,22 @@ def check(args: argparse.Namespace, task: Task) -> None:
         raise InputError(f"--heatmaps: {path} needs a gradient, which the density {config.density} has not")
     if args.explain:
         load_normals(normals_path(path), load(path))
+    if args.ignore and config.patches is None and mask_path(args.ignore, config.category):
+        raise InputError(f"--ignore: {path} is no patch model, it has no map; train it with run_training.py --ignore")
+    return config
+
+
+def find_mask(args: argparse.Namespace, config: Config, paths: list[str]) -> Tensor | None:
+    """What a detector ignores beside its own, (H, W) bool, by a mask of its size or of the first image's."""
+    path = mask_path(args.ignore, config.category) if args.ignore else None
+    if path is None:
+        return None
+    file_size = None  # unknown where no image is readable: those are told in their rows
+    for image in filter(os.path.isfile, paths):
+        with suppress(InputError):
+            file_size = read_size(image)
+            break
+    return load_mask(path, (config.height, config.width), file_size)
 
 
 def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]) -> None:

@@ -23,7 +23,8 @@ from config import RECIPES, Config, SettingError, plain, resume
 from dataset import TestSet, choose_categories, find_images, load_images, load_test, train_paths
 from density import NotFiniteError
 from detector import Detector, load_config
-from job import Job, Running, train_networks, write_detector
+from ignore import filled
+from job import Job, Running, load_ignored, train_networks, write_detector
 from log import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
 from model import BACKBONES, WeightsError
 from options import flagged
@@ -74,6 +75,8 @@ def main(args: argparse.Namespace) -> None:
     jobs = list(make_jobs(args, settings, categories))
     for category in categories:
         train_paths(args.data_dir, category)  # a missing folder now, not after hours of another category
+    if settings.ignore and not any([load_ignored(job.config, args.data_dir).numel() for job in jobs]):
+        raise InputError(f"--ignore: {settings.ignore} has no <category>.png for any of {', '.join(categories)}")
     if args.preview:
         if here.is_main:
             write_preview(args, [job.config for job in jobs[: len(categories)]])
@@ -218,7 +221,8 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
     images, names = [], []
     for config in configs:
         paths = train_paths(args.data_dir, config.category)[:rows]
-        images.append(load_images(paths, (config.height, config.width), args.workers))
+        own = load_images(paths, (config.height, config.width), args.workers)
+        images.append(filled(own, load_ignored(config, args.data_dir)))
         names += [f"{config.category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
     sheet = plots.preview(shown, names, configs[0], invisible_shares(configs[0], shown))

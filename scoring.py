@@ -19,6 +19,7 @@ import overlays
 from dataset import decode, read_size
 from detector import Detector, Judged
 from drawings import Drawings
+from ignore import filled
 from rows_file import COLUMNS, RowsFile
 from runtime.files import InputError
 
@@ -115,7 +116,7 @@ class Scorer:
         if not good:
             return list(rows.values())
         pixels = torch.from_numpy(np.stack([each.pixels for each in good])).permute(0, 3, 1, 2)
-        pixels = pixels.to(self.detector.device)
+        pixels = filled(pixels.to(self.detector.device), self.detector.sources)  # as all followers shall see them
         judged = self.detector.judge(pixels, grad_cam=bool(self.drawings) and not self.has_maps)
         scores, p_values = judged.scores.tolist(), judged.p_values.tolist()
         maps = [None] * len(good) if judged.maps is None else list(judged.maps.cpu().numpy())

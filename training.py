@@ -21,6 +21,7 @@ import checkpoint
 from config import Config, SettingError, resume
 from cutpaste import ViewParams, apply_and_sample, visible
 from detector import Detector
+from ignore import ALL_COUNT, filled
 from log import Log, check_finite, log_start
 from member import category_seed, initial_network
 from paste import rows
@@ -75,7 +76,7 @@ class Run:
 
     images (N, 3, H, W) uint8, those that it may see; digest: of all of the category, by which a saved state knows them.
     state: to continue from, or None. ranks: more than one train together, each on its part of every batch. member: the
-    network's number among those of the detector.
+    network's number among those of the detector. sources: (H, W), what takes the place of pixels that do not count.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class Run:
         state: dict | None = None,
         ranks: Ranks | None = None,
         member: int = 0,
+        sources: Tensor = ALL_COUNT,
     ) -> None:
         self.config, self.digest, self.device, self.numerics = config, digest, device, numerics
         self.ranks = ranks or Ranks()
         self.name = config.category if config.folds == 1 else f"{config.category} {member + 1} of {config.folds}"
         self.images = images.to(device) if isinstance(images, Tensor) else images  # on the device for the whole run
+        self.sources = sources.to(device)
         self.network = initial_network(config, state is None, member).to(device)
         if self.ranks.world_size > 1:
             self.network = sync_batch_norm(self.network, device.type == "cuda")
@@ -166,11 +169,11 @@ class Run:
         return chosen[self.ranks.rows], rows(params, self.ranks.rows)
 
     def load_batch(self, chosen: Tensor) -> Tensor:
-        """Images by number, (B, 3, H, W) uint8 on the device."""
-        if isinstance(self.images, Tensor):
-            return self.images[chosen.to(self.device, non_blocking=True)]
-        batch = self.images[chosen]
-        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
+        """Images by number, (B, 3, H, W) uint8 on the device, filled where they do not count."""
+        batch = self.images[chosen.to(self.device, non_blocking=True) if isinstance(self.images, Tensor) else chosen]
+        if self.device.type == "cuda" and not isinstance(self.images, Tensor):
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        return filled(batch, self.sources)
 
     def make_views(self, images: Tensor, params: ViewParams) -> Batch:
         """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
@@ -233,7 +236,7 @@ class Run:
             interrupts = stack.enter_context(Interrupts())
             progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
             if self.step == 0 and is_main:
-                log_start(writer, self.config, self.images)
+                log_start(writer, self.config, self.images, self.sources)
             log = Log(self.config, self.step, self.batch_size, self.ranks, writer, progress)
             saved, began = time.monotonic(), time.monotonic() - self.seconds
             while self.step < steps:
@@ -244,7 +247,7 @@ class Run:
                     check_finite(category, self.step, values[0])
                     looked = time.monotonic()
                     alone = replace(self.config, folds=1, holdout=0.0)  # its images are those that it may see
-                    auroc = watch(Detector(alone, [self.network]).fit(self.images, threshold=False))
+                    auroc = watch(Detector(alone, [self.network], self.sources).fit(self.images, threshold=False))
                     self.network.train()
                     log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began

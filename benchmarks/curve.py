@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import seaborn
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from record import ROOT, add_record_flags, append, read
 
+from plots import ANOMALY_COLOR, NORMAL_COLOR
 from runtime.files import InputError, say, write_file
 from runtime.flags import new_parser
 from runtime.script import run_script
@@ -48,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
 
     rows = pandas.read_csv(args.results)
     rows = rows[rows.note.isna()]  # of the recipes as they are
-    write_file(plots.png(plots.curves(rows)), ROOT / "images/curve.png")
+    write_file(plots.png(curves(rows)), ROOT / "images/curve.png")
     say("wrote images/curve.png")
 
 
@@ -77,6 +81,29 @@ def curve(folder: Path, row: dict[str, str]) -> list[dict]:
         | {column: found.get(column, "") for column in ("image_auroc", "accuracy")}
         for step, found in sorted(points.items())
     ]
+
+
+def curves(rows: pandas.DataFrame) -> Figure:
+    """Image AUROC and, below, accuracy of the pretext task against minutes of training, a column of panels a category,
+    a line a recipe and seed; from rows with category, recipe, seed, seconds, image_auroc, accuracy."""
+    categories = list(dict.fromkeys(rows.category))
+    figure = Figure(figsize=(4.2 * len(categories), 5.8), layout="constrained")
+    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
+        panels = figure.subplots(2, len(categories), squeeze=False, sharex="col", sharey="row")
+    colors = dict(zip(dict.fromkeys(rows.recipe), (ANOMALY_COLOR, NORMAL_COLOR, "#6aa84f", "#e8a33d")))
+    for column, category in enumerate(categories):
+        for axes, name, style in zip(panels[:, column], ("image_auroc", "accuracy"), (".-", "-")):
+            for (recipe, _), own in rows[rows.category == category].groupby(["recipe", "seed"], sort=False):
+                own = own.dropna(subset=[name])
+                axes.plot(own.seconds / 60, 100 * own[name], style, color=colors[recipe])
+            seaborn.despine(ax=axes)
+        panels[0, column].set(title=category)
+        panels[1, column].set(xlabel="minutes of training", xlim=(0, None))
+    panels[0, 0].set(ylabel="image AUROC, percent")
+    panels[1, 0].set(ylabel="pretext accuracy, percent")
+    handles = [Line2D([], [], color=color, label=recipe) for recipe, color in colors.items()]
+    panels[0, -1].legend(handles=handles, title="recipe", loc="lower right", frameon=True)
+    return figure
 
 
 if __name__ == "__main__":

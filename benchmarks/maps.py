@@ -132,7 +132,7 @@ def each_level(values: Iterable) -> str:
 def timed_fit(config: Config, trained: Detector, images: ImageArray, threshold: bool) -> tuple[Detector, float]:
     """The trained network with densities fitted under ``config``, and the seconds that it took."""
     began = time.perf_counter()
-    detector = Detector(config, [member.network for member in trained.members]).fit(images, threshold)
+    detector = Detector(config, [member.network for member in trained.members], trained.sources).fit(images, threshold)
     wait(detector.device)
     return detector, time.perf_counter() - began
 

@@ -243,7 +243,7 @@ def test_a_curve_starts_untrained_and_ends_at_the_detector(script, benchmarks, d
 
 def test_curves_of_two_recipes():
     """A line for each category, recipe and measure, through the points that have it."""
-    from plots import curves
+    from curve import curves
 
     rows = [("lid", "fast", 0, 0.5, None), ("lid", "fast", 60, None, 0.4), ("lid", "fast", 120, 0.9, 0.8)]
     rows += [("cap", "fast", 60, 0.7, 0.6), ("lid", "paper", 60, 0.6, 0.5)]

@@ -24,8 +24,8 @@ SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
 RUNTIME = [f"runtime.{name}" for name in ("files", "cache", "ranks", "flags", "script")]
 ORDER = """
-    color paste cutpaste density conformal drift metrics duplicates dataset model localization gradcam config options
-    member earlier detector enough matching plots overlays gallery explain log checkpoint training report eval
+    color paste cutpaste density conformal drift metrics duplicates dataset ignore model localization gradcam config
+    options member earlier detector enough matching plots overlays gallery explain log checkpoint training report eval
     check_data job run_training rows_file listing drawings scoring predict export prepare_data
 """
 ORDER = ["runtime", *RUNTIME, *re.findall(r"\w+", ORDER)]
