@@ -11,7 +11,6 @@ whose one line names the file and says what to do. Writes nothing but anomaly ma
 
 import io
 import os
-import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from torch.nn import functional
 
 from runtime import cache
 from runtime.cache import IN_MEMORY, ImageArray, Storage
-from runtime.files import InputError, write_file
+from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
 GOOD = "good"
@@ -188,11 +187,21 @@ def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
             list(run(work, range(first, min(first + AT_ONCE, count))))  # an error cancels those that wait
 
 
+def check_maps_folder(folder: Path, data_dir: str | Path) -> None:
+    """Raise InputError if a folder, wherever links lead, is, holds or lies in a category of ``data_dir``."""
+    real = Path(os.path.realpath(folder))
+    for test in Path(data_dir).glob("*/test"):
+        images = Path(os.path.realpath(test.parent))
+        if real == images or real in images.parents or images in real.parents:
+            raise InputError(f"{folder}: maps would lie among the images of {test.parent}; take another --eval_dir")
+
+
 def save_maps(folder: Path, images: Path, paths: Sequence[Path], maps: np.ndarray) -> None:
-    """Write maps (M, H, W) as float16 TIFF files of their images' sizes, in place of whatever is in ``folder``.
+    """Write maps (M, H, W) as float16 TIFF files of their images' sizes, in place of the earlier maps in ``folder``.
 
     <images>/test/<defect type>/<name>.png -> <folder>/test/<defect type>/<name>.tiff, as MVTec's evaluation script
-    reads them. Raises InputError, and changes nothing, if two images differ in nothing but the suffix.
+    reads them. Raises InputError, and changes nothing, if two images differ in nothing but the suffix, or if a file is
+    in the way that this program has not written. Others than its maps stay.
     """
     import tifffile
 
@@ -201,13 +210,17 @@ def save_maps(folder: Path, images: Path, paths: Sequence[Path], maps: np.ndarra
         target = (folder / path.relative_to(images)).with_suffix(".tiff")
         if target in targets:
             raise InputError(f"{path}: its map would be named like that of {targets[target].name}; rename one of them")
+        check_replaceable(target, "take another --eval_dir")
         targets[target] = path
-    if folder.is_dir():
-        shutil.rmtree(folder)  # maps of images that may have gone
+    real = os.path.realpath(folder)
+    for earlier in folder.glob("test/*/*.tiff"):  # maps of images that may have gone
+        linked = os.path.realpath(earlier) != os.path.join(real, earlier.relative_to(folder))
+        if earlier not in targets and has_mark(earlier) and not linked:
+            earlier.unlink()
     for (target, path), values in zip(targets.items(), maps):
         values = functional.interpolate(torch.from_numpy(values)[None, None], read_size(path), mode="bilinear")[0, 0]
         buffer = io.BytesIO()
-        tifffile.imwrite(buffer, values.clamp(max=torch.finfo(torch.float16).max).half().numpy())
+        tifffile.imwrite(buffer, values.clamp(max=torch.finfo(torch.float16).max).half().numpy(), software=MARK)
         write_file(buffer.getvalue(), target)
 
 

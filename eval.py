@@ -19,7 +19,7 @@ import torch
 
 import options
 from config import Config, SettingError
-from dataset import TestSet, load_masks, load_test, load_train, save_maps
+from dataset import TestSet, check_maps_folder, load_masks, load_test, load_train, save_maps
 from detector import Detector, load, load_config
 from matching import find_work, scored_paths
 from member import stream
@@ -41,7 +41,7 @@ from report import (
     seed_row,
 )
 from runtime import ranks
-from runtime.files import InputError, say, write_files
+from runtime.files import InputError, check_replaceable, say, write_files
 from runtime.flags import html_file, new_parser, zero_or_one
 from runtime.script import choose_device, folder_name, run_script
 
@@ -77,13 +77,15 @@ def main(args: argparse.Namespace) -> None:
     paths = find_work(args.model_dir, args.data_dir, args.type, here.is_main)
     for path in paths:  # all, before any hour is spent
         check_flags(args, path)
+    if args.report:
+        check_replaceable(args.report, "take another --report")
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
 
     with here.joined(False):
         results = []
         for path in here.shard(paths):
-            seed = path.parent.name if path.parent != Path(args.model_dir) else ""
+            seed = seed_of(args, path)
             try:
                 results.append(evaluate_category(args, load(path, device), seed))
             except SettingError as error:
@@ -127,7 +129,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_flags(args: argparse.Namespace, path: Path) -> None:
-    """Hold the given flags against a detector file. Raises InputError on a contradiction."""
+    """Hold the given flags against a detector file. Raises InputError on a contradiction, or if maps would lie among
+    images."""
     config, given = load_config(path), given_settings(args)
     own = config.to_dict()
     for name in (*AGREEING, "height", "width"):
@@ -143,6 +146,17 @@ def check_flags(args: argparse.Namespace, path: Path) -> None:
     if config.patches is None and (args.heatmaps or args.save_maps) and not changed.has_gradient:
         flag = "--heatmaps" if args.heatmaps else "--save_maps"
         raise InputError(f"{path}: {flag} 1 needs a gradient, which the density {changed.density} has not; take torch")
+    if args.save_maps:
+        check_maps_folder(maps_folder(args, seed_of(args, path), config.category), args.data_dir)
+
+
+def seed_of(args: argparse.Namespace, path: Path) -> str:
+    """Return the name of the folder of a detector's seed, empty if there is one seed."""
+    return path.parent.name if path.parent != Path(args.model_dir) else ""
+
+
+def maps_folder(args: argparse.Namespace, seed: str, category: str) -> Path:
+    return Path(args.eval_dir, folder_name(args.model_dir), seed, "maps", category)
 
 
 def changes(args: argparse.Namespace) -> dict:
@@ -216,8 +230,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
     for note in missing(test, masks, metrics):
         say(f"{category}: {note}")
     if args.save_maps:
-        folder = Path(args.eval_dir, folder_name(args.model_dir), seed, "maps", category)
-        save_maps(folder, Path(args.data_dir, category), test.paths, maps)
+        save_maps(maps_folder(args, seed, category), Path(args.data_dir, category), test.paths, maps)
     row = result_row(detector, test, scores, p, metrics)
     say(f"{category}: {decision_line(row)}")
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}

@@ -16,6 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from runtime.files import MARK
+
 THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
 LOWEST_QUALITY = 20
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
@@ -85,7 +87,8 @@ def render(pages: Sequence[Page], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"data_uri": data_uri, "short": short}
-    return environment.get_template("gallery.html").render(title=title, sections=[section(page) for page in pages])
+    sections = [section(page) for page in pages]
+    return environment.get_template("gallery.html").render(mark=MARK, title=title, sections=sections)
 
 
 def as_text(value: object) -> object:

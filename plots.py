@@ -18,6 +18,7 @@ from dataset import GOOD, TestSet
 from detector import Detector
 from ignore import filled
 from member import category_seed, stream
+from runtime.files import MARK
 
 if TYPE_CHECKING:
     pass
@@ -152,9 +153,9 @@ def _color_bar(figure: Figure, colors, grid: np.ndarray, threshold: float | None
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as the content of a PNG file."""
+    """Return the content of a PNG file of the figure, with MARK."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": MARK})
     return buffer.getvalue()
 
 

@@ -29,7 +29,7 @@ from log import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
 from model import BACKBONES, WeightsError
 from options import flagged
 from runtime import ranks
-from runtime.files import InputError, say, write_file
+from runtime.files import InputError, check_replaceable, say, write_file
 from runtime.flags import int_at_least, new_parser, number, zero_or_one
 from runtime.ranks import Ranks
 from runtime.script import PRECISIONS, choose_device, folder_name, run_script
@@ -217,6 +217,7 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
 
     if Path(args.preview).suffix.lower() != ".png":
         raise InputError(f"--preview {args.preview}: the name of a .png file is needed")
+    check_replaceable(args.preview, "take another --preview")
     rows = max(1, PREVIEW_IMAGES // len(configs))
     images, names = [], []
     for config in configs:

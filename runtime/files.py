@@ -1,6 +1,7 @@
 """Messages, and files that are written whole or not at all.
 
-Owns ``InputError``, the line on stderr, atomic writing, and files of tensors and plain values with a checksum.
+Owns ``InputError``, the line on stderr, atomic writing, the mark of this program's files, and files of tensors and
+plain values with a checksum.
 """
 
 import hashlib
@@ -15,6 +16,10 @@ from torch import Tensor
 
 CHECKSUM = "checksum"  # the key that save_tensors adds and load_tensors takes away
 PLAIN = (type(None), bool, int, float, str, bytes)
+# Tells pictures, maps and reports of this program from other files: PNG and TIFF have it as their Software, JPEG as a
+# comment, HTML as its generator, all within the first HEAD bytes
+MARK = "Made by CutPaste"
+HEAD = 4096
 
 
 class InputError(Exception):
@@ -57,6 +62,25 @@ def write_files(contents: dict[Path, bytes | memoryview]) -> None:
 def part_path(path: Path) -> Path:
     """The temporary name that a file is written under."""
     return path.with_name(f".{path.name}.part")
+
+
+def has_mark(path: str | Path) -> bool:
+    """Return whether a file carries MARK; False for what is no file or cannot be read."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return False
+    try:
+        with open(path, "rb") as file:
+            return MARK.encode() in file.read(HEAD)
+    except OSError:
+        return False
+
+
+def check_replaceable(path: str | Path, way_out: str) -> None:
+    """Raise InputError if something without MARK, even a link that leads nowhere, is in the place of a file that is to
+    be written. way_out: what to do about it, beside moving that away."""
+    if os.path.lexists(path) and not has_mark(path):
+        there = "is there already, without the mark of this program (earlier versions left none)"
+        raise InputError(f"{path}: {there}; move it away, or {way_out}")
 
 
 def remove_file(path: Path) -> None:

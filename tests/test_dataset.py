@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import shutil
 import struct
 import time
 import warnings
@@ -504,10 +505,20 @@ def test_maps_are_saved_in_the_size_of_their_images(category, tmp_path):
     maps = np.random.default_rng(0).random((3, 8, 16), dtype=np.float32)
     maps[2] = 1e6  # more than 16 bits hold
     folder = tmp_path / "maps"
-    stale = save(folder / "test" / "bent" / "000.tiff", np.zeros((2, 2), np.float32))
+    other = save(folder / "test" / "bent" / "000.tiff", np.zeros((2, 2), np.float32))  # of another program
+    (folder / "notes.txt").write_text("mine")
+    bent = save_flat(category / "test" / "bent" / "001.png", 70)
+    save_maps(folder, category, [*paths, bent], np.zeros((4, 8, 16), np.float32))
+    (folder / "test" / "linked").symlink_to(shutil.copytree(folder / "test" / "bent", tmp_path / "elsewhere"))
+    stale = folder / "test" / "bent" / "001.tiff"
+    assert stale.exists()
     save_maps(folder, category, paths, maps)
     assert not stale.exists()
-    assert len(list(folder.rglob("*.*"))) == 3
+    assert (tmp_path / "elsewhere" / "001.tiff").exists()
+    assert {path for path in folder.rglob("*.*") if "linked" not in path.parts} == {
+        *(folder / "test" / path.parent.name / f"{path.stem}.tiff" for path in paths),
+        *(other, folder / "notes.txt"),
+    }
     import tifffile
 
     read = [tifffile.imread(folder / "test" / f"{path.parent.name}/{path.stem}.tiff") for path in paths]
@@ -526,6 +537,12 @@ def test_maps_of_two_images_of_one_stem_are_refused(category, tmp_path):
     message = error_of(save_maps, tmp_path / "maps", category, paths, np.zeros((3, 4, 4), np.float32))
     assert message == f"{twin}: its map would be named like that of 001.png; rename one of them"
     assert [path for path in (tmp_path / "maps").rglob("*.*")] == [old]
+    content = old.read_bytes()
+    paths[0] = category / "test" / "good" / "000.png"
+    message = error_of(save_maps, tmp_path / "maps", category, paths[:2], np.zeros((2, 4, 4), np.float32))
+    assert message.startswith(f"{old}: is there already")
+    assert [path for path in (tmp_path / "maps").rglob("*.*")] == [old]
+    assert old.read_bytes() == content
 
 
 # Crafted files ----------------------------------------------------------------------------------------------------

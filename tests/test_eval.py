@@ -236,7 +236,39 @@ def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tm
     assert {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()} == before
 
 
+def test_a_report_replaces_reports_only(where, tmp_path, script):
+    words = ["eval", *where, "--type", "brick", "--save_plots", 0, "--report", tmp_path / "look.html"]
+    (tmp_path / "look.html").write_text("<p>mine</p>")
+    one_line(script(*words), "look.html: is there already", "--report")
+    assert (tmp_path / "look.html").read_text() == "<p>mine</p>"
+    (tmp_path / "look.html").unlink()
+    for _ in range(2):
+        assert script(*words).code == 0
+    assert "brick" in (tmp_path / "look.html").read_text()
+
+
 # Maps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["is", "holds", "lies in"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_maps_are_not_written_among_images(data, patch_models, tmp_path, script, place, linked):
+    maps = tmp_path / "x/patch_models/maps"
+    folder = {"is": maps, "holds": maps / "brick", "lies in": tmp_path / "x"}[place]
+    if place == "lies in":
+        shutil.copytree(data / "brick", tmp_path / "brick")
+        folder = tmp_path
+        maps = folder / "brick/patch_models/maps"
+    else:
+        shutil.copytree(data, folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    eval_dir = maps.parents[1]
+    if linked:
+        eval_dir = tmp_path / "link"
+        eval_dir.symlink_to(maps.parents[1])
+    words = ["--data_dir", folder, "--model_dir", patch_models, "--type", "brick", "--save_maps", 1]
+    one_line(script("eval", *words, "--eval_dir", eval_dir), "maps/brick: maps would lie among", "--eval_dir")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def all_lines(done):

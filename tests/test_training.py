@@ -267,6 +267,11 @@ def test_preview_writes_a_sheet_and_trains_nothing(data, tmp_path, script):
     assert sheet[..., :3].std() > 0.1
     assert not (tmp_path / "models").exists()
     one_line(script("run_training", *flags(data, tmp_path, "--preview", "sheet.doc")), "sheet.doc", ".png")
+    assert script("run_training", *flags(data, tmp_path, "--preview", tmp_path / "sheet.png")).code == 0
+    photo = shutil.copy(data / "brick/train/good/000.png", tmp_path / "photo.png")
+    content = photo.read_bytes()
+    one_line(script("run_training", *flags(data, tmp_path, "--preview", photo)), "photo.png: is there already")
+    assert photo.read_bytes() == content
 
 
 def test_a_finished_category_is_skipped_and_other_settings_are_named(data, models, tmp_path, script):
