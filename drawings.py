@@ -9,12 +9,13 @@ import numpy as np
 import overlays
 from dataset import decode
 from listing import relative
-from runtime.files import InputError, write_file
+from runtime.files import InputError, check_replaceable, write_file
 
 
 class Drawings:
     """Heat maps, masks and panels of images, each in a folder, None: not drawn. Each file is of one image: no two share
-    a name, and none replaces an image. It is true if there are heat maps or masks, which every image has."""
+    a name, and none replaces an image, nor a file that this program has not drawn. It is true if there are heat maps or
+    masks, which every image has."""
 
     def __init__(self, heatmaps: str | None, masks: str | None, panels: str | None = None) -> None:
         self.heatmaps, self.masks, self.panels = heatmaps, masks, panels
@@ -52,16 +53,20 @@ class Drawings:
         return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
 
     def keep(self, path: str) -> None:
-        """Let nothing be drawn over an image."""
+        """Let nothing be drawn over an image, nor over the file that a link to it leads to."""
         self.owners[self.place(path)] = (path, "")
+        if os.path.islink(path):
+            self.owners[os.path.realpath(path)] = (path, "")
 
     def add(self, folder: str, below: str, path: str, suffix: str | None = None) -> str:
         """The file for an image that is called ``below``; without a ``suffix`` a JPEG for a JPEG, else a PNG. Raises
-        InputError if another image has that name, or the other drawing of this one."""
+        InputError if another image has that name, or the other drawing of this one, or if something is there that this
+        program has not drawn."""
         stem, own = os.path.splitext(below)
         target = os.path.join(folder, stem + (suffix or (own if own.lower() in (".jpg", ".jpeg") else ".png")))
         owner = self.owners.setdefault(self.place(target), (path, folder))
         if owner != (path, folder):
             found = f"{target} would be drawn of it, but that name is taken by {owner[0]}"
             raise InputError(f"{path}: {found}; rename one, or take another folder")
+        check_replaceable(target, f"draw {path} in another folder")
         return target

@@ -7,10 +7,10 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.nn import functional
 
-from runtime.files import InputError
+from runtime.files import MARK, InputError
 
 OPACITY = 0.7  # of the strongest heat
 COLORS = ((255, 214, 64), (232, 120, 36), (176, 20, 32))  # of heat, from weak to strong
@@ -72,10 +72,11 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bo
 
 
 def encoded(image: Image.Image, target: str) -> bytes:
-    """The content of a PNG or JPEG file. Raises InputError for an image that the format cannot hold."""
-    buffer = io.BytesIO()
+    """The content of a PNG or JPEG file, with MARK. Raises InputError for an image that the format cannot hold."""
+    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_text("Software", MARK)
     try:
-        image.save(buffer, format="PNG" if target.endswith(".png") else "JPEG", quality=90)
+        image.save(buffer, "PNG" if target.endswith(".png") else "JPEG", quality=90, pnginfo=info, comment=MARK)
     except (OSError, ValueError) as error:
         raise InputError(f"{target}: cannot be drawn ({error})") from error
     return buffer.getvalue()

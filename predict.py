@@ -40,7 +40,7 @@ from ignore import load_mask, mask_path
 from listing import listed, watch
 from report import Gallery
 from rows_file import COLUMNS, FORMATS, RowsFile
-from runtime.files import InputError, say, write_file
+from runtime.files import InputError, check_replaceable, say, write_file
 from runtime.flags import html_file, int_at_least, new_parser, number, one_of, size, zero_or_one
 from runtime.script import Interrupts, choose_device, progress_bar, run_script
 from scoring import Scorer
@@ -61,7 +61,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--format", type=one_of(FORMATS), default="csv", metavar="|".join(FORMATS), help="of the rows (default: csv)")
     add("--output", metavar="FILE", help="write rows there, and continue what is there (default: stdout)")
-    add("--overwrite", action="store_true", help="start --output anew, whatever the file holds")
+    add("--overwrite", action="store_true", help="start --output anew, if the file holds rows")
     add("--heatmaps", metavar="DIR", help="draw each image under its heat; earlier drawings are replaced")
     add("--masks", metavar="DIR", help="patch models: a PNG of what is above the threshold, 255 of 0 and 255")
     about = "an HTML file of the images that are scored, the highest scores first, with heat maps of patch models"
@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
     lists = [listed(task.words, drawings.folders) for task in tasks]  # the folders may lie within what is scored
     if not any(lists) and not args.watch:
         raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
+    check_files(args, tasks, lists)
     check_drawings(drawings, tasks, lists)
     masks = [find_mask(args, config, paths) for config, paths in zip(configs, lists)]
     if args.ignore and not any(mask is not None for mask in masks):
@@ -217,6 +218,21 @@ def find_mask(args: argparse.Namespace, config: Config, paths: list[str]) -> Ten
             file_size = read_size(image)
             break
     return load_mask(path, (config.height, config.width), file_size)
+
+
+def check_files(args: argparse.Namespace, tasks: list[Task], lists: list[list[str]]) -> None:
+    """Raise InputError if --output or --report, wherever links lead, would replace a file that is read, each other, or
+    a report that is none of this program. What --output holds is checked where it is opened."""
+    written = [os.path.realpath(path) for path in (args.output, args.report) if path]
+    if written:
+        if len({*written}) < len(written):
+            raise InputError(f"{args.output}: cannot be both --output and --report")
+        used = [str(path) for task in tasks for path in (task.detector, normals_path(task.detector))]
+        for path in (*used, *(path for paths in lists for path in paths)):
+            if os.path.realpath(path) in written:
+                raise InputError(f"{path}: is read, and cannot be written to; take another --output or --report")
+    if args.report:
+        check_replaceable(args.report, "take another --report")
 
 
 def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]) -> None:

@@ -16,6 +16,7 @@ from runtime.files import InputError
 
 COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error")
 FORMATS = ("csv", "jsonl")
+LONGEST = 2**20  # bytes of a first row
 SPECIAL = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
 
 
@@ -32,8 +33,8 @@ class RowsFile:
     JSON as ``\\udcXX``.
 
     A file that is there is continued: half a row at its end, from a killed run, is cut off. Raises InputError, and
-    changes nothing, if it holds something else, or if another run is writing to it. overwrite: start anew, whatever it
-    holds.
+    changes nothing, if it holds something else, or if another run is writing to it. overwrite: start anew, if it holds
+    rows of this program, of any columns and kind.
     """
 
     def __init__(self, path: str | None, kind: str, columns: Iterable[str], overwrite: bool = False) -> None:
@@ -59,8 +60,10 @@ class RowsFile:
         try:
             if self.cuts:
                 self.lock()
-                if not self.overwrite:
-                    with path.open("rb") as file:
+                with path.open("rb") as file:
+                    if not begins_like_rows(file):
+                        raise InputError(f"{path}: holds something else than rows of this program; another --output")
+                    if not self.overwrite:
                         whole = self.read(file, header)
                 self.file.truncate(whole)
         except InputError:
@@ -165,6 +168,24 @@ def csv_bytes(values: Iterable[object]) -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def begins_like_rows(file: BinaryIO) -> bool:
+    """Return whether a file is empty or begins with a record of this program, of one or several categories and of any
+    of FORMATS, which a kill may have cut off. ``file.tell()`` is 0 then."""
+    first = file.readline(LONGEST)
+    file.seek(0)
+    for columns in (COLUMNS, ("category", *COLUMNS)):
+        start = b'{"%s": ' % columns[0].encode()
+        if csv_bytes(columns).startswith(first) or start.startswith(first):
+            return True
+        try:
+            if first.startswith(start) and tuple(json.loads(first)) == columns:
+                return True
+        except ValueError:
+            if not first.endswith(b"\n"):  # half a row
+                return True
+    return False
 
 
 def records(file: BinaryIO, kind: str) -> Iterator[bytes]:

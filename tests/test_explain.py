@@ -212,6 +212,9 @@ def test_panels_of_several_categories_and_names_in_the_way(here, script):
     assert {"brick/more/c.png", "grass/c.png"} < panels_of(here / "why")
     words = ["predict", "own/brick.pt", "photos", "--explain"]
     one_line(script(*words, "photos"), "would be drawn of it")
+    before = shutil.copy(here / "photos/e.png", here / "photos/c.png").read_bytes()
+    one_line(script(*words[:2], "photos/more", "--explain", "photos"), "photos/c.png: is there already")
+    assert (here / "photos/c.png").read_bytes() == before
     one_line(script(*words, "why", "--heatmaps", "why"), "a folder of its own")
 
 

@@ -21,6 +21,7 @@ from conftest import ROOT, one_line, run
 from PIL import Image
 
 import overlays
+import predict
 import report
 from config import Config, PatchConfig
 from conformal import Promise
@@ -419,21 +420,59 @@ def test_another_file_is_not_touched(tmp_path, kind, content):
     path.write_text(content)
     with pytest.raises(InputError, match=r"notes\.txt: holds something else"), RowsFile(str(path), kind, COLUMNS):
         pass
+    overwriting = RowsFile(str(path), kind, COLUMNS, overwrite=True)
+    with pytest.raises(InputError, match=r"notes\.txt: holds something else than rows of this program"), overwriting:
+        pass
     assert path.read_text() == content
-    with RowsFile(str(path), kind, COLUMNS, overwrite=True) as rows:
-        rows.add([dict.fromkeys(COLUMNS) | {"path": "a.png"}])
-    assert strip(path.read_bytes(), kind) == ["a.png"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("columns", [COLUMNS, ("category", *COLUMNS)])
+def test_rows_of_any_kind_are_overwritten_wherever_they_end(tmp_path, kind, columns):
+    path, other = tmp_path / "rows", {"csv": "jsonl", "jsonl": "csv"}[kind]
+    with RowsFile(str(path), kind, columns) as rows:
+        rows.add([dict.fromkeys(columns, "x") | {"path": "é.png", "score": 0.5}])
+    whole = path.read_bytes()
+    for length in range(1, len(whole) + 1):
+        path.write_bytes(whole[:length])
+        with RowsFile(str(path), other, COLUMNS, overwrite=True) as rows:
+            rows.add([dict.fromkeys(COLUMNS) | {"path": "a.png"}])
+        assert strip(path.read_bytes(), other) == ["a.png"]
 
 
 def test_only_overwrite_starts_anew(detectors, here, script):
-    (here / "notes.txt").write_text("mine\n")
-    words = ["predict", detectors / "whole/brick.pt", "photos/b.png", "--output", "notes.txt"]
-    one_line(script(*words), "notes.txt: holds something else", "--overwrite")
-    assert (here / "notes.txt").read_text() == "mine\n"
+    words = ["predict", detectors / "whole/brick.pt", "photos/b.png", "--output", "rows.txt"]
+    assert script(*words, "--format", "jsonl").code == 0
+    content = (here / "rows.txt").read_bytes()
+    one_line(script(*words), "rows.txt: holds something else", "--overwrite")
+    assert (here / "rows.txt").read_bytes() == content
     assert script(*words, "--overwrite").code == 0
     words[2] = "photos"
     assert script(*words).code == 0
-    assert strip((here / "notes.txt").read_bytes(), "csv")[:2] == ["photos/b.png", "photos/a.jpg"]
+    assert strip((here / "rows.txt").read_bytes(), "csv")[:2] == ["photos/b.png", "photos/a.jpg"]
+
+
+def test_rows_and_reports_replace_no_other_file(detectors, here, script):
+    """Neither what is read, by any path, nor what lies about, also where all else would allow it."""
+    shutil.copy(detectors / "whole/brick.pt", "brick.pt")
+    for name in ("brick.normals", "notes.html", "spare.pt"):
+        shutil.copy("brick.pt", name)
+    (here / "manifest.jsonl").write_text('{"path": "photos/b.png", "label": 1}\n')
+    (here / "photos/empty.png").touch()
+    for link, target in (("link.png", "photos/b.png"), ("link.csv", "spare.pt"), ("folder", "photos")):
+        (here / link).symlink_to(here / target)
+    before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+    words = ["predict", "brick.pt", "photos", "--overwrite", "--output"]
+    for name in ("photos/b.png", "link.png", "folder/empty.png", "./brick.pt", "brick.normals"):
+        one_line(script(*words, name), "is read, and cannot be written to")
+    for name in ("spare.pt", "link.csv", "manifest.jsonl"):
+        one_line(script(*words, name), f"{name}: holds something else than rows of this program")
+    one_line(script(*words[:3], "--report", "notes.html"), "notes.html: is there already")
+    one_line(script(*words[:3], "--output", "a.html", "--report", "./a.html"), "both --output and --report")
+    assert {path: path.read_bytes() for path in here.rglob("*") if path.is_file()} == before
+    (here / "photos/empty.png").unlink()
+    for _ in range(2):
+        assert script(*words[:3], "--report", "look.html").code == 0
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -538,6 +577,42 @@ def test_no_drawing_is_in_the_way(detectors, here, script):
     one_line(script("predict", path, "photos/b.png", here / "photos", "--masks", "photos"), "would be drawn")
     assert {p: p.read_bytes() for p in before} == before
     assert not (here / "a").exists()
+
+
+def test_no_other_photograph_is_drawn_over(detectors, here, script):
+    path = detectors / "patch/brick.pt"
+    shutil.copy("photos/more/a.png", "photos/more/b.png")
+    table(script("predict", path, "photos/d.png", "--heatmaps", "heat"))
+    shutil.copy("heat/photos/d.png", "photos/drawn.png")  # is a photograph now
+    for name in ("b.png", "drawn.png"):
+        (here / "in" / name[0]).mkdir(parents=True)
+        (here / "in" / name[0] / name).symlink_to(here / "photos" / name)
+    (here / "gone").mkdir()
+    (here / "gone/b.png").symlink_to("/nowhere/b.png")
+    before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
+    for flag in ("--heatmaps", "--masks"):
+        one_line(script("predict", path, "photos/more", flag, "photos"), "photos/b.png: is there already", "folder")
+        one_line(script("predict", path, "in/b", flag, "photos"), "photos/b.png would be drawn of it")
+        one_line(script("predict", path, "in/d", flag, "photos"), "photos/drawn.png would be drawn of it")
+        one_line(script("predict", path, "photos/more", flag, "gone"), "gone/b.png: is there already")
+    assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
+    assert (here / "gone/b.png").is_symlink()
+
+
+def test_what_comes_in_the_way_while_images_are_scored_is_told_in_a_row(detectors, here, script, monkeypatch):
+    make = predict.make_scorer
+
+    def late(*args):
+        (here / "heat/b.png").write_bytes(b"mine")
+        return make(*args)
+
+    monkeypatch.setattr(predict, "make_scorer", late)
+    rows = table(script("predict", detectors / "patch/brick.pt", "photos", "--heatmaps", "heat"), 1)
+    assert {row["path"]: "heat/b.png: is there already" in row["error"] for row in rows if row["error"]} == {
+        "photos/b.png": True
+    }
+    assert (here / "heat/b.png").read_bytes() == b"mine"
+    assert (here / "heat/a.jpg").is_file()
 
 
 def test_a_report_of_new_images(detectors, here, script, monkeypatch, browser):
