@@ -2,6 +2,9 @@
 
 Own process id, arguments, environment, working folder, standard streams and signals, as with ``python FILE``. What the
 libraries take to import, seconds for each process, is spent once. The interpreter ends without running its finalizers.
+
+``HAS_BF16=0 make test`` runs the suite as on a processor without bfloat16 in hardware, ``HAS_BF16=1 make test`` as on
+one with it: here, because the tests' process and every forked script import this module before they ask torch.
 """
 
 import multiprocessing
@@ -20,6 +23,10 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch._dynamo", "torchvision", "torch.utils.tensorboard", "seaborn", "sklearn.manifold"]
 )
+HAS_BF16 = os.environ.get("HAS_BF16") or None
+if HAS_BF16 is not None:
+    for name in ("amx_tile", "avx512_bf16"):
+        setattr(torch.cpu, f"_is_{name}_supported", lambda: HAS_BF16 == "1")
 
 
 class Forked:

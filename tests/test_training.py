@@ -492,6 +492,18 @@ def test_a_run_keeps_the_numerics_it_began_with(data, tmp_path, monkeypatch, scr
         chosen(compile=True)
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_the_precision_that_suits_the_processor_is_told_and_recorded(data, tmp_path, monkeypatch, script, has_bf16):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: has_bf16, raising=False)
+    precision, reason = suitable_precision(torch.device("cpu"))
+    assert precision == ("bf16" if has_bf16 and torch.backends.mkldnn.is_available() else "off")
+    done = script("run_training", *flags(data, tmp_path, "--amp", "auto", "--epochs", 1))
+    assert done.code == 0, done.err
+    assert f"brick: precision {precision.replace('off', 'float32')} ({reason})\n" in done.err
+    assert load(tmp_path / "models/brick.pt").metadata["amp"] == precision
+
+
 def test_a_step_in_bf16_follows_one_in_float32():
     """From the same weights and batch: nearly the same loss, and an update in much the same direction; not the same."""
     config = tiny_config("--epochs", 3, "--lr", 0.001)
