@@ -1,38 +1,125 @@
-"""CutPaste augmentations, batched on tensors of any device.
+"""CutPaste augmentations: every random draw, the tables ``VIEWS`` and ``VARIANTS``, and the views of a batch.
 
-Owns the base augmentation (translation, color jitter), the crops of a patch model, the tables ``VIEWS`` and
-``VARIANTS``, and which views show anything. ``make_params`` draws every random number, on the CPU; ``apply`` acts on
-the images' device and changes no input; its parts are ``augment`` or, for a patch model, ``augment_crops``, and
-``cut_paste``.
+``make_params`` draws every random number of a batch, on the CPU, so that a seed gives the same batches on every device;
+``apply`` acts on the images' device and changes no input. Owns what a patch and a scar are, the base augmentation
+(translation, color jitter), the crops of a patch model, and which views show anything.
 Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, 2.4, A.1, A.2 and A.5.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from color import JitterParams, color_jitter, draw_jitter, to_float
-from paste import (
-    SCAR_IMAGE_SIZE,
-    PasteParams,
-    draw_either,
-    draw_patch,
-    draw_scar,
-    draw_soft_patch,
-    draw_soft_scar,
-    paste_,
-    rows,
-    whole_numbers,
-)
+from image_ops import HUE, JitterParams, PasteParams, _half_extents, color_jitter, paste_, to_float, translate
 
+AREA = (0.02, 0.15)  # patch area as a fraction of the image's (A.2)
+ASPECT = (0.3, 3.3)  # patch width over height, relative to the image's (A.2)
+SCAR_WIDTH, SCAR_LENGTH = (2.0, 16.0), (10.0, 25.0)  # pixels of an image of SCAR_IMAGE_SIZE (A.2)
+SCAR_ANGLE = 45.0  # degrees, either way (A.2)
+SCAR_IMAGE_SIZE = 256
+SOFT_EDGE = (0.05, 0.5)  # width of a soft edge as a fraction of the patch's shorter side
+SOFT_SHARE = 0.5  # of the patches of the soft views that have one
 CROP_SIZE = 64  # the paper's crops of a patch model, of images of SCAR_IMAGE_SIZE (2.4)
 # A pasted view shows something if enough of its pixels differ from the image by enough
 VISIBLE_CHANGE = 0.5  # deviations of the whole image's values, the unit that --normalize image measures in
 VISIBLE_PIXELS, VISIBLE_SHARE = 10.0, 0.5  # as many pixels, or that share of a patch that is smaller
 SAMPLE_SIDE = 64  # pixels along the shorter side of an image that its statistics are taken from
 BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that fit into a processor's cache with all that is computed of them
+
+
+# Drawing ----------------------------------------------------------------------------------------------------------
+
+
+def draw_patch(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+    """Large upright patches."""
+    w, h = _patch_size(count, height, width, generator)
+    x, y, angle = whole_numbers(width - w, generator), whole_numbers(height - h, generator), torch.zeros(count)
+    to_x, to_y = whole_numbers(width - w, generator) + w / 2, whole_numbers(height - h, generator) + h / 2
+    return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
+
+
+def draw_scar(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+    """Thin rotated rectangles whose bounding box lies inside the image. scar_scale: 1 means the paper's pixels."""
+    w, h = _scar_size(count, height, width, scar_scale, generator)
+    return _turned(w, h, _uniform(-SCAR_ANGLE, SCAR_ANGLE, count, generator), height, width, generator)
+
+
+def draw_soft_patch(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+    """Patches of the same sizes, turned any way, half of them with soft edges. In an image that is not square, a long
+    one that is turned too far to fit sticks out of it."""
+    return _softened(*_patch_size(count, height, width, generator), height, width, generator)
+
+
+def draw_soft_scar(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+    """Scars of the same sizes, turned any way, half of them with soft edges."""
+    return _softened(*_scar_size(count, height, width, scar_scale, generator), height, width, generator)
+
+
+def _patch_size(count: int, height: int, width: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Widths and heights of patches. The aspect ratio is relative to the image's, so that a patch always fits, and
+    log-uniform, so that both are exchangeable: the paper, all of square images, does not say how it is distributed."""
+    area = _uniform(*AREA, count, generator)
+    aspect = _uniform(*torch.tensor(ASPECT).log(), count, generator).exp()
+    w = (width * (area * aspect).sqrt()).round().clamp(1, width)
+    return w, (height * (area / aspect).sqrt()).round().clamp(1, height)
+
+
+def _scar_size(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Widths and heights of scars."""
+    w = (_uniform(*SCAR_WIDTH, count, generator) * scar_scale).round().clamp(1, width)
+    return w, (_uniform(*SCAR_LENGTH, count, generator) * scar_scale).round().clamp(1, height)
+
+
+def _softened(w: Tensor, h: Tensor, height: int, width: int, generator: Generator) -> dict[str, Tensor]:
+    """Boxes of rectangles turned any way, around some of each a soft edge, half of it inside the given size.
+
+    Defects have both kinds of edges, and cuts alone would be all that a network learns to see; without any, it misses
+    what is scratched or cut.
+    """
+    soft = _uniform(*SOFT_EDGE, len(w), generator) * torch.minimum(w, h)
+    soft *= torch.rand(len(w), generator=generator) < SOFT_SHARE
+    w, h = ((size + soft).round().clamp(max=side) for size, side in ((w, width), (h, height)))
+    return _turned(w, h, _uniform(-180.0, 180.0, len(w), generator), height, width, generator) | {"soft": soft}
+
+
+def _turned(w: Tensor, h: Tensor, angle: Tensor, height: int, width: int, generator: Generator) -> dict[str, Tensor]:
+    """Boxes of rotated rectangles, from anywhere to anywhere in the image."""
+    count = len(w)
+    x, y = whole_numbers(width - w, generator), whole_numbers(height - h, generator)
+    half_w, half_h = (e.clamp(max=side / 2) for e, side in zip(_half_extents(w, h, angle), (width, height)))
+    to_x, to_y = _uniform(half_w, width - half_w, count, generator), _uniform(half_h, height - half_h, count, generator)
+    return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
+
+
+def draw_either(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+    """Patches and scars in equal parts: one class of both, drawn per image, so that the classes stay balanced."""
+    patch, scar = (draw(count, height, width, scar_scale, generator) for draw in (draw_patch, draw_scar))
+    is_scar = torch.rand(count, generator=generator) < 0.5
+    return {name: torch.where(is_scar, scar[name], patch[name]) for name in patch}
+
+
+def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def whole_numbers(high: Tensor, generator: Generator) -> Tensor:
+    """Whole numbers from 0 to ``high``, both included, as float32."""
+    draw = (torch.rand(high.shape, generator=generator) * (high + 1)).floor()
+    return torch.minimum(draw, high)  # float32 rounding could reach high + 1
+
+
+def draw_jitter(count: int, amount: float, generator: torch.Generator) -> JitterParams | None:
+    """Draw factors uniformly, at most ``amount`` (0 to 0.5) from those that change nothing, and orders all equally
+    likely. None, and nothing is drawn, if the amount is 0. generator: on the CPU."""
+    if not amount:
+        return None
+    factors = (2 * torch.rand(count, 4, generator=generator) - 1) * amount
+    factors[:, :HUE] += 1
+    order = torch.rand(count, 4, generator=generator).argsort(dim=1, stable=True)
+    return JitterParams(factors, order)
 
 
 @dataclass(frozen=True)
@@ -285,14 +372,10 @@ def _parts(count: int, at_once: int, device: torch.device) -> list[slice]:
     return [slice(start, start + step) for start in range(0, count, step)]
 
 
-def translate(images: Tensor, shift: Tensor) -> Tensor:
-    """Move image b by shift[b] = (down, right) pixels; what comes in at the border is the image's reflection (the
-    border pixel itself is not repeated). The base augmentation's first half, before CutPaste sees the image (A.1)."""
-    height, width = images.shape[-2:]
-    most = shift.abs().amax(0)
-    for axis, margin in zip((2, 3), most.tolist()):  # known on the CPU; torch's reflection_pad takes no uint8
-        before, after = images.narrow(axis, 1, margin), images.narrow(axis, images.shape[axis] - 1 - margin, margin)
-        images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)
-    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 * most[0] + 1, 2 * most[1] + 1, H, W)
-    top, left = (most - shift).to(images.device, non_blocking=True).unbind(1)
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
+def rows(params: Any, part: slice | Tensor) -> Any:
+    """Parameters, of any class, of some images of the batch: every tensor indexed by ``part``, the rest as it is."""
+    if isinstance(params, Tensor):
+        return params[part]
+    if isinstance(params, tuple):
+        return tuple(rows(each, part) for each in params)
+    return type(params)(*[rows(each, part) for each in vars(params).values()]) if is_dataclass(params) else params

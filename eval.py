@@ -10,27 +10,30 @@ model_dir>/. Changes no detector, and chooses nothing by test images.
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import options
-from config import Config, SettingError
+from config import (
+    PATCH_SETTINGS,
+    Config,
+    SettingError,
+    add_data_flags,
+    add_given_flags,
+    flagged,
+    given_settings,
+    storage,
+)
 from dataset import TestSet, check_maps_folder, load_masks, load_test, load_train, save_maps
-from detector import Detector, load, load_config
-from matching import find_work, scored_paths
-from member import stream
-from metrics import image_metrics, pixel_metrics
+from detector import Detector, find_work, load, load_config, scored_paths
 from model import WeightsError
-from options import PATCH_SETTINGS, flagged, given_settings
-from report import (
-    Evaluation,
+from reporting.gallery import gallery_page
+from reporting.metrics import evaluate
+from reporting.tables import (
     as_csv,
     decision_line,
-    gallery_page,
     missing,
     normal_table,
     print_average,
@@ -40,10 +43,9 @@ from report import (
     score_table,
     seed_row,
 )
-from runtime import ranks
+from runtime.cli import choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
+from runtime.distributed import from_environment
 from runtime.files import InputError, check_replaceable, say, write_files
-from runtime.flags import html_file, new_parser, zero_or_one
-from runtime.script import choose_device, folder_name, run_script
 
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
@@ -51,11 +53,11 @@ REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTI
 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    options.add_data_flags(parser)
-    options.add_given_flags(parser, AGREEING, "network", "must agree with the detector, if given")
+    add_data_flags(parser)
+    add_given_flags(parser, AGREEING, "network", "must agree with the detector, if given")
     note = "given: the density is fitted anew to train/good; default: the detector's own"
-    options.add_given_flags(parser, REFITTED, "density and maps", note)
-    options.add_given_flags(parser, ("false_alarm_rate",), "decisions", "given: instead of the detector's")
+    add_given_flags(parser, REFITTED, "density and maps", note)
+    add_given_flags(parser, ("false_alarm_rate",), "decisions", "given: instead of the detector's")
     add = parser.add_argument_group("output").add_argument
     add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
     for name, default, help in (
@@ -72,7 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    here = ranks.from_environment()
+    here = from_environment()
     device = choose_device(args.cuda, here.local_rank)
     paths = find_work(args.model_dir, args.data_dir, args.type, here.is_main)
     for path in paths:  # all, before any hour is spent
@@ -117,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
         contents |= draw_summary(rows)
     files = {out_dir / name: content for name, content in contents.items()}
     if args.report:
-        from gallery import render
+        from reporting.gallery import render
 
         title = f"CutPaste: {folder_name(args.model_dir)}"
         files[Path(args.report)] = render([result.page for result in results], title).encode()
@@ -164,29 +166,6 @@ def changes(args: argparse.Namespace) -> dict:
     return {name: value for name, value in given_settings(args).items() if name in REFITTED}
 
 
-# Evaluation -------------------------------------------------------------------------------------------------------
-
-
-def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
-    """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
-    there are both normal and anomalous ones, of pixels only if a mask marks some."""
-    judge = partial(detector.judge, grad_cam=masks is not None and detector.config.patches is None)
-    scores, p, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
-    maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
-    for found in stream(detector, test.images, judge):
-        part = slice(done, done := done + len(found.scores))
-        scores[part], p[part] = found.scores.cpu().numpy(), found.p_values.cpu().numpy()
-        if maps is not None:
-            maps[part] = found.maps.cpu().numpy()
-    metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
-    if masks is not None:
-        known = test.with_truth
-        truth = masks[known]
-        if truth.any() and not truth.all():
-            metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
-    return Evaluation(scores, p, maps, metrics)
-
-
 @dataclass(frozen=True)
 class Result:
     """What the evaluation of one category leaves; plain, so that ranks can hand it on."""
@@ -210,7 +189,7 @@ def zip_results(results: Iterator[Result]) -> tuple[list[dict], np.ndarray, list
 def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = "") -> Result:
     """Score and draw one category."""
     config, changed = detector.config, changes(args)
-    category, where = config.category, (detector.size, args.workers, options.storage(args))
+    category, where = config.category, (detector.size, args.workers, storage(args))
     train = load_train(args.data_dir, category, *where) if changed or args.control else None
     if changed:
         detector = detector.refit(train, **changed)
@@ -267,36 +246,36 @@ def draw(
     maps: np.ndarray | None,
 ) -> dict[str, bytes]:
     """PNG files of one category by name: ROC curve, score histogram, t-SNE plot, sheet of heat maps."""
-    import plots
+    from reporting import figures
 
-    figures, config, threshold = {}, detector.config, detector.threshold.item()
+    charts, config, threshold = {}, detector.config, detector.threshold.item()
     if len(set(test.labels.tolist())) == 2:
-        figures["roc"] = plots.roc(config.category, test.labels, scores, untrained)
+        charts["roc"] = figures.roc(config.category, test.labels, scores, untrained)
     line = (
         f"for {100 * config.false_alarm_rate:g} % false alarms"
         if detector.promise.holds
         else "the largest score of normal images"
     )
-    figures["histogram"] = plots.score_histogram(
+    charts["histogram"] = figures.score_histogram(
         config.category, scores, test.defect_types, threshold, line, detector.unit
     )
     if config.patches is None:
-        embeddings, groups = plots.sample_views(detector, test)
+        embeddings, groups = figures.sample_views(detector, test)
         if len(embeddings) > 3:
-            figures["tsne"] = plots.tsne(config.category, embeddings, groups)
+            charts["tsne"] = figures.tsne(config.category, embeddings, groups)
     if maps is not None:
         unit = (threshold, detector.unit) if config.patches else (None, "Grad-CAM of the score (no unit)")
-        cases = plots.choose_cases(test, scores, masks, maps)
-        figures["heatmaps"] = plots.heat_sheet(config.category, cases, *unit)
-    return {f"{config.category}/{name}.png": plots.png(figure) for name, figure in figures.items()}
+        cases = figures.choose_cases(test, scores, masks, maps)
+        charts["heatmaps"] = figures.heat_sheet(config.category, cases, *unit)
+    return {f"{config.category}/{name}.png": figures.png(figure) for name, figure in charts.items()}
 
 
 def draw_summary(rows: list[dict]) -> dict[str, bytes]:
     """The chart over all categories that have an AUC."""
-    import plots
+    from reporting import figures
 
     known = [row for row in rows if row["image_auroc"] is not None]
-    return {"summary.png": plots.png(plots.summary(known))} if known else {}
+    return {"summary.png": figures.png(figures.summary(known))} if known else {}
 
 
 if __name__ == "__main__":

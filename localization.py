@@ -1,11 +1,11 @@
-"""Where embeddings stand: windows of an image -> embeddings -> distances -> anomaly map.
+"""Where embeddings stand: windows of an image -> embeddings -> distances -> anomaly map; Grad-CAM.
 
 Owns the grid of windows (a whole image is the grid with one window), the embeddings of windows, the densities of one
-stage, and the up-sampling of distances to maps. Tensors in, tensors out; reads no file.
-Source: CutPaste (CVPR 2021), sections 2.4, 4.2 and A.5.
+stage, the up-sampling of distances to maps, and Grad-CAM of image-level models. Tensors in, tensors out.
+Sources: CutPaste (CVPR 2021), sections 2.4, 4.2 and A.5; Selvaraju et al., "Grad-CAM", ICCV 2017.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -205,3 +205,23 @@ def weights(side: int, centers: Tensor, sigma: float) -> Tensor:
     # From pixels without a window on either side the nearest score alone would be seen, less smoothed than any other
     pixels = pixels.clamp(centers[0], centers[-1])
     return (-(pixels[:, None] - centers).square() / (2 * sigma**2)).softmax(1)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def grad_cam(features: Tensor, score: Callable[[Tensor], Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Scores (B,) of images and their maps (B, H, W) float32 of ``size`` (H, W), from the features (B, C, h, w) that
+    the last stage makes of them.
+
+    score: features (B, C, h, w) -> (B,), each from its own image alone, differentiable; higher is more anomalous.
+    A map is at least 0: the channels weighted by the mean of the score's gradient, summed, what is negative set to 0
+    (it speaks for a normal image), bilinearly enlarged. Its unit is the score's, per feature. Works wherever gradients
+    are off, and leaves none on any parameter.
+    """
+    features = features.detach().clone().requires_grad_()  # the graph begins here; a clone is no inference tensor
+    scores = score(features)
+    (gradient,) = torch.autograd.grad(scores.sum(), features)  # a score has a gradient in its own image alone
+    gradient = gradient.nan_to_num(0, 0, 0)  # a distance of 0 has none
+    maps = (gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
+    maps = functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return scores.detach(), maps[:, 0].float()

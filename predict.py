@@ -31,19 +31,30 @@ from pathlib import Path
 from torch import Tensor
 
 from config import Config
-from dataset import read_size
+from dataset import load_mask, mask_path
 from detector import SUFFIX, Detector, detector_path, load, load_config
-from drawings import Drawings
-from drift import Drift
-from explain import Explainer, load_normals, normals_path
-from ignore import load_mask, mask_path
-from listing import listed, watch
-from report import Gallery
-from rows_file import COLUMNS, FORMATS, RowsFile
+from normals import load_normals, normals_path
+from prediction.drift import Drift
+from prediction.explain import Explainer
+from prediction.inputs import listed, watch
+from prediction.outputs import COLUMNS, FORMATS, Drawings, RowsFile
+from prediction.scorer import Scorer
+from reporting.gallery import Gallery
+from runtime.cli import (
+    Interrupts,
+    choose_device,
+    html_file,
+    int_at_least,
+    new_parser,
+    number,
+    one_of,
+    progress_bar,
+    run_script,
+    size,
+    zero_or_one,
+)
 from runtime.files import InputError, check_replaceable, say, write_file
-from runtime.flags import html_file, int_at_least, new_parser, number, one_of, size, zero_or_one
-from runtime.script import Interrupts, choose_device, progress_bar, run_script
-from scoring import Scorer
+from runtime.image_files import read_size
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -268,7 +279,7 @@ def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawin
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
     """The HTML file of what was scored in this run; none, if that is nothing."""
     if pages := [each.page() for each in galleries if each.count]:
-        from gallery import render
+        from reporting.gallery import render
 
         title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
         write_file(render(pages, title).encode(), args.report)

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset import GOOD, decode, find_images, find_mask
-from options import category
+from config import category
+from dataset import GOOD, find_mask
+from runtime.cli import int_at_least, new_parser, number, run_script
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, number
-from runtime.script import run_script
+from runtime.image_files import decode, find_images
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
 # fmt: off

@@ -17,28 +17,33 @@ from pathlib import Path
 
 import torch
 
-import options
-from checkpoint import found_checkpoints, load_checkpoint
-from config import RECIPES, Config, SettingError, plain, resume
-from dataset import TestSet, choose_categories, find_images, load_images, load_test, train_paths
+from config import RECIPES, Config, SettingError, add_config_flags, add_data_flags, config_of, flagged, plain, storage
+from dataset import TestSet, choose_categories, load_images, load_test, train_paths
 from density import NotFiniteError
-from detector import Detector, load_config
-from ignore import filled
-from job import Job, Running, load_ignored, train_networks, write_detector
-from log import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
+from detector import Detector
+from image_ops import filled
 from model import BACKBONES, WeightsError
-from options import flagged
-from runtime import ranks
+from runtime.cli import (
+    PRECISIONS,
+    choose_device,
+    folder_name,
+    int_at_least,
+    new_parser,
+    number,
+    run_script,
+    zero_or_one,
+)
+from runtime.distributed import Ranks, from_environment
 from runtime.files import InputError, check_replaceable, say, write_file
-from runtime.flags import int_at_least, new_parser, number, zero_or_one
-from runtime.ranks import Ranks
-from runtime.script import PRECISIONS, choose_device, folder_name, run_script
+from runtime.image_files import find_images
+from training.jobs import Job, Running, check_settings, check_writable, load_ignored, train_networks, write_detector
+from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, "Then: python eval.py --model_dir models")
-    options.add_data_flags(parser)
-    options.add_config_flags(parser)
+    add_data_flags(parser)
+    add_config_flags(parser)
     add = parser.add_argument_group("running").add_argument
     steps = "steps between two looks at the test AUROC; -1: none (default: 256; none for patch models)"
     add("--test_epochs", type=int_at_least(-1), metavar="N", help=steps)
@@ -64,12 +69,12 @@ def main(args: argparse.Namespace) -> None:
         print_backbones()
         return
     try:
-        settings = options.config_of(args, "any")
+        settings = config_of(args, "any")
     except SettingError as error:
         raise argparse.ArgumentTypeError(flagged(error)) from error
     if args.test_epochs is None:
         args.test_epochs = 256 if settings.patches is None else -1
-    here = ranks.from_environment()
+    here = from_environment()
     device = choose_device(args.cuda, here.local_rank)
     categories = choose_categories(args.data_dir, args.type)
     jobs = list(make_jobs(args, settings, categories))
@@ -123,7 +128,7 @@ def make_detectors(args: argparse.Namespace, jobs: list[Job], device: torch.devi
     running = Running(
         data_dir=args.data_dir,
         workers=args.workers,
-        storage=options.storage(args),
+        storage=storage(args),
         device=device,
         ranks=here if args.ddp else Ranks(),
         numerics={"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile},
@@ -185,35 +190,8 @@ def check_ranks(args: argparse.Namespace, settings: Config, here: Ranks) -> None
         raise InputError(f"--batch_size {settings.batch_size}: {needed}")
 
 
-def check_writable(folder: Path, here: Ranks) -> None:
-    """Make the folder and a file in it. Raises OSError, naming the folder, if that is not possible."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable.{here.rank}"
-    probe.touch()
-    probe.unlink(missing_ok=True)
-
-
-def check_settings(job: Job) -> None:
-    """Hold the settings against what is saved. Raises InputError that names the first difference."""
-    config = job.config
-    if states := found_checkpoints(job.folder, config.category):  # newer than a detector that they are to replace
-        path, saved = states[0], load_checkpoint(states[0])["config"]
-    elif job.path.exists():
-        path, saved = job.path, load_config(job.path)
-    else:
-        return
-    asked = config.to_dict()
-    if config.minutes:
-        del asked["epochs"]  # the number of steps that the minutes came to is the saved one
-    try:
-        resume(asked, saved.to_dict())
-    except SettingError as error:
-        way_out = "choose another --model_dir, or start anew with --overwrite"
-        raise InputError(f"{path}: {error.reason}; {way_out}") from error
-
-
 def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
-    import plots
+    from reporting import figures
 
     if Path(args.preview).suffix.lower() != ".png":
         raise InputError(f"--preview {args.preview}: the name of a .png file is needed")
@@ -226,8 +204,8 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
         images.append(filled(own, load_ignored(config, args.data_dir)))
         names += [f"{config.category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
-    sheet = plots.preview(shown, names, configs[0], invisible_shares(configs[0], shown))
-    write_file(plots.png(sheet), args.preview)
+    sheet = figures.preview(shown, names, configs[0], invisible_shares(configs[0], shown))
+    write_file(figures.png(sheet), args.preview)
     say(f"wrote {args.preview}; nothing was trained")
 
 
@@ -241,7 +219,7 @@ def watcher(args: argparse.Namespace, config: Config) -> Callable[[Detector], fl
 
 
 def test_auroc(detector: Detector, test: TestSet) -> float:
-    from eval import evaluate
+    from reporting.metrics import evaluate
 
     return evaluate(detector, test)[-1]["image_auroc"]
 
@@ -253,7 +231,7 @@ def load_watched_test(args: argparse.Namespace, config: Config) -> TestSet | Non
     if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
         say(f"{category}: no test images, so no AUROC while training")
         return None
-    test = load_test(args.data_dir, category, size, args.workers, options.storage(args))
+    test = load_test(args.data_dir, category, size, args.workers, storage(args))
     if 0 < test.labels.sum() < len(test.labels):
         return test
     say(f"{category}: test images of one kind only, so no AUROC while training")

@@ -17,12 +17,12 @@ import pandas
 from pandas import DataFrame
 from record import add_record_flags, append, command, commit, read
 
-from dataset import decode_mask, find_mask
-from metrics import auroc
-from options import category
+from config import category
+from dataset import find_mask
+from reporting.metrics import auroc
+from runtime.cli import Rule, new_parser, run_script
 from runtime.files import InputError
-from runtime.flags import Rule, new_parser
-from runtime.script import run_script
+from runtime.image_files import decode_mask
 
 QUARTERS = ("smallest quarter", "second quarter", "third quarter", "largest quarter")
 KEPT = ("recipe", "height", "width", "epochs", "seed", "device", "amp", "torch", "train_command", "eval_command")

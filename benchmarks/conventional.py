@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from cutpaste import VARIANTS, VIEWS
-from paste import SCAR_IMAGE_SIZE, paste_
+from cutpaste import SCAR_IMAGE_SIZE, VARIANTS, VIEWS
+from image_ops import paste_
 
 BOXES = 1024  # drawn beforehand for each view: to draw them one by one in torch would slow the workers by 3 %
 

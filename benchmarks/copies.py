@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from record import add_record_flags, append, command, commit
 
-import options
-from dataset import choose_categories, decode, load_images, load_test, resized, train_paths
-from duplicates import Pair, find_duplicates
+import config as options
+from check_data import Pair, find_duplicates
+from dataset import choose_categories, load_images, load_test, train_paths
 from runtime.cache import IN_MEMORY
+from runtime.cli import device_name, new_parser, run_script, size
 from runtime.files import say
-from runtime.flags import new_parser, size
-from runtime.script import device_name, run_script
+from runtime.image_files import decode, resized
 
 EVERY, MOST = 10, 20  # training images of which one is copied, and copies of each kind
 

@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from record import ROOT, add_record_flags, append, read
 
-from plots import ANOMALY_COLOR, NORMAL_COLOR
+from reporting.figures import ANOMALY_COLOR, NORMAL_COLOR
+from runtime.cli import new_parser, run_script
 from runtime.files import InputError, say, write_file
-from runtime.flags import new_parser
-from runtime.script import run_script
 
 KEPT = ("category", "recipe", "seed", "batch_size", "minutes", "device", "amp", "torch", "train_command")
 
@@ -48,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
             for point in curve(logdir / row["category"], row):
                 append(point, args.results)
         return
-    import plots
+    from reporting import figures as plots
 
     rows = pandas.read_csv(args.results)
     rows = rows[rows.note.isna()]  # of the recipes as they are

@@ -20,11 +20,9 @@ from torch import Tensor
 from conformal import Promise, p_values
 from dataset import load_test, load_train
 from density import fit_density, held_out
-from detector import Detector, load
-from member import stream
+from detector import Detector, load, stream
+from runtime.cli import int_at_least, new_parser, number, run_script
 from runtime.files import InputError
-from runtime.flags import int_at_least, new_parser, number
-from runtime.script import run_script
 
 RATES = (0.01, 0.05, 0.1)
 

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from record import add_record_flags, append, command, commit
 
-import options
+import config as options
 from config import Config, PatchConfig
 from dataset import choose_categories, load_train
-from log import invisible_shares
-from runtime.flags import new_parser, side
-from runtime.script import run_script
+from runtime.cli import new_parser, run_script, side
+from training.trainer import invisible_shares
 
 VARIANTS = ("3way", "soft")
 

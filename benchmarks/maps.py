@@ -23,19 +23,15 @@ from pathlib import Path
 import torch
 from record import add_record_flags, append, command, commit, peak_mb, wait
 
-import options
-from config import Config, PatchConfig, SettingError, settings_of
+import config as options
+from config import PATCH_SETTINGS, Config, PatchConfig, SettingError, flagged, settings_of
 from dataset import load_masks, load_test, load_train
-from detector import Detector, detector_path, load, load_config, save
-from eval import evaluate
-from matching import find_work
-from member import stream
-from options import PATCH_SETTINGS, flagged
-from report import record
+from detector import Detector, detector_path, find_work, load, load_config, save, stream
+from reporting.metrics import evaluate
+from reporting.tables import record
 from runtime.cache import ImageArray
+from runtime.cli import choose_device, device_name, int_at_least, keep_memory, new_parser, run_script
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser
-from runtime.script import choose_device, device_name, keep_memory, run_script
 
 SETTINGS = ("level", *(name for name in PATCH_SETTINGS if name != "patch_size"), "l2", "density")
 TIMED = 8  # images that are timed at once

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from record import add_record_flags, append, command, commit
 
-import options
+import config as options
 from dataset import load_test
-from detector import detector_path, load
-from member import stream
-from metrics import auroc
+from detector import detector_path, load, stream
+from reporting.metrics import auroc
 from runtime import cache
+from runtime.cli import int_at_least, new_parser, run_script
 from runtime.files import InputError
-from runtime.flags import int_at_least, new_parser
-from runtime.script import run_script
 
 KEPT = ("backbone", "recipe", "pretrained", "height", "width", "patch_size", "epochs", "batch_size", "folds", "seed")
 MADE = ("command", "device", "amp", "torch")

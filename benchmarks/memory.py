@@ -31,9 +31,8 @@ from PIL import Image
 from record import MAXRSS, ROOT, add_record_flags, append, command, commit
 
 from detector import detector_path, load
+from runtime.cli import int_at_least, new_parser, number, run_script, side
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, number, side
-from runtime.script import run_script
 
 CATEGORY = "many"
 LOOK_EVERY = 0.02  # seconds between two looks at the memory

@@ -20,13 +20,11 @@ from record import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 import run_training
-from config import Config
+from config import Config, config_of
 from cutpaste import VARIANTS
 from dataset import choose_categories
 from model import CutPasteNet
-from options import config_of
-from runtime.flags import int_at_least, new_parser, number
-from runtime.script import run_script
+from runtime.cli import int_at_least, new_parser, number, run_script
 
 REFERENCE = Config(pretrained=False)  # the paper's recipe
 FORWARD = 1 / 3  # the forward pass's share of a step: the backward pass costs two of them

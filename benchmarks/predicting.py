@@ -24,11 +24,10 @@ import torch
 from memory import watched
 from record import ROOT, add_record_flags, append, command, commit, wait
 
-from dataset import decode, find_images
 from detector import Detector, load
+from runtime.cli import choose_device, device_name, int_at_least, new_parser, run_script, zero_or_one
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, zero_or_one
-from runtime.script import choose_device, device_name, run_script
+from runtime.image_files import decode, find_images
 
 BROKEN_EVERY = 100
 SCORED_ALONE = 1000  # images at most: the speed is the same for more

@@ -18,13 +18,11 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from dataset import load_masks, load_test, load_train
-from detector import Detector, load
+from detector import Detector, load, stream
 from localization import upsample
-from member import stream
-from metrics import auroc, pixel_metrics
+from reporting.metrics import auroc, pixel_metrics
+from runtime.cli import int_at_least, new_parser, run_script
 from runtime.files import InputError
-from runtime.flags import int_at_least, new_parser
-from runtime.script import run_script
 
 RINGS = (0, 8, 16, 32, 64)  # pixels from the mask
 KEPT = ("backbone", "pretrained", "patch_size", "height", "width", "epochs", "batch_size", "seed")

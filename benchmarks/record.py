@@ -30,7 +30,7 @@ def add_record_flags(parser: argparse.ArgumentParser, name: str) -> None:
 
 def command() -> str:
     """The benchmark's command as typed, from the root of the project."""
-    from runtime.script import command_line
+    from runtime.cli import command_line
 
     return command_line().replace("python ", "python benchmarks/", 1)
 

@@ -25,19 +25,27 @@ from record import add_record_flags, append, command, commit, peak_mb, wait
 from torch import Tensor
 from torch.nn import functional
 
-from color import to_float
-from config import RECIPES, Config, SettingError
+from config import RECIPES, Config, SettingError, flagged
 from cutpaste import VARIANTS, apply
-from dataset import decode, find_images, load_images
-from detector import Detector
-from log import LOG_EVERY, Log
-from member import IMAGES_AT_ONCE, stream
+from dataset import load_images
+from detector import IMAGES_AT_ONCE, Detector, stream
+from image_ops import to_float
 from model import CutPasteNet
-from options import flagged
+from runtime.cli import (
+    PRECISIONS,
+    choose_device,
+    device_name,
+    int_at_least,
+    new_parser,
+    open_tensorboard,
+    progress_bar,
+    run_script,
+    size,
+    zero_or_one,
+)
 from runtime.files import InputError, say
-from runtime.flags import int_at_least, new_parser, size, zero_or_one
-from runtime.script import PRECISIONS, choose_device, device_name, open_tensorboard, progress_bar, run_script
-from training import Run, choose_numerics, new_optimizer
+from runtime.image_files import decode, find_images
+from training.trainer import LOG_EVERY, Log, Run, choose_numerics, new_optimizer
 
 PARTS = ("scoring", "files", "step", "augmentation", "conventional")  # the one that needs the least memory first
 LAPS = LOG_EVERY  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone

@@ -23,9 +23,8 @@ from transfer import OTHERS, members_table, transfer_table, tuned_figures
 from trials import around_table, trials_table, ways_table
 
 from config import RECIPES
+from runtime.cli import new_parser, run_script
 from runtime.files import InputError
-from runtime.flags import new_parser
-from runtime.script import run_script
 
 FITTING = ("streamed as moments", "held")  # notes of rows that say what fitting costs
 RESULT_MINUTES, RESULT_DEVICE = 10, "AMD EPYC"  # of the rows of the fast recipe that the README shows

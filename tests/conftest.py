@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ def cache_home(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture
 def script(monkeypatch, capsys):
     """A script in this process, through its own parser and error handling: returns code, out, err."""
-    from runtime.script import run_script
+    from runtime.cli import run_script
 
     def call(name: str, *args: object) -> SimpleNamespace:
         module = importlib.import_module(name)
@@ -113,6 +114,38 @@ def train(data: Path, folder: Path, *flags: object, by=fork, **kwargs) -> Simple
     """run_training.py, tiny, in a process of its own; TensorBoard's files lie beside the detectors."""
     where = ("--data_dir", data, "--model_dir", folder, "--logdir", folder.parent / "logdirs")
     return by("run_training.py", *where, *TINY, *flags, **kwargs)
+
+
+WHERE = ("--data_dir", "--model_dir", "--logdir")
+
+
+def start(data, folder, *more, new=False):
+    """run_training.py left running, state saved after every step, in a new process or a forked one."""
+    where = [data, folder, folder.parent / "logdirs"]
+    command = [ROOT / "run_training.py", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more]
+    command += ["--save_minutes", 0]
+    if not new:
+        return Forked(*command)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def again(script, data, folder, *more):
+    """The same command as ``start``'s, in this process, but for how often it saves."""
+    where = [data, folder, folder.parent / "logdirs"]
+    return script("run_training", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more)
+
+
+def wait_for_step(process, checkpoint, step):
+    """Wait until the saved state has reached a step."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        assert process.poll() is None, process.stderr.read()
+        # mapped, so that a look costs no reading of all tensors, many times over
+        if checkpoint.exists() and torch.load(checkpoint, mmap=True, weights_only=True)["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError("no state was saved")
 
 
 def one_line(done: SimpleNamespace, *words: str) -> None:

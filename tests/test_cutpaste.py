@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_color import noise, seeded
+from test_image_ops import noise, seeded
 from test_paste import HARD, MANY, STILL, assert_inside, tensors
 
-from color import color_jitter, to_float
 from cutpaste import (
     VARIANTS,
     VIEWS,
@@ -18,11 +17,12 @@ from cutpaste import (
     augment,
     augment_crops,
     cut_paste,
+    draw_patch,
     make_params,
-    translate,
+    rows,
     visible,
 )
-from paste import draw_patch, paste, paste_, rows
+from image_ops import color_jitter, paste, paste_, to_float, translate
 
 # Translation --------------------------------------------------------------------------------------------------------
 

@@ -14,19 +14,17 @@ from PIL import Image
 
 from dataset import (
     choose_categories,
-    decode,
     find_categories,
-    find_images,
     find_mask,
     load_images,
     load_masks,
     load_test,
     load_train,
-    read_size,
     save_maps,
     train_paths,
 )
 from runtime.files import InputError
+from runtime.image_files import decode, find_images, read_size
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 import detector
-import member
+import detector as member
 from config import Config, PatchConfig, SettingError
 from conformal import conformal_threshold
 from dataset import load_test, load_train
 from density import fit_density, held_out
-from detector import Detector, load, load_config, save
-from member import initial_network, stream
+from detector import Detector, initial_network, load, load_config, save, stream
 from model import CutPasteNet
 from runtime.files import InputError, load_tensors, save_tensors
 

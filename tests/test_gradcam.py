@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gradcam import grad_cam
+from localization import grad_cam
 from model import CutPasteNet
 
 IMAGES = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0))

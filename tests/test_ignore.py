@@ -9,21 +9,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, same_weights
+from conftest import again, one_line, same_weights
 from PIL import Image
 from test_detector import CONFIG, PATCHES, pictures
-from test_training import again
 
-import log
 import run_training
 from cutpaste import VIEWS
-from dataset import decode, find_images, load_train
-from detector import Detector, load, save
-from ignore import ALL_COUNT, filled, ignored_by, load_mask, load_sources, sources_of
-from log import invisible_shares, log_start
-from member import initial_network
+from dataset import load_mask, load_sources, load_train
+from detector import Detector, initial_network, load, save
+from image_ops import ALL_COUNT, filled, ignored_by, sources_of
 from runtime.files import InputError
-from training import Numerics, Run
+from runtime.image_files import decode, find_images
+from training import trainer as log
+from training.trainer import Numerics, Run, invisible_shares, log_start
 
 NUMERICS = Numerics(1, "off", False)
 BOX = (slice(4, 15), slice(20, 40))  # rows, columns

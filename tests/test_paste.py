@@ -5,17 +5,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from test_color import noise, seeded, torchvision_jitter
+from test_image_ops import noise, seeded, torchvision_jitter
 
-from color import BRIGHTNESS, color_jitter, to_float
-from cutpaste import (
-    VARIANTS,
-    ViewParams,
-    apply,
-    make_params,
-    translate,
-)
-from paste import PasteParams, paste, rows
+from cutpaste import VARIANTS, ViewParams, apply, make_params, rows
+from image_ops import BRIGHTNESS, PasteParams, color_jitter, paste, to_float, translate
 
 STILL = {"translate": 0, "jitter": 0, "patch_jitter": 0}  # cut and paste, and nothing else
 MANY = 20_000

@@ -1,0 +1,233 @@
+"""Pure operations on batches of pixels, on any device: color jitter, translation, pasting, filling, statistics.
+
+Every random number is drawn beforehand, in cutpaste.py; nothing here is random, and no input is changed unless the name
+ends in ``_``. The color jitter is torchvision's ColorJitter, batched.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision's rgb_to_grayscale
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of JitterParams.factors, values of .order
+
+
+@dataclass(frozen=True)
+class JitterParams:
+    """Color jitter of B images. ``order[b, k]`` names the operation that image b gets in place k."""
+
+    factors: Tensor  # (B, 4): brightness, contrast, saturation as factors around 1; hue in turns around 0
+    order: Tensor  # (B, 4) int64, each row a permutation of 0..3
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in [0, 1]; floating point passes as float32. Raises ValueError for other types."""
+    if images.dtype == torch.uint8:
+        return images.float().div_(255)
+    if not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floating point, got {images.dtype}")
+    return images.float()
+
+
+def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = None) -> Tensor:
+    """Brightness, contrast, saturation and hue in each image's own order, each equal to torchvision's operation.
+
+    images: (B, 3, H, W) float in [0, 1], not changed. mask: (B, 1, H, W) bool, the pixels whose mean gray the contrast
+    refers to (all, if None); the others are changed too and mean nothing.
+    """
+    device, order = images.device, params.order
+    factors = params.factors.gather(1, order)  # (B, 4): the factor of each place
+    # Each of the first three blends the image with another: black, its mean gray, its gray. Factor 1 changes nothing.
+    blend = torch.where(order == HUE, torch.ones_like(factors), factors)
+    kinds = torch.stack([blend, (1 - blend) * (order == CONTRAST), (1 - blend) * (order == SATURATION)])
+    kinds = kinds.to(device, torch.float32, non_blocking=True)[..., None, None]  # (3, B, 4, 1, 1)
+    images = images.clone(memory_format=torch.contiguous_format)  # by planes, and from here on in place
+    for place, present in enumerate(map(set, order.T.tolist())):
+        factor, to_mean, to_gray = kinds[:, :, place]  # each (B, 1, 1)
+        if present != {HUE}:
+            other = _blended_with(images, to_mean, to_gray, mask) if present & {CONTRAST, SATURATION} else None
+            images.mul_(factor[:, None])
+            if other is not None:
+                images.add_(other[:, None])
+            images.clamp_(0, 1)
+        if HUE in present:
+            hue = (order[:, place] == HUE).nonzero()[:, 0]
+            turn = factors[hue, place].to(device, non_blocking=True)
+            if len(hue) == len(order):
+                rotate_hue_(images, turn)
+            else:
+                hue = hue.to(device, non_blocking=True)
+                images[hue] = rotate_hue_(images[hue], turn)
+    return images
+
+
+def _blended_with(images: Tensor, to_mean: Tensor, to_gray: Tensor, mask: Tensor | None) -> Tensor:
+    """What is added to the weighted images (B, 3, H, W): their gray and its mean, weighted too: (B, H, W)."""
+    red, green, blue = images.unbind(1)
+    gray = (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
+    if mask is None:
+        mean = gray.mean((1, 2), keepdim=True)
+    else:
+        mask = mask[:, 0]
+        mean = (gray * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True).clamp(min=1)
+    return gray.mul_(to_gray).add_(to_mean * mean)
+
+
+def rotate_hue_(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue of image b (3, H, W) in [0, 1] by turn[b] full turns, value and chroma kept, in place."""
+    red, green, blue = images.unbind(1)
+    low = torch.minimum(red, green).clamp_(max=blue)
+    value = torch.maximum(red, green).clamp_(min=blue)
+    chroma = value - low
+    # The hue in sixths of the circle, red at 0, green at 2, blue at -2: with the channels as shares of the chroma,
+    # 1 + green + blue - red is its distance from red in every sector, and the larger of green and blue its side.
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1).copysign_(green - blue)
+    hue.add_(6 * turn[:, None, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)  # into [0, 6]
+    # A channel is the smallest far from its own place on the circle, the largest near it, on a slope between
+    for channel, end, middle, sign in ((red, low, 3, 1), (green, value, 2, -1), (blue, value, 4, -1)):
+        torch.addcmul(end, chroma, (hue - middle).abs_().sub_(1).clamp_(0, 1), value=sign, out=channel)
+    return images
+
+
+def translate(images: Tensor, shift: Tensor) -> Tensor:
+    """Move image b by shift[b] = (down, right) pixels; what comes in at the border is the image's reflection (the
+    border pixel itself is not repeated). The base augmentation's first half, before CutPaste sees the image (A.1)."""
+    height, width = images.shape[-2:]
+    most = shift.abs().amax(0)
+    for axis, margin in zip((2, 3), most.tolist()):  # known on the CPU; torch's reflection_pad takes no uint8
+        before, after = images.narrow(axis, 1, margin), images.narrow(axis, images.shape[axis] - 1 - margin, margin)
+        images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 * most[0] + 1, 2 * most[1] + 1, H, W)
+    top, left = (most - shift).to(images.device, non_blocking=True).unbind(1)
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+@dataclass(frozen=True)
+class PasteParams:
+    """One pasted rectangle per image, all (B,). Pixels; x to the right, y down; a pixel's center is at +0.5."""
+
+    width: Tensor  # of the rectangle before rotation, whole numbers
+    height: Tensor
+    source_x: Tensor  # left edge of the upright source box, whole numbers
+    source_y: Tensor  # top edge
+    center_x: Tensor  # of the (rotated) target box
+    center_y: Tensor
+    angle: Tensor  # degrees, clockwise as seen
+    jitter: JitterParams | None  # None leaves the patch's colors alone
+    soft: Tensor | None = None  # over how many pixels inside the rectangle it fades in, 0 a hard cut; None: all hard
+
+
+def _half_extents(width: Tensor, height: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    """Half the width and height of the upright box around a rotated rectangle."""
+    cos, sin = angle.deg2rad().cos().abs(), angle.deg2rad().sin().abs()
+    return (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
+
+
+def paste(images: Tensor, params: PasteParams) -> Tensor:
+    """Copy each image's source box, colors jittered, to its rotated target box: (B, 3, H, W) float in [0, 1]."""
+    images = images.contiguous(memory_format=torch.channels_last)
+    return paste_(images.clone(), images, params)
+
+
+def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
+    """``paste`` from the images into ``target`` in place; both (B, 3, H, W) in channels_last memory, the target a copy
+    of the images, or of those that patches from them are to be pasted into.
+
+    Every pasted pixel is one pixel of the source box (nearest neighbor: interpolation would leave a blur that a
+    network learns instead of the cut), blended with what it covers where the edge is soft. Only as many pixels as the
+    largest patch has are worked on.
+    """
+    (count, _, height, width), device, p = images.shape, images.device, params
+    most = int((p.width * p.height).max())  # known on the CPU: the device is not waited for
+    half_w, half_h = _half_extents(p.width, p.height, p.angle)
+    left, top = (p.center_x - half_w).floor(), (p.center_y - half_h).floor()
+    upright = p.soft is None and not p.angle.any()
+    if not upright:  # the largest target fits a tile of one size
+        tile_w, tile_h = min(width, int(half_w.max() * 2) + 2), min(height, int(half_h.max() * 2) + 2)
+        left, top = left.clamp(0, width - tile_w), top.clamp(0, height - tile_h)
+    turn = p.angle.deg2rad()
+    numbers = [left, top, p.source_x, p.source_y, p.width, p.height, p.center_x, p.center_y, turn.cos(), turn.sin()]
+    numbers += [] if p.soft is None else [p.soft.clamp(min=1e-3)]
+    numbers = torch.stack(numbers).to(device, non_blocking=True)[:, :, None]  # (10 or 11, B, 1): one copy
+    left, top, source_x, source_y, w, h = numbers[:6]
+
+    # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
+    pixels, changed = (x.permute(0, 2, 3, 1).view(-1, 3) for x in (images, target))  # (B*H*W, 3)
+    first = torch.arange(count, device=device)[:, None] * (height * width)
+    each = torch.arange(most, device=device, dtype=torch.float32)[None]  # a patch's pixels, row by row
+    inside = each < w * h  # (B, most); a smaller patch repeats its last pixel
+    each = torch.minimum(each, w * h - 1)
+    y = ((each + 0.5) / w).floor()  # exact, and far faster than the division of whole numbers
+    x = each - y * w
+    source = first + ((source_y + y) * width + source_x + x).long()
+    patch = pixels.index_select(0, source.view(-1))  # (B * most, 3)
+    if p.jitter is not None:
+        patch = patch.view(count, 1, most, 3).permute(0, 3, 1, 2)  # images one pixel high
+        patch = color_jitter(patch, p.jitter, inside[:, None, None]).permute(0, 2, 3, 1).reshape(-1, 3)
+    if upright:
+        place = first + ((top + y) * width + left + x).long()
+    else:
+        w, h, center_x, center_y, cos, sin, *soft = numbers[4:, ..., None]
+        y = top[:, None] + torch.arange(tile_h, device=device)[:, None]  # (B, h, 1)
+        x = left[:, None] + torch.arange(tile_w, device=device)  # (B, 1, w)
+        dx, dy = x + 0.5 - center_x, y + 0.5 - center_y
+        across, along = cos * dx + sin * dy, cos * dy - sin * dx  # from the upright rectangle's center, (B, h, w)
+        u, v = across + w / 2, along + h / 2
+        inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
+        u, v = torch.minimum(u.floor().clamp(min=0), w - 1), torch.minimum(v.floor().clamp(min=0), h - 1)
+        origin = torch.arange(count, device=device)[:, None, None] * most + (v * w + u).long()
+        place = first[:, None] + (y * width + x).long()
+        new, covered = patch.index_select(0, origin.view(-1)), changed.index_select(0, place.view(-1))
+        if soft:
+            share = ((w / 2 - across.abs()) / soft[0]).clamp(0, 1) * ((h / 2 - along.abs()) / soft[0]).clamp(0, 1)
+            patch = torch.lerp(covered, new, share.view(-1, 1))
+        else:
+            patch = torch.where(inside.view(-1, 1), new, covered)
+    changed.index_copy_(0, place.view(-1), patch)
+    return target
+
+
+ALL_COUNT = torch.empty(0, dtype=torch.int32)  # the sources of images without such a region
+
+
+def sources_of(ignored: Tensor) -> Tensor:
+    """For each pixel of a mask (H, W) bool the number, row by row, of the nearest one that counts, which may be itself:
+    (H, W) int32."""
+    from scipy.ndimage import distance_transform_edt
+
+    down, across = distance_transform_edt(ignored.numpy(), return_distances=False, return_indices=True)
+    return torch.from_numpy(down * ignored.shape[1] + across).int()
+
+
+def ignored_by(sources: Tensor) -> Tensor:
+    """The mask (H, W) bool that ``sources_of`` was given; empty of ALL_COUNT."""
+    return sources != torch.arange(sources.numel(), device=sources.device).view(sources.shape)
+
+
+def filled(images: Tensor, sources: Tensor) -> Tensor:
+    """Images (B, C, H, W), each ignored pixel replaced by its source in the same image; themselves of ALL_COUNT."""
+    if not sources.numel():
+        return images
+    return images.flatten(2).index_select(2, sources.flatten()).unflatten(2, tuple(sources.shape))
+
+
+LOOKS = (  # columns of ``measure``: the word for less of it, the word for more, what is measured
+    ("darker", "brighter", "mean gray"),
+    ("lower in contrast", "higher in contrast", "deviation of gray"),
+    ("less sharp", "sharper", "strength of edges"),
+)
+
+
+@torch.inference_mode()
+def measure(images: Tensor) -> Tensor:
+    """How images (B, 3, H, W) uint8 look: (B, 3) float32, the columns of LOOKS. Mean and standard deviation of gray, in
+    0 to 255; the root of the mean squared Laplacian over that deviation (of at least 1), which stays the same in a
+    picture that is only darker or lower in contrast."""
+    gray = sum(weight * plane.float() for weight, plane in zip(GRAY, images.unbind(1)))  # (B, H, W)
+    mean = gray.mean((1, 2))
+    deviation = (gray - mean[:, None, None]).square().mean((1, 2)).sqrt()
+    edges = gray[:, 1:-1, :-2] + gray[:, 1:-1, 2:]
+    edges.add_(gray[:, :-2, 1:-1]).add_(gray[:, 2:, 1:-1]).sub_(gray[:, 1:-1, 1:-1], alpha=4)
+    return torch.stack([mean, deviation, edges.square().mean((1, 2)).sqrt() / deviation.clamp(min=1)], 1)

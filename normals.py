@@ -1,0 +1,116 @@
+"""The normal images kept beside a detector, and which of them is nearest to a new one.
+
+<model_dir>/<category>.normals      at most MOST training images as JPEG files, their names, embeddings
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from detector import Detector, stream
+from image_ops import filled, to_float
+from model import CutPasteNet
+from runtime.cache import ImageArray
+from runtime.files import InputError, load_tensors, save_tensors
+
+FORMAT = "cutpaste-normals"
+VERSION = 1
+SUFFIX = ".normals"  # not that of detectors, which are found by theirs
+MOST = 1000  # normal images that are kept
+ANEW = "train anew with --explain 1 --overwrite"
+QUALITY = 85  # of their JPEG files
+CELLS = 4  # an embedding is a map of so many features down and across
+
+
+# The file ---------------------------------------------------------------------------------------------------------
+
+
+def normals_path(detector_path: str | Path) -> Path:
+    """The file beside a detector's."""
+    return Path(detector_path).with_suffix(SUFFIX)
+
+
+@dataclass(frozen=True)
+class Normals:
+    """N normal images. jpegs: their files at the detector's size; embeddings: (N, D) float32 of unit length."""
+
+    names: list[str]
+    jpegs: list[bytes]
+    embeddings: Tensor
+
+    def image(self, number: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return np.array(Image.open(io.BytesIO(self.jpegs[number])))
+
+    def nearest(self, embeddings: Tensor) -> list[int]:
+        """The numbers of the images whose embeddings have the smallest angle to each of (B, D)."""
+        return (embeddings.cpu() @ self.embeddings.T).argmax(1).tolist()
+
+
+@torch.inference_mode()
+def embedded(network: CutPasteNet, images: Tensor) -> Tensor:
+    """What images (B, 3, H, W) are compared by: features of the last stage of stride 16, averaged to CELLS x CELLS,
+    (B, D) float32 of unit length.
+
+    They keep where things are, so that a part is found in the same pose; means over the image do not. And they know a
+    grid turned the same way whose wires lie elsewhere, which pixels do not.
+    """
+    images = network.normalized(to_float(images).contiguous(memory_format=torch.channels_last))
+    (features,) = network.features(images, network.spec.middle[-1:])
+    return functional.normalize(functional.adaptive_avg_pool2d(features.float(), CELLS).flatten(1), dim=1)
+
+
+def save_normals(detector: Detector, images: ImageArray, names: Sequence[str], path: str | Path) -> None:
+    """Write the file of a fitted detector, whole or not at all: of its training images (N, 3, H, W) uint8, called
+    ``names``, at most MOST, evenly spaced. Raises OSError if it cannot be written."""
+    jpegs, embeddings = [], []
+    for block in stream(detector, images, lambda block: filled(block, detector.sources), MOST):
+        embeddings.append(embedded(detector.network, block).half().cpu())
+        jpegs += [encoded(image) for image in block.permute(0, 2, 3, 1).cpu().numpy()]
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "detector": digest(detector),
+        "names": [str(names[i * len(images) // len(jpegs)]) for i in range(len(jpegs))],
+        "lengths": [len(jpeg) for jpeg in jpegs],
+        "jpegs": torch.from_numpy(np.frombuffer(b"".join(jpegs), np.uint8).copy()),
+        "embeddings": torch.cat(embeddings),
+    }
+    save_tensors(content, path)
+
+
+def load_normals(path: str | Path, detector: Detector) -> Normals:
+    """Read the file that was written with a detector. Raises InputError if it is missing, damaged, of a newer format,
+    or of another training."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; no normal images were kept: {ANEW}")
+    content = load_tensors(path, "normals", lambda content: True)
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: not a file of normal images; {ANEW}")
+    if content.get("version") != VERSION:
+        found = f"format {content.get('version')}, this program reads {VERSION}"
+        raise InputError(f"{path}: {found}; update the program, or {ANEW}")
+    if content["detector"] != digest(detector):
+        raise InputError(f"{path}: was written with another detector than the one beside it; {ANEW}")
+    parts = content["jpegs"].split(content["lengths"])
+    return Normals(content["names"], [part.numpy().tobytes() for part in parts], content["embeddings"].float())
+
+
+def digest(detector: Detector) -> str:
+    """What two trainings do not share: all that decides a detector decides what it says of its normal images."""
+    return hashlib.blake2b(detector.normal_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def encoded(image: np.ndarray) -> bytes:
+    """A JPEG file of an image (H, W, 3) uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:4:4")  # colors of thin lines too
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""What people read: figures of merit, tables, plots, the HTML report."""

@@ -1,0 +1,153 @@
+"""Score a test set, and say how good the scores are: image AUROC, AUPRC, best F1, pixel AUROC, AUPRO.
+
+Higher scores mean more anomalous; label 1 is anomalous. Figures of images come from scikit-learn's curves.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dataset import TestSet
+from detector import Detector, stream
+
+if TYPE_CHECKING:
+    pass
+
+
+AUPRO_LIMIT = 0.3  # largest false-positive rate that enters the AUPRO: the field's standard
+
+
+def image_metrics(labels, scores) -> dict[str, float]:
+    """image_auroc, image_auprc (average precision) and best_f1, fractions in [0, 1].
+
+    labels: (N,) of 0 (normal) and 1 (anomalous); scores: (N,) finite. The best F1 is taken over all thresholds, so it
+    is an upper bound that knows the test labels, not a decision rule.
+    Raises ValueError if one of the classes is missing or a score is not finite.
+    """
+    from sklearn.metrics import average_precision_score
+
+    return {
+        "image_auroc": auroc(labels, scores),
+        "image_auprc": min(1.0, float(average_precision_score(labels, scores))),  # rounding can reach beyond
+        "best_f1": best_f1(labels, scores),
+    }
+
+
+def auroc(labels, scores) -> float:
+    """Area under the ROC curve, in [0, 1]; equal scores count half."""
+    from sklearn.metrics import roc_auc_score
+
+    labels, scores = _check(labels, scores)
+    return float(roc_auc_score(labels, scores))
+
+
+def best_f1(labels, scores) -> float:
+    """The largest F1 of the anomalous class over all thresholds, in [0, 1]."""
+    from sklearn.metrics import precision_recall_curve
+
+    labels, scores = _check(labels, scores)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    total = precision + recall
+    f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
+    return float(f1.max())
+
+
+def _check(labels, scores) -> tuple[np.ndarray, np.ndarray]:
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if labels.shape != scores.shape or labels.ndim != 1:
+        raise ValueError(f"labels {labels.shape} and scores {scores.shape} must be two arrays of one length")
+    if set(np.unique(labels)) != {0, 1}:
+        raise ValueError(f"labels must hold both 0 (normal) and 1 (anomalous), got {sorted(set(labels.tolist()))}")
+    if not np.isfinite(scores).all():
+        raise ValueError("a score is not finite")
+    return labels, scores
+
+
+# Pixels -----------------------------------------------------------------------------------------------------------
+
+
+def pixel_metrics(masks, maps) -> dict[str, float]:
+    """pixel_auroc and aupro, fractions in [0, 1], of all pixels of all test images together.
+
+    masks: (M, H, W) of 0 (normal) and 1 (defective); maps: (M, H, W) float32, finite.
+    AUPRO: the area under the curve of per-region overlap (the share of each defect that is found, averaged over the
+    defects; pixels that touch, also at a corner, are one defect) against the false-positive rate, up to AUPRO_LIMIT,
+    divided by that limit.
+    Both are exact: each distinct score is a threshold. The curves only rise at scores of defective pixels, so those
+    are the thresholds that are looked at, and normal pixels are sorted and counted.
+    Raises ValueError if all pixels are of one kind or a score is not finite.
+    """
+    from sklearn.metrics import auc
+
+    masks, maps = np.asarray(masks) > 0, np.asarray(maps, dtype=np.float32)
+    if masks.shape != maps.shape or masks.ndim != 3:
+        raise ValueError(f"masks {masks.shape} and maps {maps.shape} must be two arrays (M, H, W)")
+    if masks.all() or not masks.any():
+        raise ValueError("both normal and defective pixels are needed")
+    if not np.isfinite(maps).all():
+        raise ValueError("a score is not finite")
+    normal = maps[~masks]
+    normal.sort()  # in place: it is nearly as large as all maps
+    levels, place = np.unique(maps[masks], return_inverse=True)
+    # (2, K) each, from the highest score down: just above it, and with it
+    false = len(normal) - np.stack([np.searchsorted(normal, levels, side) for side in ("right", "left")])[:, ::-1]
+    fpr = np.concatenate([[0], false.T.reshape(-1), [len(normal)]]) / len(normal)
+
+    def curve(weights: np.ndarray | None) -> np.ndarray:
+        found = np.concatenate([[0], np.cumsum(np.bincount(place, weights)[::-1])])
+        rising = np.stack([found[:-1], found[1:]], 1).reshape(-1)
+        return np.concatenate([[0], rising, found[-1:]]) / found[-1]
+
+    weights = np.concatenate([region_weights(mask) for mask in masks])
+    return {"pixel_auroc": float(auc(fpr, curve(None))), "aupro": area_to(AUPRO_LIMIT, fpr, curve(weights))}
+
+
+def region_weights(mask: np.ndarray) -> np.ndarray:
+    """1 / size of the region that each defective pixel of a mask (H, W) belongs to, row by row: (P,) float64."""
+    from scipy.ndimage import label
+
+    regions, _ = label(mask, np.ones((3, 3), dtype=int))  # diagonal neighbors too, as in MVTec's evaluation
+    regions = regions[mask]
+    return 1 / np.bincount(regions)[regions] if len(regions) else np.zeros(0)
+
+
+def area_to(limit: float, x: np.ndarray, y: np.ndarray) -> float:
+    """The area under a curve of rising x from 0 to ``limit``, divided by it; straight lines between points."""
+    from sklearn.metrics import auc
+
+    inside = x <= limit
+    end = np.interp(limit, x, y)
+    return float(auc(np.append(x[inside], limit), np.append(y[inside], end)) / limit)
+
+
+class Evaluation(NamedTuple):
+    """Scores and p-values (M,) float64 of test images, anomaly maps (M, H, W) float32 or None, and the metrics."""
+
+    scores: np.ndarray
+    p_values: np.ndarray
+    maps: np.ndarray | None
+    metrics: dict[str, float]
+
+
+# Evaluation -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
+    """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
+    there are both normal and anomalous ones, of pixels only if a mask marks some."""
+    judge = partial(detector.judge, grad_cam=masks is not None and detector.config.patches is None)
+    scores, p, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
+    maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
+    for found in stream(detector, test.images, judge):
+        part = slice(done, done := done + len(found.scores))
+        scores[part], p[part] = found.scores.cpu().numpy(), found.p_values.cpu().numpy()
+        if maps is not None:
+            maps[part] = found.maps.cpu().numpy()
+    metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
+    if masks is not None:
+        known = test.with_truth
+        truth = masks[known]
+        if truth.any() and not truth.all():
+            metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
+    return Evaluation(scores, p, maps, metrics)

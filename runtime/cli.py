@@ -1,0 +1,263 @@
+"""What every script needs of the command line and the machine: types of flags, exit codes, device, precision, signals.
+
+Owns ``Rule``: what a value may be, as a type of argparse and as a check of a value that is there already; and the exit
+codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 / 143 interrupted.
+"""
+
+import argparse
+import ctypes
+import os
+import platform
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from runtime.distributed import ending
+from runtime.files import InputError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+
+
+LARGEST_SIDE = 4096  # of images, in pixels
+
+
+@dataclass(frozen=True, eq=False)  # argparse needs a hash
+class Rule:
+    """What a setting may be. Called with a flag's text, as argparse does, it gives the value."""
+
+    kind: type
+    words: str  # "a whole number, at least 2"
+    allows: Callable[..., bool] = lambda value: True
+    parse: Callable[[str], object] | None = None  # text -> value; default: kind
+    choices: Collection[str] = ()  # all that it may be, if they are a few names
+
+    def __call__(self, text: str) -> object:
+        try:
+            value = (self.parse or self.kind)(text)
+        except (ValueError, KeyError):
+            value = None
+        if not self.holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r}: {self.words}")
+        return value
+
+    def holds(self, value: object) -> bool:
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        return type(value) in kinds and self.allows(value)
+
+
+def int_within(least: int, most: int) -> Rule:
+    return Rule(int, f"a whole number from {least} to {most}", lambda value: least <= value <= most)
+
+
+def int_at_least(least: int) -> Rule:
+    return Rule(int, f"a whole number, at least {least}", lambda value: least <= value < 2**63)
+
+
+def number(least: float, most: float) -> Rule:
+    return Rule(float, f"a number from {least:g} to {most:g}", lambda value: least <= value <= most)
+
+
+def one_of(choices: Collection[str]) -> Rule:
+    """One of the names in a table, which may grow."""
+    return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices, choices=choices)
+
+
+zero_or_one = Rule(bool, "0 or 1", parse={"0": False, "1": True}.__getitem__)
+anything = Rule(str, "text")
+html_file = Rule(str, "the name of an .html file", lambda value: value.lower().endswith((".html", ".htm")))
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
+    width, *height = text.lower().split("x")
+    return int(*(height or [width])), int(width)
+
+
+side = int_within(32, LARGEST_SIDE)
+size = Rule(
+    tuple,
+    f"a side such as 256, or WIDTHxHEIGHT such as 256x192, each in 32..{LARGEST_SIDE} pixels",
+    lambda value: all(map(side.holds, value)),
+    _parse_size,
+)
+
+
+def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """A parser that takes no shortened flags (``--epoch`` for ``--epochs`` hides a mistake) and keeps line breaks."""
+    kind = argparse.RawDescriptionHelpFormatter
+    formatter = lambda prog: kind(prog, max_help_position=30, width=100)  # noqa: E731
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter
+    )
+
+
+PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+@ending()
+def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
+    args = parser.parse_args()
+    keep_memory()
+    try:
+        main(args)
+        sys.stdout.flush()
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))  # flags that contradict each other: exit code 2
+    except InputError as error:
+        fail(parser.prog, str(error))
+    except torch.cuda.OutOfMemoryError:
+        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
+    except BrokenPipeError:  # the reader of stdout went away (| head): nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        fail(parser.prog, f"{name}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(prog: str, message: str) -> NoReturn:
+    print(f"{prog}: error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def keep_memory() -> None:
+    """Let malloc return no freed memory to the system: large blocks come from the heap (M_MMAP_MAX 0), which is never
+    trimmed (M_TRIM_THRESHOLD). Has no effect without glibc.
+
+    Each training step allocates the activations of the one before again. If they went back to the system in between,
+    every page would be faulted in anew: about a third of a step's time at 256 px.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # the last: Windows
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+class Interrupts:
+    """``with Interrupts() as interrupts``: the first SIGINT or SIGTERM only sets ``interrupts.signal`` to its number (0
+    before), so that the step in progress finishes and its state can be saved. A second SIGINT raises
+    KeyboardInterrupt. The previous handlers come back at the end."""
+
+    def __enter__(self) -> "Interrupts":
+        self.signal = 0
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, _frame) -> None:
+        if self.signal == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# What does the work -----------------------------------------------------------------------------------------------
+
+
+def choose_device(cuda: bool, local_rank: int = 0) -> torch.device:
+    """The device of ``--cuda``: the CPU, or GPU number ``local_rank``. Raises InputError if it is not there."""
+    if not cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--cuda 1: torch sees no CUDA device on this machine; use --cuda 0")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"--cuda 1: rank {local_rank} of this machine needs a GPU of its own; give torchrun fewer processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def suitable_precision(device: torch.device) -> tuple[str, str]:
+    """The fastest of PRECISIONS that the hardware computes in, and the reason for it in a few words.
+
+    A GPU: bf16 from compute capability 8 on, fp16 with 7. A CPU: bf16 with AMX or with avx512_bf16; elsewhere it is
+    emulated, or has not been measured against float32 (ARM). Else off.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        chosen = "bf16" if major >= 8 else "fp16" if major == 7 else "off"
+        return chosen, f"compute capability {major}.{minor}"
+    for name in ("amx_tile", "avx512_bf16"):
+        supported = getattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name in _cpuinfo("flags").split())
+        if supported() and torch.backends.mkldnn.is_available():  # which has the kernels
+            return "bf16", name
+    return "off", "neither amx_tile nor avx512_bf16"
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or the processor, for the record."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(field: str) -> str:
+    """The first value of a field of /proc/cpuinfo; empty if there is none."""
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() == field:
+                return value.strip()
+    return ""
+
+
+# For the record ---------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """The command as typed, without the path of the interpreter."""
+    return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def folder_name(path: str) -> str:
+    """The last part of a path: results and logs of the models in ``runs/a/`` go to ``Eval/a`` and ``logdirs/a``."""
+    return os.path.basename(os.path.abspath(path))
+
+
+# Progress ---------------------------------------------------------------------------------------------------------
+
+
+def progress_bar(category: str, step: int, steps: int, shown: bool, unit: str = "step") -> "tqdm":
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
+    pace = {"mininterval": interval, "maxinterval": max(10, interval)}
+    return tqdm(total=steps, initial=step, desc=category, unit=unit, file=sys.stderr, disable=not shown, **pace)
+
+
+@contextmanager
+def open_tensorboard(folder: Path, purge_step: int) -> Iterator["SummaryWriter"]:
+    """TensorBoard's files; entries from ``purge_step`` on, left by a killed run, are hidden.
+
+    It writes in a thread: an error there (a full disk) would print a traceback of its own, and reaches this thread
+    without the name of the folder.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    report = threading.excepthook
+    threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
+    try:
+        with SummaryWriter(str(folder), purge_step=purge_step) as writer:
+            yield writer
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error
+    finally:
+        threading.excepthook = report

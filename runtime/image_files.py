@@ -1,0 +1,140 @@
+"""Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image.
+
+Owns which files are images, how one is decoded and resized, and the limits on what a file may claim. A bad file gets an
+``InputError`` that names it and says what to do. Writes nothing.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from runtime.files import InputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # some others tell their size only as they are decoded
+# What a header may claim. One of a hundred bytes can keep Pillow busy for a minute
+MAX_PIXELS = 178_956_970  # Pillow's own limit: seconds and gigabytes an image; industrial cameras reach 151 million
+MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
+MAX_RLE_PIXELS = 2**23  # of a run-length encoded BMP: decoded in Python, 0.3 us a pixel
+SCANS = 16  # of a progressive JPEG that has MAX_PIXELS: each is a pass over all of them, writers make about ten
+MAX_PARTS = 2**16  # strips or tiles of a TIFF: handled in Python, 10 us apiece, before the size is known
+BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
+DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder by name; hidden files (macOS leaves ``._x.png``) and sub-folders are not."""
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
+    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+# Image files ------------------------------------------------------------------------------------------------------
+
+
+def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """One image file as RGB: (H, W, 3) uint8, resized to ``size`` = (H, W) with an anti-aliased bilinear filter.
+
+    Turned upright by its EXIF tag; 16-bit and float images brought to 8 bits; transparent pixels laid on white.
+    Raises InputError, with the path, if the file is missing, truncated, no image, or claims to be too large.
+    """
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        image = _to_8_bits(image, path)
+        image = image if size is None else _resized(image, size)
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) uint8, brought to ``size`` as by ``decode``. Raises InputError for another kind of array."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(f"an array (H, W, 3) uint8 is needed for an image, not {image.shape} {image.dtype}")
+    return np.array(_resized(Image.fromarray(image), size))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def decode_mask(path: str | Path) -> np.ndarray:
+    """One mask upright: (H, W) bool, whether a pixel is not black. Raises InputError as ``decode`` does."""
+    with _opened(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
+        return (values > 0).reshape(*values.shape[:2], -1).any(2)
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) of an image file as it will be decoded, from its header."""
+    with _opened(path) as image:
+        # A TIFF's as it is stored: newer versions of Pillow turn the size when they open the file, older ones do not
+        width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+        # A whole PNG would be decoded to look for a tag behind its pixels
+        turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """``with _opened(path) as image``: every way in which a file is no image becomes an InputError."""
+    try:
+        Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
+        with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
+            _check_parts(file, path)
+            with Image.open(file, formats=FORMATS) as image:
+                _check_pixels(image, path)
+                yield image
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, struct.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <")[0]
+        raise InputError(f"{path}: not a readable image ({reason}); replace or remove it") from error
+
+
+def _check_parts(file: BinaryIO, path: str | Path) -> None:
+    """Refuse a TIFF file with too many parts, by its own header. Fractions in a tag cost Pillow as much as strips."""
+    head = file.read(16)
+    if head[:2] not in (b"II", b"MM"):
+        return
+    order, big = "<" if head[:2] == b"II" else ">", head[2:3] == b"+"  # as Pillow tells a BigTIFF
+    file.seek(*struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4))
+    number, entry = (struct.Struct(order + part) for part in (("Q", "HHQ8x") if big else ("H", "HHI4x")))
+    (count,) = number.unpack(file.read(number.size))
+    tags = file.read(min(count, MAX_PARTS) * entry.size)
+    whole = entry.iter_unpack(tags[: len(tags) // entry.size * entry.size])
+    count = max([count, *(values for tag, kind, values in whole if tag in (273, 324) or kind in (5, 10))])
+    if count > MAX_PARTS:
+        raise InputError(f"{path}: claims {count} strips or tiles, at most {MAX_PARTS} are read; save larger ones")
+
+
+def _check_pixels(image: Image.Image, path: str | Path) -> None:
+    """Refuse an image that claims more pixels than are read, or than its file can hold."""
+    (width, height), packing = image.size, (image.format, image.info.get("compression"))
+    scans = Path(path).read_bytes().count(b"\xff\xda") if "progressive" in image.info else 1
+    most = MAX_RLE_PIXELS if packing in (("BMP", 1), ("BMP", 2)) else MAX_PIXELS * SCANS // max(scans, SCANS)
+    if width * height > most or max(width, height) > MAX_SIDE:
+        raise InputError(f"{path}: claims {width}x{height} pixels; allowed: {most}, {MAX_SIDE} a side; scale it down")
+    if packing == ("TIFF", "raw") and width * height > 8 * (held := os.path.getsize(path)):
+        raise InputError(f"{path}: claims {width}x{height} pixels in {held} bytes, at most 8 a byte; replace it")
+
+
+def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    """As gray or RGB without transparency: gray is resized in a third of the time."""
+    if image.mode == "F" or image.mode.startswith("I"):  # float; 16 bits, some of which Pillow reads as 32
+        top, kind, how = (1, "float", "in [0, 1] or 8") if image.mode == "F" else (65535, "gray", "with 8 or 16")
+        values = np.asarray(image).reshape(-1)
+        if not (values.min() >= 0 and values.max() <= top):
+            raise InputError(f"{path}: {kind} values from {values.min()} to {values.max()}; save it {how} bits")
+        bands = np.array_split(values, len(values) // BAND + 1)
+        scaled = np.concatenate([(band * np.float32(255 / top)).round().astype(np.uint8) for band in bands])
+        image = Image.fromarray(scaled.reshape(image.size[::-1]))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")

@@ -1,0 +1,283 @@
+"""The HTML report: its pictures, its charts, and what it shows and does in a browser."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_curve
+
+from reporting import gallery
+from reporting.gallery import Page, Tile
+from reporting.overlays import overlay
+
+COUNT = 60  # normal images that p-values come from
+NAMES = [
+    "crack/a b.png",
+    "<script>document.title = 'run'</script>.png",
+    "\"'><img src=x onerror=\"document.title='run'\">.png",
+    "</script><!--{{ 7 * 7 }} &amp; &lt;.png",
+    "Straße/螺丝/צד/🔩.png",
+    "  two\nlines\tand\rmore  ",
+]
+
+
+def texture(rng, side=256):
+    """A noise-like photograph (side, side, 3) uint8: coarse structure, grain and some color."""
+    coarse = np.asarray(Image.fromarray(rng.integers(40, 210, (32, 32, 3), np.uint8)).resize((side, side)), float)
+    grain = rng.normal(0, 35, (side, side, 1)) + rng.normal(0, 8, (side, side, 3))
+    return (coarse + grain).clip(0, 255).astype(np.uint8)
+
+
+def some_page(labelled=True, maps=True) -> Page:
+    """40 normal and 50 anomalous images of two types, with p-values that follow their scores."""
+    rng = np.random.default_rng(0)
+    known = rng.normal(0, 1, COUNT)
+    picture = gallery.thumbnail(texture(rng, 48))
+    tiles = []
+    for number in range(90):
+        label = int(number >= 40)
+        score = float(rng.normal(2 * label, 1))
+        kind = ("good", "bent", "deep scratch")[label * (1 + number % 2)]
+        p = (1 + int((known >= score).sum())) / (COUNT + 1)
+        tiles.append(
+            Tile(
+                name=NAMES[number - 40] if 40 <= number < 40 + len(NAMES) else f"{kind}/{number:03d}.png",
+                defect_type=kind if labelled else "",
+                label=label if labelled else None,
+                score=score,
+                p_value=p,
+                image=picture,
+                overlay=picture if maps else None,
+            )
+        )
+    return Page("<b>lid</b> & co", "Mahalanobis distance", 3 / 61, COUNT, "Holds & <i>so</i>.", 0.9123, tiles)
+
+
+def decided(page: Page, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """Of each tile whether it is called anomalous at p <= level, and its label."""
+    p = np.array([tile.p_value for tile in page.tiles])
+    return p <= level + 1e-9, np.array([tile.label for tile in page.tiles])
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((300, 600, 3), (192, 96)), ((80, 40, 3), (40, 80)), ((900, 2, 3), (1, 192))]
+)
+def test_a_thumbnail_keeps_the_shape_and_never_grows(shape, size):
+    image = np.full(shape, 90, np.uint8)
+    opened = Image.open(io.BytesIO(gallery.thumbnail(image)))
+    assert (opened.format, opened.size) == ("JPEG", size)
+    assert np.abs(np.asarray(opened).astype(int) - 90).max() <= 2
+
+
+def test_500_noisy_images_with_maps_are_below_15_megabytes():
+    rng = np.random.default_rng(0)
+    image = texture(rng)
+    heat = np.abs(rng.normal(0, 1, (8, 8))).repeat(32, 0).repeat(32, 1)  # glows nearly everywhere
+    pair = (
+        gallery.thumbnail(image),
+        gallery.thumbnail(np.asarray(overlay(image, heat.astype(np.float32), 0.75, outlined=True))),
+    )
+    tiles = [Tile(f"crack/{i:03d}.png", "crack", 1, float(i), 1 / 61, *pair) for i in range(500)]
+    html = gallery.render([Page("c", "distance", 0.1, COUNT, "", None, tiles)], "title")
+    assert 5e6 < len(html.encode()) < 15e6
+
+
+# Charts -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_roc_curve_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    normal, anomalous = rng.integers(0, 9, 30).astype(float), rng.integers(3, 12, 40).astype(float)  # with ties
+    expected = roc_curve([0] * 30 + [1] * 40, np.append(normal, anomalous), drop_intermediate=False)
+    assert np.allclose(gallery.roc_points(normal, anomalous), expected[:2])
+
+
+def test_bars_hold_every_score():
+    chart = gallery.histogram([("normal", [1.0, 1.0, 3.0]), ("anomalous", [5.0])])
+    assert (chart["low"], chart["high"]) == (1, 5)
+    assert [(strip["total"], strip["most"], len(strip["bars"])) for strip in chart["strips"]] == [(3, 2, 2), (1, 1, 1)]
+    assert [text for _, text in chart["ticks"]] == ["1", "2", "3", "4", "5"]
+    alone = gallery.histogram([("images", [7.0])])
+    assert alone["low"] < 7 < alone["high"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.2, 4.7), (1e-7, 2e-7), (12345, 99999), (0.999, 1.001)])
+def test_values_of_an_axis_are_few_and_within(low, high):
+    values = gallery.round_values(low, high)
+    assert 2 <= len(values) <= 6
+    assert low - 1e-9 * abs(low) <= min(values) < max(values) <= high * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, 1), (60, 3), (320, 3), (20000, 777)])
+def test_the_slider_has_the_level_in_use_and_all_small_ones(count, chosen):
+    levels = gallery.slider_levels(count, chosen)
+    assert levels == sorted({*levels})
+    assert {chosen, count + 1, *range(1, min(count, 50) + 1)} <= {*levels}
+    assert levels[0] == 1
+    assert len(levels) < 400
+
+
+# In a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def visit(browser, tmp_path) -> Iterator:
+    """Opens pages as a file, width pixels wide. In the end: no error, and no request but for the file itself."""
+    troubles, opened = [], []
+
+    def call(pages, width=1280):
+        file = tmp_path / "report.html"
+        file.write_text(gallery.render(pages, "Report <1>"), encoding="utf-8")
+        tab = browser.new_page(viewport={"width": width, "height": 800})
+        tab.on("console", lambda message: troubles.append(message.text))
+        tab.on("pageerror", lambda error: troubles.append(str(error)))
+        tab.on("dialog", lambda dialog: troubles.append(dialog.message))
+        own = ("data:", file.as_uri())
+        tab.on("request", lambda request: request.url.startswith(own) or troubles.append(request.url))
+        tab.goto(file.as_uri())
+        opened.append(tab)
+        return tab
+
+    yield call
+    for tab in opened:
+        tab.close()
+    assert troubles == []
+
+
+def text(tab, role: str) -> str:
+    return tab.locator(f"[data-role={role}]").inner_text()
+
+
+def set_slider(tab, position: int) -> int:
+    """Moves the slider as a hand does, and returns the numerator of its p-value."""
+    script = "(s, at) => { s.value = at; s.dispatchEvent(new Event('input')); return +s.dataset.ranks.split(',')[at]; }"
+    return tab.locator("input[type=range]").evaluate(script, position)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_counts_and_marks_follow_the_slider(visit, width):
+    page = some_page()
+    tab = visit([page], width)
+    assert text(tab, "words") == "anomalous where p ≤ 0.0492"
+    assert text(tab, "auroc") == "91.2 %"
+    by_score = sorted(page.tiles, key=lambda tile: -tile.score)
+    assert tab.locator(".name").evaluate_all("all => all.map(e => e.textContent)") == [t.name for t in by_score]
+    last = len(gallery.slider_levels(COUNT, 3)) - 1
+    for position in (None, 0, 1, 7, 20, last):  # None: as it starts
+        k = 3 if position is None else set_slider(tab, position)
+        called, labels = decided(page, k / (COUNT + 1))
+        assert text(tab, "false-alarms") == f"{(called & (labels == 0)).sum()} of 40"
+        assert text(tab, "detections") == f"{(called & (labels == 1)).sum()} of 50"
+        assert tab.locator(".tile.called").count() == called.sum()
+        assert tab.locator(".tile.mistake").count() == (called != labels).sum()
+        point = tab.locator(".point").evaluate("e => [e.cx.baseVal.value, e.cy.baseVal.value]")
+        shares = called[labels == 0].mean(), called[labels == 1].mean()
+        assert np.allclose(point, [gallery.WIDTH * shares[0], gallery.ROC_HEIGHT * (1 - shares[1])], atol=1e-3)
+    assert called.all()
+    tab.get_by_role("button", name="reset").click()
+    assert text(tab, "words") == "anomalous where p ≤ 0.0492"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_filters_show_exactly_the_mistakes_and_types(visit):
+    page = some_page()
+    tab = visit([page])
+    for position in (2, 12):
+        tab.get_by_label("mistakes only").check()
+        called, labels = decided(page, set_slider(tab, position) / (COUNT + 1))
+        expected = {tile.name for tile, wrong in zip(page.tiles, called != labels) if wrong}
+        visible = "all => all.filter(e => e.offsetParent).map(e => e.querySelector('.name').textContent)"
+        assert {*tab.locator(".tile").evaluate_all(visible)} == expected
+        assert text(tab, "shown") == f"{len(expected)} of 90 images shown"
+        tab.get_by_label("mistakes only").uncheck()
+    tab.get_by_label("Type").select_option("deep scratch (25)")
+    assert {*tab.locator(".tile").evaluate_all(visible)} == {
+        tile.name for tile in page.tiles if tile.defect_type == "deep scratch"
+    }
+
+
+def test_maps_show_by_keyboard_pointer_and_all_at_once(visit):
+    tab = visit([some_page()])
+    first, second = (tab.locator("button.frame").nth(i) for i in (0, 1))
+
+    def shown(tile):
+        pressed = tile.get_attribute("aria-pressed") == "true"
+        assert tile.locator(".map").is_visible() == pressed
+        return pressed
+
+    tab.locator("input[type=range]").focus()
+    for _ in range(4):  # reset has nothing to do: type, mistakes only, heat maps, the first image
+        tab.keyboard.press("Tab")
+    assert first.evaluate("e => e === document.activeElement")
+    assert [shown(first), shown(second)] == [True, False]
+    tab.keyboard.press("Enter")
+    assert not shown(first)
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    assert [shown(first), shown(second)] == [True, True]  # the first was asked for, the second has the focus
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    assert [shown(first), shown(second)] == [True, False]
+    second.hover()
+    assert shown(second)
+    tab.mouse.move(2, 2)
+    assert not shown(second)
+    tab.get_by_label("heat maps").check()
+    assert tab.locator("button.frame[aria-pressed=true]").count() == 90
+
+
+def test_a_tap_turns_a_map_on_and_off(browser, tmp_path):
+    (tmp_path / "report.html").write_text(gallery.render([some_page()], "taps"), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    tab = context.new_page()
+    tab.goto((tmp_path / "report.html").as_uri())
+    first = tab.locator("button.frame").first
+    for expected in ("true", "false", "true"):
+        first.tap()
+        assert first.get_attribute("aria-pressed") == expected
+    context.close()
+
+
+def test_without_labels_the_called_are_counted(visit):
+    page = replace(some_page(labelled=False, maps=False), auroc=None)
+    tab = visit([page], 390)
+    called, _ = decided(page, set_slider(tab, 9) / (COUNT + 1))
+    assert text(tab, "called") == f"{called.sum()} of 90"
+    for absent in (
+        "[data-role=false-alarms]",
+        "[data-role=detections]",
+        "[data-role=mistakes]",
+        ".curve",
+        "button.frame",
+    ):
+        assert tab.locator(absent).count() == 0
+    assert "AUROC" not in tab.locator("body").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_hostile_words_are_text_and_nothing_runs(visit):
+    page = some_page()
+    tab = visit([replace(page, category="<script>document.title = 'run'</script>"), page], 390)
+    tab.get_by_label("heat maps").first.check()
+    assert tab.title() == "Report <1>"
+    assert tab.locator("h2").all_inner_texts() == ["<script>document.title = 'run'</script>", "<b>lid</b> & co"]
+    assert tab.locator("script").count() == 1
+    labels = tab.locator("button.frame").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    assert {f"heat map of {name}" for name in NAMES} <= {*labels}
+
+
+def test_a_page_without_images_normal_images_alone_and_undecodable_names(visit):
+    page = some_page()
+    normal = [replace(tile, name="\udcff.png") for tile in page.tiles if tile.label == 0]
+    tab = visit([replace(page, auroc=None, tiles=[]), replace(page, auroc=None, tiles=normal, rate=0.001)])
+    assert tab.locator("[data-role=false-alarms]").all_inner_texts() == ["0 of 40"]
+    assert tab.locator("[data-role=detections]").count() == 0
+    assert tab.locator(".name").first.inner_text() == "\\udcff.png"
+    assert tab.locator("[data-role=meaning]").last.inner_text() == "(never)"
+    assert tab.locator("[data-role=none]").first.is_visible()

@@ -1,0 +1,127 @@
+"""Exit codes, signals and the precision that suits a device."""
+
+import argparse
+import os
+import signal
+
+import pytest
+import torch
+
+from runtime import cli as script
+from runtime.cli import Interrupts, choose_device, device_name, folder_name, run_script, suitable_precision
+from runtime.distributed import RankError
+from runtime.files import InputError, say
+
+CPU = torch.device("cpu")
+
+
+def ends(error, capsys, monkeypatch):
+    """Exit code and stderr of a script whose main function raises an error."""
+
+    def main(args):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, argparse.ArgumentParser(prog="train.py"))
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (InputError("a.png: no image; remove it"), 1, "train.py: error: a.png: no image; remove it"),
+        (RankError("rank 0 lost another rank"), 1, "train.py: error: rank 0 lost another rank"),
+        (OSError(28, "No space left on device", "a.pt"), 1, "train.py: error: a.pt: No space left on device"),
+        (OSError("no number"), 1, "train.py: error: no number"),
+        (argparse.ArgumentTypeError("--a contradicts --b"), 2, "train.py: error: --a contradicts --b"),
+        (KeyboardInterrupt(), 130, "train.py: interrupted"),
+        (SystemExit(143), 143, ""),
+    ],
+)
+def test_exit_codes(error, code, line, capsys, monkeypatch):
+    found, err = ends(error, capsys, monkeypatch)
+    assert found == code
+    assert err.rstrip("\n").split("\n")[-1] == line
+    assert len(err.splitlines()) == (2 if code == 2 else bool(line))  # usage, then the error
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="a bug"):
+        ends(ValueError("a bug"), capsys, monkeypatch)
+
+
+def test_messages_go_to_stderr(capsys):
+    say("hello")
+    assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with Interrupts() as interrupts:
+            assert interrupts.signal == 0
+            os.kill(os.getpid(), number)
+            assert interrupts.signal == number
+    with Interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+# Precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["torch", "/proc/cpuinfo"])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("avx2 amx_tile avx512_bf16", ("bf16", "amx_tile")),
+        ("avx2 avx512_bf16", ("bf16", "avx512_bf16")),
+        ("avx2 avx512_bf16x", ("off", "neither amx_tile nor avx512_bf16")),
+    ],
+)
+def test_bf16_where_the_processor_has_it(monkeypatch, asked, flags, expected):
+    """By torch's word where it has one, else by the system's."""
+    for name in ("amx_tile", "avx512_bf16"):
+        if asked == "torch":
+            has = name in flags.split()
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda has=has: has, raising=False)
+        else:
+            monkeypatch.delattr(torch.cpu, f"_is_{name}_supported", raising=False)
+    monkeypatch.setattr(script, "_cpuinfo", {"flags": flags if asked != "torch" else ""}.get)
+    assert suitable_precision(CPU) == expected
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert suitable_precision(CPU)[0] == "off"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), "bf16"), ((8, 6), "bf16"), ((7, 5), "fp16"), ((6, 1), "off")]
+)
+def test_precision_of_a_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert suitable_precision(torch.device("cuda")) == (expected, "compute capability {}.{}".format(*capability))
+
+
+def test_this_device():
+    precision, reason = suitable_precision(CPU)
+    assert precision in script.PRECISIONS
+    assert reason
+    assert device_name(CPU)
+    assert choose_device(False) == CPU
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--cuda 1: torch sees no CUDA device"):
+        choose_device(True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="rank 2 of this machine needs a GPU of its own"):
+        choose_device(True, 2)
+
+
+def test_folder_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [folder_name(path) for path in ("runs/a/", "a", ".")] == ["a", "a", tmp_path.name]

@@ -1,0 +1,225 @@
+"""check_data.py: duplicates against planted copies, densities of fewer images against refits, p-values, the script."""
+
+import io
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import one_line
+from PIL import Image
+from test_detector import CONFIG, PATCHES, pictures
+
+from check_data import Fitted, curve_rows, find_duplicates, fit_subsets, sizes, verdict
+from config import PatchConfig
+from conformal import own_p_values
+from dataset import load_train
+from detector import Detector, initial_network, load, save, scored_images, stream
+from runtime.cache import Images
+from runtime.image_files import decode, find_images
+
+
+def as_jpeg(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=75)
+    return torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+
+
+# Duplicates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def textures():
+    """40 parts of one texture, moved, with noise: (40, 3, 128, 128) uint8."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(40, 1, 24, 24, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (128, 128), mode="bicubic", align_corners=False)
+    noise = 0.03 * torch.randn(40, 3, 128, 128, generator=generator)
+    return (220 * (0.2 + 0.6 * smooth.clamp(0, 1) + noise)).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.8])  # of each picture the share that is the same in all: a fixed part
+def test_planted_copies_are_found_and_nothing_else(textures, alike):
+    images = ((1 - alike) * textures[:32].float() + alike * textures[39].float()).round().byte()
+    lighter = (1.05 * images[2].float()).round().clamp(0, 255).byte()
+    moved = images[3].roll((1, -1), (1, 2))
+    copies = torch.stack([images[0], as_jpeg(images[1]), lighter, moved])
+    expected = {("exact", 0, 32), ("near", 1, 33), ("near", 2, 34), ("near", 3, 35)}
+    within, between = find_duplicates(torch.cat([images, copies]))
+    assert {pair[:3] for pair in within} == expected
+    assert between == []
+    assert [pair.similarity for pair in within] == sorted((pair.similarity for pair in within), reverse=True)
+    within, between = find_duplicates(images, torch.cat([textures[32:36], copies]))
+    assert within == []
+    assert {pair[:3] for pair in between} == {(kind, i, j - 28) for kind, i, j in expected}
+
+
+def test_pictures_that_are_all_there_twice(textures):
+    again = torch.stack([as_jpeg(image) for image in textures])
+    within, _ = find_duplicates(torch.cat([textures, again]))
+    assert {pair[:3] for pair in within} == {("near", i, i + 40) for i in range(40)}
+
+
+def test_equal_pictures_and_mapped_ones(tmp_path, textures):
+    flat = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
+    flat[2] += 9  # without any change there is nothing to compare but pixels
+    assert [pair[:3] for pair in find_duplicates(flat)[0]] == [("exact", 0, 1)]
+    images = torch.cat([textures, textures[:2]])
+    (tmp_path / "images").write_bytes(images.numpy().tobytes())
+    with open(tmp_path / "images", "rb") as file:
+        assert find_duplicates(Images(file, tuple(images.shape))) == find_duplicates(images)
+
+
+# Enough -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(PATCHES, folds=2, level=(1,))])
+def test_densities_of_subsets_are_those_of_a_refit(config, monkeypatch):
+    """All that is not new, and one subset, against a detector of one network that is fitted to exactly these."""
+    images, test = (pictures(count, seed)[..., : config.height, : config.width] for count, seed in ((36, 0), (6, 1)))
+    detector = Detector(config, [initial_network(config, member=k) for k in range(config.folds)]).fit(images)
+    new = set(range(0, 36, 2) if config.folds == 2 else range(0, 36, 5))
+    known = [i for i in range(36) if i not in new]
+    before = {name: value.clone() for name, value in detector.state_dict().items()}
+    drawn = []
+    draw = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(draw(*args, **kwargs)) or drawn[-1])
+    found = fit_subsets(detector, images, test)
+    monkeypatch.undo()
+    assert [each.images for each in found] == [n for n in sizes(len(known)) for _ in range(1 + 3 * (n < len(known)))]
+    for which in (-1, -2):
+        chosen = [known[i] for i in sorted(drawn[which][: found[which].images].tolist())]
+        alone = replace(config, folds=1, holdout=0.0)
+        other = Detector(alone, [detector.network]).fit(images[chosen], threshold=False)
+        for own, expected in ((found[which].scores, images[sorted(new)]), (found[which].test_scores, test)):
+            expected = torch.cat([scores for scores, _ in stream(other, expected)]).numpy()
+            assert own == pytest.approx(expected, rel=1e-4)
+    for name, value in detector.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    again = fit_subsets(detector, images)
+    assert all((one.scores == two.scores).all() for one, two in zip(found, again))
+    assert again[0].test_scores is None
+
+
+def test_what_the_curve_says():
+    assert sizes(100) == [3, 6, 12, 25, 50, 100]
+    assert sizes(1000) == [31, 62, 125, 250, 500, 1000]
+    assert sizes(5) == []
+    base = np.array([1.0, 2.0, 3.0, 8.0])
+    found = [(5, base + 2, np.array([3.0, 2.0])), (10, base, np.array([2.0, 3.0]))]
+    rows = curve_rows([Fitted(*each) for each in found], np.array([0, 1]))
+    scale = base.std(ddof=1)
+    assert [row["image_auroc"] for row in rows] == [0, 1]
+    assert [row["rise"] for row in rows] == pytest.approx([2 / scale, 0])
+    assert [row["median"] for row in rows] == pytest.approx([2 / scale, 0])
+    assert rows[1]["quantile_90"] == pytest.approx((np.quantile(base, 0.9) - 2.5) / scale)
+    assert "with 5 instead of 10 images, new normal ones score 0.64 deviations higher" in verdict(rows)
+    assert "AUC 0.0 instead of 100.0; the curve still falls:" in verdict(rows)
+    rows[0]["rise"] = 0.02
+    assert "would probably bring little" in verdict(rows)
+
+
+# Suspicious images ------------------------------------------------------------------------------------------------
+
+
+def test_p_values_of_normal_images_count_the_others():
+    scores = [0.5, 2.0, 2.0, -1.0, 7.0]
+    slow = [(1 + sum(b >= a for j, b in enumerate(scores) if j != i)) / 5 for i, a in enumerate(scores)]
+    assert own_p_values(torch.tensor(scores, dtype=torch.float64)).tolist() == pytest.approx(slow)
+
+
+def test_which_images_normal_scores_are_of(monkeypatch):
+    monkeypatch.setattr("detector.DENSITY_IMAGES", 6)
+    monkeypatch.setattr("detector.DENSITY_IMAGES", 6)
+    images = pictures(13)[..., :32, :48]
+    one = Detector(CONFIG, [initial_network(CONFIG)]).fit(images)
+    assert scored_images(one, 13).tolist() == [0, 2, 4, 6, 8, 10]
+    assert len(one.normal_scores) == 6
+    assert scored_images(Detector(replace(CONFIG, folds=2)), 13).tolist() == list(range(13))
+    assert scored_images(Detector(replace(CONFIG, holdout=0.25)), 13).tolist() == [0, 4, 8]
+
+
+# The script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checked(data, tmp_path_factory):
+    """Brick with a copy in train/good, one of a test image, and a spoiled image; a detector of two networks."""
+    folder = tmp_path_factory.mktemp("checked")
+    shutil.copytree(data / "brick", folder / "real/brick")
+    train, test = (folder / "real/brick" / name / "good" for name in ("train", "test"))
+    shutil.copy(find_images(train)[2], train / "y_copy.png")
+    shutil.copy(find_images(test)[0], train / "y_leak.png")
+    for number in (0, 1):
+        turned = np.rot90(decode(find_images(train)[number])).copy()
+        Image.fromarray(turned).save(train / f"x_turned_{number}.png")
+    spoiled = decode(find_images(train)[4]).copy()
+    spoiled[8:24, 8:24] = (255, 0, 0)
+    Image.fromarray(spoiled).save(train / "z_spoiled.png")
+    (folder / "Data").symlink_to(folder / "real")
+    config = replace(PATCHES, category="brick", height=32, width=32, folds=2, patches=PatchConfig(32))
+    networks = [initial_network(config, member=number) for number in range(2)]
+    (folder / "two").mkdir()
+    save(Detector(config, networks).fit(load_train(folder / "Data", "brick", (32, 32), 0)), folder / "two/brick.pt")
+    return folder
+
+
+def test_the_script(checked, tmp_path, script):
+    done = script("check_data", "--data_dir", checked / "Data", "--model_dir", checked / "two", "--eval_dir", tmp_path)
+    assert done.code == 0, done.err
+    first, second, third = done.out.splitlines()
+    assert first == "brick duplicates: 1 exact and 0 near within train, 1 exact and 0 near between train and test"
+    assert second.startswith("brick suspicious: z_spoiled.png (")
+    assert third.startswith("brick enough: with 3 instead of 6 images, new normal ones score ")
+    assert "the curve is of the first of 2 networks" in done.err
+    out = tmp_path / "two/brick"
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("duplicates.csv", "enough.csv", "enough.png", "suspicious.csv", "suspicious.png")
+    ]
+    rows = pandas.read_csv(out / "duplicates.csv")
+    assert rows.columns.tolist() == ["kind", "path", "other", "similarity"]
+    assert rows.other.tolist()[0] == "brick/train/good/y_copy.png"
+    assert rows.path.tolist()[1] == "brick/train/good/y_leak.png"
+    assert rows.other.tolist()[1].startswith("brick/test/good/")
+    table = pandas.read_csv(out / "suspicious.csv", float_precision="round_trip")  # else pandas 2 loses a digit
+    scores = load(checked / "two/brick.pt").normal_scores
+    assert table.score.tolist() == pytest.approx(scores.sort(descending=True).values.tolist())
+    assert table.p_value[0] == 1 / len(scores)
+    assert Image.open(out / "suspicious.png").size[0] > 500
+    assert pandas.read_csv(out / "enough.csv").columns.tolist() == [
+        *("category", "images", "median", "quantile_90", "rise", "image_auroc")
+    ]
+
+
+def test_maps_are_of_the_network_that_has_not_seen_the_image(checked):
+    from check_data import unseen_map
+
+    made, images = load(checked / "two/brick.pt"), load_train(checked / "Data", "brick", (32, 32), 0)
+    for number in range(len(images)):
+        heat = unseen_map(made, images[number : number + 1], number)
+        assert heat.max() == pytest.approx(made.normal_scores[number].item(), abs=1e-4)
+
+
+def test_image_models_without_test_images_and_other_densities(data, models, tmp_path, script):
+    shutil.copytree(data / "brick/train", tmp_path / "Data/brick/train")
+    images = load_train(data, "brick", (32, 32), 0)
+    where = ["--data_dir", tmp_path / "Data", "--model_dir", tmp_path / "kde", "--eval_dir", tmp_path]
+    (tmp_path / "kde").mkdir()
+    save(load(models / "brick.pt").refit(images, density="kde"), tmp_path / "kde/brick.pt")
+    for folder in (tmp_path / "kde", models):  # without a gradient for maps, and with one
+        done = script("check_data", *where, "--model_dir", folder)
+        assert done.code == 0, done.err
+        assert done.out.startswith("brick duplicates: 0 exact and 0 near within train\n")
+        assert "the network has seen all these images" in done.err
+        assert (tmp_path / folder.name / "brick/suspicious.png").stat().st_size > 10_000
+
+
+def test_refusals(checked, data, models, tmp_path, script):
+    where = ["--eval_dir", tmp_path, "--data_dir", data]
+    one_line(script("check_data", *where, "--model_dir", tmp_path / "none"), "none: no such folder")
+    one_line(script("check_data", *where, "--model_dir", tmp_path), "no detector for any category")
+    one_line(script("check_data", *where, "--model_dir", models, "--type", "gravel"), "no detector for gravel")
+    one_line(script("check_data", *where, "--model_dir", checked / "two"), "two/brick.pt: made from other images than")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,174 @@
+"""Config: defaults, ranges, plain values and back, flags; the one rule of resuming."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+import run_training
+from config import RECIPES, Config, PatchConfig, SettingError, config_of, flagged, resume, settings_of
+
+PATCHES = Config("brick", patches=PatchConfig(), level=(1, 2))
+
+
+def parsed(*flags):
+    return config_of(run_training.get_parser().parse_args([*map(str, flags)]), "bottle")
+
+
+def test_defaults_from_scratch_are_the_papers():
+    config = parsed("--recipe", "paper")
+    assert config == Config("bottle")
+    assert parsed("--no-pretrained") == replace(config, pretrained=False)
+    assert (config.lr, config.optim, config.epochs, config.batch_size) == (0.03, "sgd", 10000, 32)
+    assert (config.height, config.width, config.variant, config.pretrained) == (256, 256, "3way", True)
+    assert (config.frozen_steps, config.l2, config.patches, config.levels) == (1351, True, None, (4,))
+    assert parsed("--no-pretrained").frozen_steps == 0
+    assert parsed("--optim", "adam", "--no-pretrained").lr == 0.001
+    patches = parsed("--patch_size", 64, "--level", "2,3", "--stride", 16)
+    assert patches.patches == PatchConfig(64, stride=16)
+    assert (patches.l2, patches.levels) == (False, (2, 3))
+
+
+def test_a_recipe_sets_what_no_flag_sets():
+    fast = parsed("--recipe", "fast", "--no-pretrained")
+    assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
+    assert fast.patches == PatchConfig(48)
+    assert (fast.epochs, fast.batch_size) == (1500, 28)
+    other = parsed(
+        "--recipe", "fast", "--no-pretrained", "--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32
+    )
+    assert other == replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))
+    for name, values in RECIPES.items():
+        config = parsed("--recipe", name)
+        assert config.to_dict() | values == config.to_dict()
+
+
+def test_pretrained_weights_are_fine_tuned():
+    """By the paper's recipe of its appendix A.4, in fewer steps."""
+    config = parsed()
+    assert config == parsed("--recipe", "finetune")
+    assert (config.recipe, config.pretrained, config.freeze_bn, config.batch_size) == ("finetune", True, True, 24)
+    whole = parsed("--epochs", 18_944)
+    assert whole.frozen_steps == 2560
+    assert parsed("--freeze_resnet", 7).frozen_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "levels"),
+    [
+        ([], (8,)),
+        (["--features", "pool"], (8,)),
+        (["--features", "level"], (7,)),
+        (["--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
+        (["--level", "2,7"], (2, 7)),
+        (["--patch_size", "64", "--window", "32"], (3, 5)),
+        (["--patch_size", "64", "--no-pretrained"], (1,)),
+        (["--patch_size", "64", "--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
+    ],
+)
+def test_features_name_stages(given, levels):
+    config = parsed("--backbone", "efficientnet_b4", *given)
+    assert config.levels == levels
+    assert Config.from_dict(config.to_dict()) == config
+    with pytest.raises(SettingError, match="goes with features level"):
+        parsed("--backbone", "efficientnet_b4", "--level", 2, "--features", "all")
+
+
+def test_minutes_go_without_a_number_of_steps():
+    assert parsed("--minutes", 10).minutes == 10
+    with pytest.raises(SettingError, match="leave --epochs out"):
+        parsed("--minutes", 10, "--epochs", 5)
+
+
+def test_every_setting_has_a_flag_and_a_place_in_the_plain_values():
+    known = set(vars(run_training.get_parser().parse_args([]))) | {"category", "height", "width"}
+    names = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
+    assert set(names) <= known
+    assert list(PATCHES.to_dict()) == names
+    assert len(names) == len(set(names)) == len(fields(Config)) - 1 + len(fields(PatchConfig))
+
+
+@pytest.mark.parametrize(
+    "config", [Config("brick"), PATCHES, replace(PATCHES, seed=7, weights="w.pth", lr=1), Config("b", l2=False)]
+)
+def test_plain_values_and_back(config):
+    values = config.to_dict()
+    assert Config.from_dict(values) == config
+    assert all(value is None or type(value) in (str, int, float, bool) for value in values.values())
+    older = {name: value for name, value in values.items() if name not in ("translate", "dims")}
+    assert Config.from_dict(older) == config
+    if config.patches:
+        assert Config.from_dict(values | {"level": 2}).levels == (2,)  # as version 2 of the detector file has it
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("backbone", "vgg"), ("head_layer", 10_000_000), ("head_layer", True), ("height", 16)),
+        *(
+            ("jitter", float("nan")),
+            ("epochs", -1),
+            ("epochs", 2.5),
+            ("folds", 0),
+            ("l2", 1),
+            ("seed", -1),
+            ("category", 3),
+        ),
+        *(
+            ("false_alarm_rate", 1.5),
+            ("unheard_of", 1),
+            ("window", 512),
+            ("stride", 6),
+            ("level", "5"),
+            ("level", "2,1"),
+        ),
+        *(("density", "kde"), ("location", "all"), ("patch_size", 300), ("patch_size", 16), ("dims", 0)),
+    ],
+)
+def test_values_that_cannot_be_are_named(name, value):
+    with pytest.raises(SettingError) as caught:
+        Config.from_dict(PATCHES.to_dict() | {name: value})
+    assert caught.value.name == name
+    assert flagged(caught.value).startswith("--size: " if name == "height" else f"--{name}: ")
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--stride", 12, "--level", 2], ["--window", 30], ["--density", "kde"], ["--patch_size", 300]]
+)
+def test_flags_that_contradict_each_other(wrong):
+    with pytest.raises(SettingError):
+        parsed("--patch_size", 64, *wrong)
+    with pytest.raises(SettingError, match="goes with --patch_size"):
+        parsed("--sigma", 3)
+    with pytest.raises(SettingError, match="weights"):
+        parsed("--no-pretrained", "--weights", "w.pth")
+
+
+def test_what_is_resumed_is_what_was_asked_for():
+    assert resume({"a": 1}, {"a": 1, "b": 2}) == {"a": 1, "b": 2}
+    assert resume({"a": 1}, {}) == {"a": 1}
+    with pytest.raises(SettingError, match="b: made with b 2, now 3"):
+        resume({"a": 1, "b": 3}, {"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--size", "axb"],
+        ["--size", "8"],
+        ["--level", "0"],
+        ["--size", "256x"],
+        ["--level", "1,x"],
+        ["--jitter", "nan"],
+        ["--l2", "yes"],
+    ],
+)
+def test_texts_that_are_no_value(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_training.get_parser().parse_args(flags)
+    assert stop.value.code == 2
+    assert f"argument {flags[0]}: {flags[1]!r}: " in capsys.readouterr().err
+
+
+def test_size_is_width_by_height():
+    config = parsed("--size", "320x256")
+    assert (config.height, config.width) == (256, 320)

@@ -1,0 +1,1 @@
+"""The training of detectors: the loop, and what happens before and after it."""
