@@ -30,14 +30,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from config import add_data_flags, storage
-from conformal import own_p_values
+from conformal import leave_one_out_p_values
 from dataset import TestSet, load_test, load_train, train_paths
 from density import FOLDS, DensityError, fit_density
 from detector import (
     DENSITY_IMAGES,
     PATCH_DENSITY_IMAGES,
     Detector,
-    Member,
+    EnsembleMember,
     category_seed,
     find_work,
     load,
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         test = load_test(*where) if Path(args.data_dir, category, "test").is_dir() else None
         files = check_duplicates(args.data_dir, category, images, test)
         files |= check_suspicious(args.data_dir, detector, images)
-        files |= check_enough(detector, images, test)
+        files |= report_enough(detector, images, test)
         write_files({out_dir / category / name: content for name, content in files.items()})
     say(f"tables and plots are in {out_dir}/")
 
@@ -186,10 +186,10 @@ def check_suspicious(data_dir: str, detector: Detector, images: ImageArray) -> d
     """By normal_scores, and maps by the member that has not seen the image."""
     from reporting import figures
 
-    config, scores = detector.config, detector.normal_scores.cpu()
+    config, scores = detector.config, detector.calibration_scores.cpu()
     rows = normal_table(data_dir, detector, scored_paths(data_dir, detector))
     order = scores.argsort(descending=True)
-    p = own_p_values(scores)[order].tolist()
+    p = leave_one_out_p_values(scores)[order].tolist()
     rows = [row | {"p_value": value} for row, value in zip(rows, p)]
     named = ", ".join(f"{Path(row['path']).name} ({row['score']:.3g})" for row in rows[:NAMED])
     print(f"{config.category} suspicious: {named}", flush=True)
@@ -275,7 +275,7 @@ def sizes(count: int) -> list[int]:
     return found[::-1] if len(found) > 1 else []
 
 
-def projected(member: Member, images: ImageArray, most: int) -> list[Tensor]:
+def projected(member: EnsembleMember, images: ImageArray, most: int) -> list[Tensor]:
     """Embeddings (n, L, d) of each level as its density takes them; of more than ``most`` images, as many."""
 
     def project(block: Tensor) -> list[Tensor]:
@@ -285,9 +285,9 @@ def projected(member: Member, images: ImageArray, most: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def scores(member: Member, levels: list[Tensor]) -> np.ndarray:
+def scores(member: EnsembleMember, levels: list[Tensor]) -> np.ndarray:
     """Scores (n,) of projected embeddings of each level, not standardized."""
-    blocks = zip(*(x.split(member.at_once) for x in levels))
+    blocks = zip(*(x.split(member.batch_size) for x in levels))
     parts = [member.aggregate([level.distances(x) for level, x in zip(member.levels, block)])[0] for block in blocks]
     return torch.cat(parts).cpu().numpy()
 
@@ -327,7 +327,7 @@ def verdict(rows: list[dict]) -> str:
     return f"{text}; {words}: twice as many might bring about half of that"
 
 
-def check_enough(detector: Detector, images: ImageArray, test: TestSet | None) -> dict[str, bytes]:
+def report_enough(detector: Detector, images: ImageArray, test: TestSet | None) -> dict[str, bytes]:
     from reporting import figures
 
     category, labels = detector.config.category, None if test is None else test.labels

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cutpaste import VARIANTS, ViewParams, make_params
+from cutpaste import VARIANTS, ViewParams, sample_params
 from density import DENSITIES
 from localization import LOCATIONS
 from model import BACKBONES, NORMALIZATIONS
@@ -43,13 +43,13 @@ RECIPES = {
 }
 
 
-def plain(value: object) -> object:
+def flag_value(value: object) -> object:
     """A setting as its flag takes it: 1 for True."""
     return int(value) if isinstance(value, bool) else value
 
 
 RECIPE_HELP = "defaults of other flags; " + "; ".join(
-    f"{recipe}: " + ", ".join(f"{name} {plain(value)}" for name, value in own.items())
+    f"{recipe}: " + ", ".join(f"{name} {flag_value(value)}" for name, value in own.items())
     for recipe, own in RECIPES.items()
     if own
 )
@@ -268,11 +268,11 @@ class Config:
         """Whether a score has a gradient, which Grad-CAM needs."""
         return DENSITIES[self.density].has_gradient
 
-    def make_params(self, count: int, generator: torch.Generator) -> ViewParams:
+    def sample_params(self, count: int, generator: torch.Generator) -> ViewParams:
         """Draw the parameters of the views of ``count`` images, see cutpaste.make_params."""
         patch_size = self.patches.patch_size if self.patches else None
         amounts = {"translate": self.translate, "jitter": self.jitter, "patch_jitter": self.patch_jitter}
-        return make_params(self.variant, count, self.height, self.width, generator, **amounts, patch_size=patch_size)
+        return sample_params(self.variant, count, self.height, self.width, generator, **amounts, patch_size=patch_size)
 
     def to_dict(self) -> dict:
         """Plain values by the names of fields, those of PatchConfig beside the others, None of an image-level model."""
@@ -311,7 +311,7 @@ def resume(asked: dict, saved: dict) -> dict:
     """
     for name, value in asked.items():
         if name in saved and saved[name] != value:
-            was, now = plain(saved[name]), plain(value)
+            was, now = flag_value(saved[name]), flag_value(value)
             raise SettingError(name, f"made with {name} {was}, now {now}")
     return {**asked, **saved}
 
@@ -338,7 +338,7 @@ seeds = Rule(
 )
 
 
-def flagged(error: SettingError) -> str:
+def with_flag(error: SettingError) -> str:
     """What is wrong with a setting, after the flag that sets it."""
     return f"--{'size' if error.name in ('height', 'width') else error.name}: {error.reason}"
 

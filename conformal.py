@@ -39,7 +39,7 @@ def p_values(scores: Tensor, normal: Sequence[Tensor]) -> Tensor:
     return (1 + at_least).double() / (1 + sum(map(len, normal)))
 
 
-def own_p_values(scores: Tensor) -> Tensor:
+def leave_one_out_p_values(scores: Tensor) -> Tensor:
     """Of normal scores (n,) themselves, in [1 / n, 1], float64: (1 + the number of others at least as high) / n."""
     return (len(scores) - torch.searchsorted(scores.sort().values, scores.contiguous())).double() / len(scores)
 
@@ -56,7 +56,7 @@ def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
 
 
 @dataclass(frozen=True)
-class Promise:
+class FalseAlarmGuarantee:
     """What calling an image anomalous where p <= ``rate`` promises.
 
     kind: of KINDS. count: n, of normal scores. asked: the false-alarm rate that was asked for.

@@ -1,8 +1,8 @@
 """CutPaste augmentations: every random draw, the tables ``VIEWS`` and ``VARIANTS``, and the views of a batch.
 
-``make_params`` draws every random number of a batch, on the CPU, so that a seed gives the same batches on every device;
-``apply`` acts on the images' device and changes no input. Owns what a patch and a scar are, the base augmentation
-(translation, color jitter), the crops of a patch model, and which views show anything.
+``sample_params`` draws every random number of a batch, on the CPU, so that a seed gives the same batches on every
+device; ``make_views`` acts on the images' device and changes no input. Owns what a patch and a scar are, the base
+augmentation (translation, color jitter), the crops of a patch model, and which views show anything.
 Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, 2.4, A.1, A.2 and A.5.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from image_ops import HUE, JitterParams, PasteParams, _half_extents, color_jitter, paste_, to_float, translate
+from image_ops import HUE, JitterParams, PasteParams, color_jitter, half_extents, paste_, to_float, translate
 
 AREA = (0.02, 0.15)  # patch area as a fraction of the image's (A.2)
 ASPECT = (0.3, 3.3)  # patch width over height, relative to the image's (A.2)
@@ -89,7 +89,7 @@ def _turned(w: Tensor, h: Tensor, angle: Tensor, height: int, width: int, genera
     """Boxes of rotated rectangles, from anywhere to anywhere in the image."""
     count = len(w)
     x, y = whole_numbers(width - w, generator), whole_numbers(height - h, generator)
-    half_w, half_h = (e.clamp(max=side / 2) for e, side in zip(_half_extents(w, h, angle), (width, height)))
+    half_w, half_h = (e.clamp(max=side / 2) for e, side in zip(half_extents(w, h, angle), (width, height)))
     to_x, to_y = _uniform(half_w, width - half_w, count, generator), _uniform(half_h, height - half_h, count, generator)
     return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
 
@@ -128,10 +128,10 @@ class View:
     act(target, images, params) changes copies of the images, as ``paste_``. "image", always the first, has neither."""
 
     draw: Callable[[int, int, int, float, Generator], dict[str, Tensor]] | None
-    act: Callable[[Tensor, Tensor, PasteParams], object] | None
+    paste: Callable[[Tensor, Tensor, PasteParams], object] | None
     title: str  # in previews and legends
     color: str  # likewise, hex
-    elsewhere: bool = False  # patches of a crop come from anywhere in the image; else from the crop
+    source_anywhere: bool = False  # patches of a crop come from anywhere in the image; else from the crop
 
 
 VIEWS = {
@@ -139,8 +139,8 @@ VIEWS = {
     "patch": View(draw_patch, paste_, "CutPaste", "#e8a33d"),
     "scar": View(draw_scar, paste_, "CutPaste-Scar", "#6aa84f"),
     "patch or scar": View(draw_either, paste_, "CutPaste or Scar", "#8e5ea2"),
-    "soft patch": View(draw_soft_patch, paste_, "soft CutPaste", "#b5651d", elsewhere=True),
-    "soft scar": View(draw_soft_scar, paste_, "soft Scar", "#2f7f79", elsewhere=True),
+    "soft patch": View(draw_soft_patch, paste_, "soft CutPaste", "#b5651d", source_anywhere=True),
+    "soft scar": View(draw_soft_scar, paste_, "soft Scar", "#2f7f79", source_anywhere=True),
 }
 
 
@@ -165,7 +165,7 @@ VARIANTS = {
 }
 
 
-def _further(variant: str) -> list[View]:
+def pasted_views(variant: str) -> list[View]:
     """The views of a variant after the first, the image. Raises ValueError for an unknown variant or view."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
@@ -194,7 +194,7 @@ class ViewParams:
 # A batch: drawing, then acting ------------------------------------------------------------------------------------
 
 
-def make_params(
+def sample_params(
     variant: str,
     batch_size: int,
     height: int,
@@ -214,7 +214,7 @@ def make_params(
     crop of each image, at a random place, that CutPaste then acts in (None: in the whole image).
     generator: on the CPU, so that a seed gives the same parameters whatever the device.
     """
-    further = _further(variant)
+    further = pasted_views(variant)
     if not 0 <= translate < 1:
         raise ValueError(f"translate is a fraction of the image, 0 <= translate < 1, not {translate}")
     for name, value in (("jitter", jitter), ("patch_jitter", patch_jitter)):
@@ -228,7 +228,7 @@ def make_params(
     corner, source, size, scar_scale = None, None, (height, width), min(height, width) / SCAR_IMAGE_SIZE
     if patch_size is not None:
         corner = _corner(batch_size, height, width, patch_size, generator)
-        if any(view.elsewhere for view in further):
+        if any(view.source_anywhere for view in further):
             source = _corner(batch_size, height, width, patch_size, generator)
         size = patch_size, patch_size
         # A scar in a crop is as long as in the whole image, but no longer against the crop than in the paper's
@@ -246,18 +246,18 @@ def _corner(count: int, height: int, width: int, side: int, generator: Generator
     return torch.stack([whole_numbers(each, generator) for each in most], 1).long()
 
 
-def apply(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
+def make_views(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
     """Make the views of images (B, 3, H, W), uint8 in 0..255 or float in [0, 1], never changed.
 
     Returns views (V*B, 3, H, W), float32 in [0, 1] and channels_last, view after view in the variant's order, and
     labels (V*B,) int64; with a patch size P views (V*B, 3, P, P). Raises ValueError for images that params do not fit.
     """
-    return apply_and_sample(images, params)[:2]
+    return make_views_and_sample(images, params)[:2]
 
 
-def apply_and_sample(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``apply`` gives, and pixels of the augmented whole images whose statistics stand for theirs: (B, 3, h, w),
-    of crops a sample."""
+def make_views_and_sample(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``make_views`` gives, and pixels of the augmented whole images whose statistics stand for theirs:
+    (B, 3, h, w), of crops a sample."""
     if params.corner is not None:
         base, source, whole = augment_crops(images, params)
         views, labels = cut_paste(base, source, params)
@@ -326,8 +326,8 @@ def _reflected(places: Tensor, size: int) -> Tensor:
 def cut_paste(
     base: Tensor, source: Tensor | None, params: ViewParams, views: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Views and labels, as ``apply`` gives them, of images or crops after the base augmentation. source: of crops, see
-    ``augment_crops``. views: room for them (V*B, 3, H, W), channels_last, the first B being the base."""
+    """Return views and labels, as ``make_views`` does, of images or crops after the base augmentation. source: of
+    crops, see ``augment_crops``. views: room for them (V*B, 3, H, W), channels_last, the first B being the base."""
     labels = torch.arange(1 + len(params.pastes), device=base.device).repeat_interleave(len(base))
     if views is None:
         views = torch.empty((len(labels), *base.shape[1:]), device=base.device, memory_format=torch.channels_last)
@@ -335,11 +335,13 @@ def cut_paste(
         base = views[: len(base)]
     if source is not None:
         source = source.contiguous(memory_format=torch.channels_last)
-    for view, target, boxes in zip(_further(params.variant), views.split(len(base))[1:], params.pastes, strict=True):
+    for view, target, boxes in zip(
+        pasted_views(params.variant), views.split(len(base))[1:], params.pastes, strict=True
+    ):
         target.copy_(base)
-        images = source if view.elsewhere and source is not None else base
+        images = source if view.source_anywhere and source is not None else base
         for part in _parts(len(base), PASTES_AT_ONCE, base.device):
-            view.act(target[part], images[part], rows(boxes, part))
+            view.paste(target[part], images[part], rows(boxes, part))
     return views, labels
 
 
@@ -366,9 +368,9 @@ def _check_fit(images: Tensor, params: ViewParams) -> None:
         raise ValueError(f"parameters drawn for images {drawn_for}, got {tuple(images.shape)}")
 
 
-def _parts(count: int, at_once: int, device: torch.device) -> list[slice]:
+def _parts(count: int, batch_size: int, device: torch.device) -> list[slice]:
     """A batch in parts that stay in a processor's cache from the first operation to the last; a GPU takes it whole."""
-    step = at_once if device.type == "cpu" else count
+    step = batch_size if device.type == "cpu" else count
     return [slice(start, start + step) for start in range(0, count, step)]
 
 

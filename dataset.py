@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from image_ops import ALL_COUNT, sources_of
+from image_ops import NOTHING_IGNORED, fill_index_of
 from runtime import cache
 from runtime.cache import IN_MEMORY, ImageArray, Storage
 from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
@@ -205,7 +205,7 @@ def save_maps(folder: Path, images: Path, paths: Sequence[Path], maps: np.ndarra
         write_file(buffer.getvalue(), target)
 
 
-def mask_path(where: str, category: str) -> Path | None:
+def ignored_path(where: str, category: str) -> Path | None:
     """The mask of a category: the file ``where``, or <category>.png if that is a folder; None if it is not in there."""
     path = Path(where)
     if not path.is_dir():
@@ -213,7 +213,7 @@ def mask_path(where: str, category: str) -> Path | None:
     return own if (own := path / f"{category}.png").exists() else None
 
 
-def load_mask(path: Path, size: tuple[int, int], file_size: tuple[int, int] | None) -> Tensor:
+def load_ignored(path: Path, size: tuple[int, int], file_size: tuple[int, int] | None) -> Tensor:
     """The pixels that do not count in images resized to ``size`` (H, W), as (H, W) bool: those of which any part is not
     black in the mask.
 
@@ -233,7 +233,10 @@ def load_mask(path: Path, size: tuple[int, int], file_size: tuple[int, int] | No
     return ignored
 
 
-def load_sources(where: str | None, category: str, size: tuple[int, int], example: Path) -> Tensor:
-    """``sources_of`` the mask of a category, see ``mask_path``; ALL_COUNT without one. example: one of its images."""
-    path = mask_path(where, category) if where else None
-    return ALL_COUNT if path is None else sources_of(load_mask(path, size, read_size(example)))
+def load_fill_index(where: str | None, category: str, size: tuple[int, int], example: Path) -> Tensor:
+    """``fill_index_of`` the mask of a category, see ``ignored_path``; NOTHING_IGNORED without one.
+
+    example: one of its images.
+    """
+    path = ignored_path(where, category) if where else None
+    return NOTHING_IGNORED if path is None else fill_index_of(load_ignored(path, size, read_size(example)))

@@ -177,7 +177,7 @@ def whitening(covariance: Tensor) -> Tensor:
     return scale[..., None] * vectors.mT
 
 
-def arranged(embeddings: Tensor, shared: bool) -> Tensor:
+def group_by_density(embeddings: Tensor, shared: bool) -> Tensor:
     """Embeddings (N, L, D) by the densities that they belong to: (1, N*L, D) shared by all locations, or (L, N, D)."""
     return embeddings.flatten(0, 1)[None] if shared else embeddings.transpose(0, 1)
 
@@ -189,7 +189,7 @@ def fit_density(kind: str, embeddings: Tensor, shared: bool) -> nn.Module:
     most = max(2, SHARED_BYTES // (8 * locations * dims))
     if shared and count > most:
         embeddings = embeddings[torch.arange(most, device=embeddings.device) * count // most]
-    return DENSITIES[kind]().fit(arranged(embeddings, shared))
+    return DENSITIES[kind]().fit(group_by_density(embeddings, shared))
 
 
 def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float]:
@@ -209,7 +209,7 @@ def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float
         if len(x) < 4 or (others == others[0]).all():  # copies of one image are no distribution either
             others = x
         density = fit_density(kind, others, shared)
-        found = density.score(arranged(own, shared))
+        found = density.score(group_by_density(own, shared))
         scores[fold == k] = (found.view(len(own), -1) if shared else found.T).double()
         total += density.log_likelihood(found) * len(own)
     return scores, total / len(x)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from config import EACH_DIMS, Config, SettingError, UnknownSettingError
-from conformal import Promise, conformal_threshold, p_values
+from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
 from dataset import choose_categories, train_paths
 from density import DensityError
-from image_ops import ALL_COUNT, filled, ignored_by, measure, to_float
-from localization import AXES_IMAGES, EACH_LEAST, Grid, Level, embed_windows, grad_cam, upsample
+from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
+from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
 from runtime.cache import ImageArray, iterate, subset
 from runtime.files import InputError, load_tensors, save_tensors, say
@@ -40,7 +40,7 @@ IMAGES_AT_ONCE = 64  # that go through the network together
 PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = 4, 4096  # of a patch model, and their windows, whichever is less
 
 
-class Judged(NamedTuple):
+class BatchPrediction(NamedTuple):
     """What a detector says of images: scores (B,) float64, higher is more anomalous; p-values (B,), see
     conformal.p_values; anomaly maps (B, H, W) float32, or None."""
 
@@ -51,8 +51,8 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """``Judged`` of images as arrays, and the decision: anomalous (N,) bool, where p <= the detector's
-    ``promise.rate``."""
+    """``BatchPrediction`` of images as arrays, and the decision: anomalous (N,) bool, where p <= the detector's
+    ``guarantee.rate``."""
 
     scores: np.ndarray
     p_values: np.ndarray
@@ -74,14 +74,16 @@ class Detector(nn.Module):
     it is not known.
     """
 
-    def __init__(self, config: Config, networks: Sequence[CutPasteNet] = (), sources: Tensor = ALL_COUNT) -> None:
+    def __init__(
+        self, config: Config, networks: Sequence[CutPasteNet] = (), fill_index: Tensor = NOTHING_IGNORED
+    ) -> None:
         super().__init__()
         self.config = config
         self.metadata: dict = {}
         networks = networks or [build_network(config) for _ in range(config.folds)]
-        self.members = nn.ModuleList(Member(config, network, sources) for network in networks)
+        self.members = nn.ModuleList(EnsembleMember(config, network, fill_index) for network in networks)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
-        self.register_buffer("normal_scores", torch.empty(0, dtype=torch.float64))
+        self.register_buffer("calibration_scores", torch.empty(0, dtype=torch.float64))
         self.register_buffer("appearance", torch.empty(0, 3))
 
     @property
@@ -90,14 +92,14 @@ class Detector(nn.Module):
         return self.members[0].network
 
     @property
-    def levels(self) -> Sequence[Level]:
+    def levels(self) -> Sequence[StageDensity]:
         """The first member's levels."""
         return self.members[0].levels
 
     @property
-    def sources(self) -> Tensor:
+    def fill_index(self) -> Tensor:
         """What takes the place of pixels that do not count, (H, W); empty if all do."""
-        return self.members[0].sources
+        return self.members[0].fill_index
 
     @property
     def size(self) -> tuple[int, int]:
@@ -109,9 +111,9 @@ class Detector(nn.Module):
         return self.members[0].device
 
     @property
-    def at_once(self) -> int:
+    def batch_size(self) -> int:
         """Images that go through it together."""
-        return self.members[0].at_once
+        return self.members[0].batch_size
 
     @property
     def unit(self) -> str:
@@ -128,13 +130,15 @@ class Detector(nn.Module):
         """
         return self.average([member(images) for member in self.members])
 
-    def judge(self, images: Tensor, grad_cam: bool = False) -> Judged:
+    def predict_batch(self, images: Tensor, grad_cam: bool = False) -> BatchPrediction:
         """The same with p-values. grad_cam: maps of an image-level model too, see Member.grad_cam."""
         found = [member.grad_cam(images) if grad_cam else member(images) for member in self.members]
         folds = len(self.members)
-        p = p_values(torch.stack([scores for scores, _ in found]), [self.normal_scores[k::folds] for k in range(folds)])
+        p = p_values(
+            torch.stack([scores for scores, _ in found]), [self.calibration_scores[k::folds] for k in range(folds)]
+        )
         scores, maps = self.average(found)
-        return Judged(scores, p, maps)
+        return BatchPrediction(scores, p, maps)
 
     def average(self, results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
         """The mean over members of scores (B,) and of maps (B, H, W) or None. Where hidden, not even an image that is
@@ -147,7 +151,7 @@ class Detector(nn.Module):
 
     def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B,) and maps (B, H, W) of an image-level model, see Member.grad_cam."""
-        scores, _, maps = self.judge(images, grad_cam=True)
+        scores, _, maps = self.predict_batch(images, grad_cam=True)
         return scores, maps
 
     @torch.inference_mode()
@@ -155,14 +159,14 @@ class Detector(nn.Module):
         """Scores, p-values, decisions and maps of N images: paths of image files, or arrays (H, W, 3) uint8 of any
         size. They are read block by block; all maps are held. Raises InputError, with the path, for no image."""
         found, rest = [], iter(images)
-        while block := list(islice(rest, self.at_once)):
+        while block := list(islice(rest, self.batch_size)):
             arrays = [resized(x, self.size) if isinstance(x, np.ndarray) else decode(x, self.size) for x in block]
             pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)
-            found.append([None if part is None else part.cpu().numpy() for part in self.judge(pixels)])
+            found.append([None if part is None else part.cpu().numpy() for part in self.predict_batch(pixels)])
         scores, p, maps = zip(*found) if found else ([np.empty(0)], [np.empty(0)], [None])
         p = np.concatenate(p)
         maps = None if maps[0] is None else np.concatenate(maps)
-        return Prediction(np.concatenate(scores), p, p <= self.promise.rate, maps)
+        return Prediction(np.concatenate(scores), p, p <= self.guarantee.rate, maps)
 
     @staticmethod
     def load(path: str | Path, device: torch.device | str = "cpu") -> "Detector":
@@ -170,10 +174,10 @@ class Detector(nn.Module):
         return load(path, device)
 
     @property
-    def promise(self) -> Promise:
+    def guarantee(self) -> FalseAlarmGuarantee:
         """What its false-alarm rate promises."""
         kind = "cross" if len(self.members) > 1 else "split" if self.config.holdout else "seen"
-        return Promise(kind, len(self.normal_scores), self.config.false_alarm_rate)
+        return FalseAlarmGuarantee(kind, len(self.calibration_scores), self.config.false_alarm_rate)
 
     def fit(self, images: ImageArray, threshold: bool = True) -> "Detector":
         """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on; with
@@ -197,24 +201,24 @@ class Detector(nn.Module):
             member.scale = scale.clamp(min=1e-9)  # copies of one image have none
             held_out[unseen.to(self.device)] = member.standardized(scores, None)[0]
         if threshold:
-            self.normal_scores = held_out
-            self.threshold, _ = conformal_threshold(self.normal_scores, self.config.false_alarm_rate)
-            looks = stream(self, images, lambda block: measure(filled(block, self.sources)), MOST)
+            self.calibration_scores = held_out
+            self.threshold, _ = conformal_threshold(self.calibration_scores, self.config.false_alarm_rate)
+            looks = stream(self, images, lambda block: image_statistics(fill_ignored(block, self.fill_index)), MOST)
             self.appearance = torch.cat(list(looks))
         return self
 
-    def at_rate(self, rate: float) -> "Detector":
+    def set_false_alarm_rate(self, rate: float) -> "Detector":
         """Itself, deciding at another false-alarm rate in [0, 1] from now on."""
         self.config = replace(self.config, false_alarm_rate=rate)
-        self.threshold, _ = conformal_threshold(self.normal_scores, rate)
+        self.threshold, _ = conformal_threshold(self.calibration_scores, rate)
         return self
 
-    def hide(self, mask: Tensor) -> "Detector":
+    def ignore_region(self, ignored: Tensor) -> "Detector":
         """Itself, with maps that show nothing, from now on, where the mask (H, W) bool is set, beside what does not
         count anyway; a patch model's scores follow. Normal scores stay, so that p-values only grow. Raises
         InputError if nothing is left."""
         for member in self.members:
-            hidden = mask.to(self.device)
+            hidden = ignored.to(self.device)
             member.hidden = hidden | member.hidden if member.hidden.numel() else hidden
             if member.hidden.all():
                 raise InputError(f"{self.config.category}: every pixel is ignored, by the detector or by --ignore")
@@ -224,14 +228,14 @@ class Detector(nn.Module):
         """The same networks with other densities, fitted to ``images``, those they were trained on, where ``changes``
         are other settings; this detector stays as it is."""
         config = Config.from_dict(self.config.to_dict() | changes)
-        other = Detector(config, [member.network for member in self.members], self.sources)
+        other = Detector(config, [member.network for member in self.members], self.fill_index)
         other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
         """The untrained baseline: networks as training found them, with the same kinds of density, not yet fitted."""
         networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
-        other = Detector(self.config, [network.to(self.device) for network in networks], self.sources)
+        other = Detector(self.config, [network.to(self.device) for network in networks], self.fill_index)
         for new, member in zip(other.members, self.members):
             for own, level in zip(new.levels, member.levels):
                 own.location = "shared" if level.shared else "each"
@@ -241,14 +245,14 @@ class Detector(nn.Module):
         """What a person should know of how it was fitted."""
         if self.config.patches:
             yield from (level.choice for level in self.levels)
-        if not self.promise.holds:
-            needed = self.promise.needed if self.config.false_alarm_rate else "infinitely many"
-            count, rate = len(self.normal_scores), self.config.false_alarm_rate
-            found = f"the threshold is the largest of their scores, for a rate of {self.promise.rate:.2g}"
+        if not self.guarantee.holds:
+            needed = self.guarantee.needed if self.config.false_alarm_rate else "infinitely many"
+            count, rate = len(self.calibration_scores), self.config.false_alarm_rate
+            found = f"the threshold is the largest of their scores, for a rate of {self.guarantee.rate:.2g}"
             yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
 
 
-class Member(nn.Module):
+class EnsembleMember(nn.Module):
     """The way: stages of the network -> embeddings (B, L, D) of L windows, one of an image-level model -> densities,
     one for all windows or one for each -> distances (B, L) of each level -> standardized and added, if there are
     several levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
@@ -258,24 +262,24 @@ class Member(nn.Module):
     ignore.py; hidden (H, W) bool: where maps are to show nothing, those pixels at least; both may be empty.
     """
 
-    def __init__(self, config: Config, network: CutPasteNet, sources: Tensor = ALL_COUNT) -> None:
+    def __init__(self, config: Config, network: CutPasteNet, fill_index: Tensor = NOTHING_IGNORED) -> None:
         super().__init__()
         self.config, self.network = config, network
         self.levels = nn.ModuleList(self._new_level(level) for level in config.levels)
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("sources", sources)
-        self.register_buffer("hidden", ignored_by(sources))
+        self.register_buffer("fill_index", fill_index)
+        self.register_buffer("hidden", ignored_pixels(fill_index))
 
-    def _new_level(self, level: int) -> Level:
+    def _new_level(self, level: int) -> StageDensity:
         config, patches = self.config, self.config.patches
         if patches is None:
-            return Level(Grid(*self.size), config.density, config.l2, "shared", None)
+            return StageDensity(Grid(*self.size), config.density, config.l2, "shared", None)
         stride, width = (table[level - 1] for table in (self.network.spec.strides, self.network.spec.widths))
         unit = stride if patches.dense else 1
         grid = Grid(*self.size, max(patches.window, unit), max(patches.stride, unit), unit)
         dims = patches.most_dims if patches.most_dims < width else None
-        return Level(grid, config.density, config.l2, patches.location, dims)
+        return StageDensity(grid, config.density, config.l2, patches.location, dims)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -287,7 +291,7 @@ class Member(nn.Module):
         return next(self.network.parameters()).device
 
     @property
-    def at_once(self) -> int:
+    def batch_size(self) -> int:
         """Images that go through it together."""
         if self.config.patches is None:
             return IMAGES_AT_ONCE
@@ -311,7 +315,7 @@ class Member(nn.Module):
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Embeddings of all windows at each level, (B, L, D) float32 each, as the network gives them."""
-        images = to_float(filled(images, self.sources)).contiguous(memory_format=torch.channels_last)
+        images = to_float(fill_ignored(images, self.fill_index)).contiguous(memory_format=torch.channels_last)
         dense = self.config.patches is None or self.config.patches.dense
         return embed_windows(self.network, images, self.config.levels, [level.grid for level in self.levels], dense)
 
@@ -321,10 +325,12 @@ class Member(nn.Module):
         if self.config.patches is None:
             return sum(distances)[:, 0].double(), None
         sigma = self.config.patches.sigma
-        maps = self.hide(sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float())
+        maps = self.lower_ignored(
+            sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float()
+        )
         return maps.amax((1, 2)).double(), maps
 
-    def hide(self, maps: Tensor) -> Tensor:
+    def lower_ignored(self, maps: Tensor) -> Tensor:
         """Maps (B, H, W) that are, where hidden, as low as anywhere."""
         return torch.where(self.hidden, maps.amin((1, 2), keepdim=True), maps) if self.hidden.numel() else maps
 
@@ -339,7 +345,7 @@ class Member(nn.Module):
         levels the sum of their maps. Raises InputError with a density whose score has no gradient."""
         if not self.levels[0].density.has_gradient:
             raise InputError(f"Grad-CAM needs the gradient of the score, which the density {self.config.density} lacks")
-        images = to_float(filled(images, self.sources)).contiguous(memory_format=torch.channels_last)
+        images = to_float(fill_ignored(images, self.fill_index)).contiguous(memory_format=torch.channels_last)
         found = []
         for level, features in zip(
             self.levels, self.network.features(self.network.normalized(images), self.config.levels)
@@ -349,7 +355,7 @@ class Member(nn.Module):
             )
             found.append(grad_cam(features, score, self.size))
         scores, maps = (sum(each) for each in zip(*found))
-        return self.standardized(scores, None)[0], self.hide(maps) / self.scale.float()
+        return self.standardized(scores, None)[0], self.lower_ignored(maps) / self.scale.float()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
@@ -372,7 +378,7 @@ class Member(nn.Module):
                 level.scale, level.center = torch.std_mean(distances)
         if not held_out:
             return None
-        blocks = zip(*(distances.split(self.at_once) for distances in found))
+        blocks = zip(*(distances.split(self.batch_size) for distances in found))
         return torch.cat([self.aggregate(list(block))[0] for block in blocks])
 
     @torch.inference_mode()
@@ -405,9 +411,9 @@ def stream(
     if tuple(images.shape[1:]) != (3, *scorer.size):
         raise ValueError(f"images must be (M, 3, {scorer.size[0]}, {scorer.size[1]}), got {tuple(images.shape)}")
     if most is None or len(images) <= most:
-        blocks = iterate(images, scorer.at_once)
+        blocks = iterate(images, scorer.batch_size)
     else:
-        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(scorer.at_once))
+        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(scorer.batch_size))
     for block in blocks:
         yield (function or scorer)(block.to(scorer.device))
 
@@ -496,9 +502,9 @@ def save(detector: Detector, path: str | Path) -> None:
             for member in detector.members
         ],
         "threshold": detector.threshold,
-        "normal_scores": detector.normal_scores,
+        "normal_scores": detector.calibration_scores,
         "appearance": detector.appearance,
-        "sources": detector.sources,
+        "sources": detector.fill_index,
     }
     save_tensors(content, path)
 
@@ -514,14 +520,14 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            detector = Detector(config, sources=content.get("sources", ALL_COUNT))
-        if tuple(detector.sources.shape) not in ((0,), detector.size):
-            raise ValueError(f"a mask of {tuple(detector.sources.shape)} for images of {detector.size}")
+            detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED))
+        if tuple(detector.fill_index.shape) not in ((0,), detector.size):
+            raise ValueError(f"a mask of {tuple(detector.fill_index.shape)} for images of {detector.size}")
         if len(content["members"]) != len(detector.members):
             raise ValueError(f"{len(content['members'])} networks for {len(detector.members)} folds")
         for member, part in zip(detector.members, content["members"]):
             fill(member, part)
-        detector.threshold, detector.normal_scores = content["threshold"], content["normal_scores"]
+        detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
         detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
         detector.metadata = dict(content["metadata"])
         return detector.to(device).eval()
@@ -530,7 +536,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
         raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
 
 
-def fill(member: Member, content: dict) -> None:
+def fill(member: EnsembleMember, content: dict) -> None:
     """Set a member to what a file holds of it. Raises ValueError or RuntimeError if that does not fit."""
     member.network.load_state_dict(content["network"])
     if content["levels"].keys() != member.levels.state_dict().keys():
@@ -647,4 +653,4 @@ def scored_paths(data_dir: str | Path, detector: Detector) -> list[Path] | None:
     others."""
     paths = train_paths(data_dir, detector.config.category)
     paths = [paths[i] for i in scored_images(detector, len(paths)).tolist()]
-    return paths if len(paths) == len(detector.normal_scores) else None
+    return paths if len(paths) == len(detector.calibration_scores) else None

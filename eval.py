@@ -22,9 +22,9 @@ from config import (
     SettingError,
     add_data_flags,
     add_given_flags,
-    flagged,
     given_settings,
     storage,
+    with_flag,
 )
 from dataset import TestSet, check_maps_folder, load_masks, load_test, load_train, save_maps
 from detector import Detector, find_work, load, load_config, scored_paths
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
             try:
                 results.append(evaluate_category(args, load(path, device), seed))
             except SettingError as error:
-                raise InputError(flagged(error)) from error
+                raise InputError(with_flag(error)) from error
             except WeightsError as error:
                 raise InputError(f"{error}; --control 1 needs the weights that training began with") from error
             if here.world_size == 1 and not seed:
@@ -138,13 +138,13 @@ def check_flags(args: argparse.Namespace, path: Path) -> None:
     for name in (*AGREEING, "height", "width"):
         if name in given and given[name] != own[name]:
             reason = f"{given[name]} was asked for, but {path} has {own[name]}; leave the flag out"
-            raise InputError(flagged(SettingError(name, reason)))
+            raise InputError(with_flag(SettingError(name, reason)))
     if config.patches is None and (patch_only := [name for name in PATCH_SETTINGS if name in given]):
         raise InputError(f"--{patch_only[0]}: {path} is no patch model; leave the flag out or choose with --type")
     try:
         changed = Config.from_dict(own | changes(args))
     except SettingError as error:
-        raise InputError(f"{flagged(error)} ({path})") from error
+        raise InputError(f"{with_flag(error)} ({path})") from error
     if config.patches is None and (args.heatmaps or args.save_maps) and not changed.has_gradient:
         flag = "--heatmaps" if args.heatmaps else "--save_maps"
         raise InputError(f"{path}: {flag} 1 needs a gradient, which the density {changed.density} has not; take torch")
@@ -196,7 +196,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
         for note in detector.notes():
             say(f"{category}: {note}")
     if args.false_alarm_rate is not None:
-        detector.at_rate(args.false_alarm_rate)
+        detector.set_false_alarm_rate(args.false_alarm_rate)
     test = load_test(args.data_dir, category, *where)
     with_maps = config.patches is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
@@ -214,7 +214,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
     say(f"{category}: {decision_line(row)}")
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}
     score_rows = score_table(args.data_dir, category, test, scores, p, seed)
-    normal = detector.normal_scores
+    normal = detector.calibration_scores
     several = int(len(normal) > 1)  # one image held out has no deviation
     scale, center = (each.item() for each in torch.std_mean(normal, correction=several))
     standardized = (scores - center) / max(scale, 1e-9)
@@ -224,7 +224,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
 
 def normal_rows(args: argparse.Namespace, detector: Detector) -> list[dict]:
     """Rows of normal_scores.csv, if networks have judged images that they had not seen."""
-    if detector.promise.kind == "seen":
+    if detector.guarantee.kind == "seen":
         return []
     paths = scored_paths(args.data_dir, detector)
     if paths is None:
@@ -253,7 +253,7 @@ def draw(
         charts["roc"] = figures.roc(config.category, test.labels, scores, untrained)
     line = (
         f"for {100 * config.false_alarm_rate:g} % false alarms"
-        if detector.promise.holds
+        if detector.guarantee.holds
         else "the largest score of normal images"
     )
     charts["histogram"] = figures.score_histogram(

@@ -119,29 +119,23 @@ class PasteParams:
     soft: Tensor | None = None  # over how many pixels inside the rectangle it fades in, 0 a hard cut; None: all hard
 
 
-def _half_extents(width: Tensor, height: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+def half_extents(width: Tensor, height: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """Half the width and height of the upright box around a rotated rectangle."""
     cos, sin = angle.deg2rad().cos().abs(), angle.deg2rad().sin().abs()
     return (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
 
 
-def paste(images: Tensor, params: PasteParams) -> Tensor:
-    """Copy each image's source box, colors jittered, to its rotated target box: (B, 3, H, W) float in [0, 1]."""
-    images = images.contiguous(memory_format=torch.channels_last)
-    return paste_(images.clone(), images, params)
-
-
 def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
-    """``paste`` from the images into ``target`` in place; both (B, 3, H, W) in channels_last memory, the target a copy
-    of the images, or of those that patches from them are to be pasted into.
+    """Copy each image's source box, colors jittered, to its rotated target box in ``target``, in place.
 
-    Every pasted pixel is one pixel of the source box (nearest neighbor: interpolation would leave a blur that a
-    network learns instead of the cut), blended with what it covers where the edge is soft. Only as many pixels as the
-    largest patch has are worked on.
+    target, images: (B, 3, H, W) float in [0, 1], channels_last; the target a copy of the images, or of those that
+    patches from them are to be pasted into. Every pasted pixel is one pixel of the source box (nearest neighbor:
+    interpolation would leave a blur that a network learns instead of the cut), blended with what it covers where the
+    edge is soft. Only as many pixels as the largest patch has are worked on.
     """
     (count, _, height, width), device, p = images.shape, images.device, params
     most = int((p.width * p.height).max())  # known on the CPU: the device is not waited for
-    half_w, half_h = _half_extents(p.width, p.height, p.angle)
+    half_w, half_h = half_extents(p.width, p.height, p.angle)
     left, top = (p.center_x - half_w).floor(), (p.center_y - half_h).floor()
     upright = p.soft is None and not p.angle.any()
     if not upright:  # the largest target fits a tile of one size
@@ -189,10 +183,10 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
     return target
 
 
-ALL_COUNT = torch.empty(0, dtype=torch.int32)  # the sources of images without such a region
+NOTHING_IGNORED = torch.empty(0, dtype=torch.int32)  # the sources of images without such a region
 
 
-def sources_of(ignored: Tensor) -> Tensor:
+def fill_index_of(ignored: Tensor) -> Tensor:
     """For each pixel of a mask (H, W) bool the number, row by row, of the nearest one that counts, which may be itself:
     (H, W) int32."""
     from scipy.ndimage import distance_transform_edt
@@ -201,19 +195,19 @@ def sources_of(ignored: Tensor) -> Tensor:
     return torch.from_numpy(down * ignored.shape[1] + across).int()
 
 
-def ignored_by(sources: Tensor) -> Tensor:
-    """The mask (H, W) bool that ``sources_of`` was given; empty of ALL_COUNT."""
-    return sources != torch.arange(sources.numel(), device=sources.device).view(sources.shape)
+def ignored_pixels(fill_index: Tensor) -> Tensor:
+    """The mask (H, W) bool that ``fill_index_of`` was given; empty of ALL_COUNT."""
+    return fill_index != torch.arange(fill_index.numel(), device=fill_index.device).view(fill_index.shape)
 
 
-def filled(images: Tensor, sources: Tensor) -> Tensor:
+def fill_ignored(images: Tensor, fill_index: Tensor) -> Tensor:
     """Images (B, C, H, W), each ignored pixel replaced by its source in the same image; themselves of ALL_COUNT."""
-    if not sources.numel():
+    if not fill_index.numel():
         return images
-    return images.flatten(2).index_select(2, sources.flatten()).unflatten(2, tuple(sources.shape))
+    return images.flatten(2).index_select(2, fill_index.flatten()).unflatten(2, tuple(fill_index.shape))
 
 
-LOOKS = (  # columns of ``measure``: the word for less of it, the word for more, what is measured
+STATISTICS = (  # columns of ``measure``: the word for less of it, the word for more, what is measured
     ("darker", "brighter", "mean gray"),
     ("lower in contrast", "higher in contrast", "deviation of gray"),
     ("less sharp", "sharper", "strength of edges"),
@@ -221,7 +215,7 @@ LOOKS = (  # columns of ``measure``: the word for less of it, the word for more,
 
 
 @torch.inference_mode()
-def measure(images: Tensor) -> Tensor:
+def image_statistics(images: Tensor) -> Tensor:
     """How images (B, 3, H, W) uint8 look: (B, 3) float32, the columns of LOOKS. Mean and standard deviation of gray, in
     0 to 255; the root of the mean squared Laplacian over that deviation (of at least 1), which stays the same in a
     picture that is only darker or lower in contrast."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from density import DENSITIES, NotFiniteError, arranged, fit_density, held_out
+from density import DENSITIES, NotFiniteError, fit_density, group_by_density, held_out
 from model import CutPasteNet
 
 LOCATIONS = ("auto", "shared", "each")
@@ -26,15 +26,15 @@ class Grid:
     """Windows of ``window`` x ``window`` pixels, ``stride`` apart, in images of ``height`` x ``width``; what does not
     divide by the stride is left over at the borders. window None: one window, the whole image.
 
-    unit: windows begin at multiples of that many pixels: the stride of the stage whose features are averaged over a
-    window, 1 where each window goes through the network alone.
+    feature_stride: windows begin at multiples of that many pixels: the stride of the stage whose features are averaged
+    over a window, 1 where each window goes through the network alone.
     """
 
     height: int
     width: int
     window: int | None = None
     stride: int = 1
-    unit: int = 1
+    feature_stride: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,27 +47,32 @@ class Grid:
     def corner(self) -> tuple[int, int]:
         """(y, x) of the first window: what is left over is at both borders."""
         left = ((side - self.window) % self.stride for side in (self.height, self.width))
-        return tuple(rest // 2 // self.unit * self.unit for rest in left)
+        return tuple(rest // 2 // self.feature_stride * self.feature_stride for rest in left)
 
     @property
     def centers(self) -> tuple[Tensor, Tensor]:
         """Of the windows, down (h,) and across (w,): pixels, float64; a pixel's own center is at +0.5.
 
-        With a unit, of what the features have seen: the stem and each halving are padded alike on both sides, which
-        puts feature i at pixel unit * i, not in the middle of unit pixels.
+        With a feature_stride, of what the features have seen: the stem and each halving are padded alike on both sides,
+        which puts feature i at pixel feature_stride * i, not in the middle of so many pixels.
         """
         return tuple(
-            first + self.window / 2 - (self.unit - 1) / 2 + self.stride * torch.arange(count, dtype=torch.float64)
+            first
+            + self.window / 2
+            - (self.feature_stride - 1) / 2
+            + self.stride * torch.arange(count, dtype=torch.float64)
             for first, count in zip(self.corner, self.shape)
         )
 
     def pool(self, features: Tensor) -> Tensor:
-        """The mean over each window of features (B, C, h', w') of a whole image, one every ``unit`` pixels:
+        """The mean over each window of features (B, C, h', w') of a whole image, one every ``feature_stride`` pixels:
         (B, L, C), row by row."""
         if self.window is None:
             return functional.adaptive_avg_pool2d(features, 1).flatten(2).mT
-        (y, x), (h, w) = (corner // self.unit for corner in self.corner), self.shape
-        means = functional.avg_pool2d(features[:, :, y:, x:], self.window // self.unit, self.stride // self.unit)
+        (y, x), (h, w) = (corner // self.feature_stride for corner in self.corner), self.shape
+        means = functional.avg_pool2d(
+            features[:, :, y:, x:], self.window // self.feature_stride, self.stride // self.feature_stride
+        )
         return means[:, :, :h, :w].flatten(2).mT
 
     def cut(self, images: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], g
     return [torch.cat(stage).unflatten(0, (len(images), -1)).float() for stage in zip(*parts)]
 
 
-class Level(nn.Module):
+class StageDensity(nn.Module):
     """What a detector knows of one stage: where its windows are, which directions of their embeddings count, the
     density of those, and how its distances are standardized before those of several levels are added.
 
@@ -145,7 +150,7 @@ class Level(nn.Module):
 
     def distances(self, projected: Tensor) -> Tensor:
         """The density's scores of projected embeddings (B, L, d): (B, L), higher is more anomalous."""
-        found = self.density.score(arranged(projected, self.shared))
+        found = self.density.score(group_by_density(projected, self.shared))
         return found.unflatten(1, projected.shape[:2])[0] if self.shared else found.T
 
     def standardized(self, distances: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from detector import Detector, stream
-from image_ops import filled, to_float
+from image_ops import fill_ignored, to_float
 from model import CutPasteNet
 from runtime.cache import ImageArray
 from runtime.files import InputError, load_tensors, save_tensors
@@ -72,7 +72,7 @@ def save_normals(detector: Detector, images: ImageArray, names: Sequence[str], p
     """Write the file of a fitted detector, whole or not at all: of its training images (N, 3, H, W) uint8, called
     ``names``, at most MOST, evenly spaced. Raises OSError if it cannot be written."""
     jpegs, embeddings = [], []
-    for block in stream(detector, images, lambda block: filled(block, detector.sources), MOST):
+    for block in stream(detector, images, lambda block: fill_ignored(block, detector.fill_index), MOST):
         embeddings.append(embedded(detector.network, block).half().cpu())
         jpegs += [encoded(image) for image in block.permute(0, 2, 3, 1).cpu().numpy()]
     content = {
@@ -106,7 +106,7 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
 
 def digest(detector: Detector) -> str:
     """What two trainings do not share: all that decides a detector decides what it says of its normal images."""
-    return hashlib.blake2b(detector.normal_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(detector.calibration_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def encoded(image: np.ndarray) -> bytes:

@@ -31,7 +31,7 @@ from pathlib import Path
 from torch import Tensor
 
 from config import Config
-from dataset import load_mask, mask_path
+from dataset import ignored_path, load_ignored
 from detector import SUFFIX, Detector, detector_path, load, load_config
 from normals import load_normals, normals_path
 from prediction.drift import Drift
@@ -120,12 +120,12 @@ def main(args: argparse.Namespace) -> None:
         for task, paths, mask in zip(tasks, lists, masks):
             detector = load(task.detector, device)
             if mask is not None:
-                detector.hide(mask)
+                detector.ignore_region(mask)
             scorer = make_scorer(args, task, detector, drawings, pool)
-            galleries += [each for each in scorer.followers if isinstance(each, Gallery)]
+            galleries += [each for each in scorer.callbacks if isinstance(each, Gallery)]
             scorer.score(paths, rows, pool, tell)
             if not args.watch:
-                scorer.end()
+                scorer.on_end()
             scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
         if args.watch:
             folders = [folder for task in tasks for folder in task.words]
@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
                 for task, scorer in zip(tasks, scorers):
                     scorer.score([path for path in ready if task.holds(path)], rows, pool, tell)
             for scorer in scorers:
-                scorer.end()
+                scorer.on_end()
             halt(stop)
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
@@ -213,14 +213,14 @@ def check(args: argparse.Namespace, task: Task) -> Config:
         raise InputError(f"--heatmaps: {path} needs a gradient, which the density {config.density} has not")
     if args.explain:
         load_normals(normals_path(path), load(path))
-    if args.ignore and config.patches is None and mask_path(args.ignore, config.category):
+    if args.ignore and config.patches is None and ignored_path(args.ignore, config.category):
         raise InputError(f"--ignore: {path} is no patch model, it has no map; train it with run_training.py --ignore")
     return config
 
 
 def find_mask(args: argparse.Namespace, config: Config, paths: list[str]) -> Tensor | None:
     """What a detector ignores beside its own, (H, W) bool, by a mask of its size or of the first image's."""
-    path = mask_path(args.ignore, config.category) if args.ignore else None
+    path = ignored_path(args.ignore, config.category) if args.ignore else None
     if path is None:
         return None
     file_size = None  # unknown where no image is readable: those are told in their rows
@@ -228,7 +228,7 @@ def find_mask(args: argparse.Namespace, config: Config, paths: list[str]) -> Ten
         with suppress(InputError):
             file_size = read_size(image)
             break
-    return load_mask(path, (config.height, config.width), file_size)
+    return load_ignored(path, (config.height, config.width), file_size)
 
 
 def check_files(args: argparse.Namespace, tasks: list[Task], lists: list[list[str]]) -> None:
@@ -264,16 +264,16 @@ def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]
 def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings, pool: Executor) -> Scorer:
     """What scores a task's images; its followers are what else was asked for."""
     if args.false_alarm_rate is not None:
-        detector.at_rate(args.false_alarm_rate)
-    say(f"{detector.config.category}: {detector.promise.words()}")
+        detector.set_false_alarm_rate(args.false_alarm_rate)
+    say(f"{detector.config.category}: {detector.guarantee.words()}")
     first = {"category": task.category} if args.model_dir else {}
-    followers = [Drift(detector.config.category, detector.appearance, detector.promise)]
+    callbacks = [Drift(detector.config.category, detector.appearance, detector.guarantee)]
     if args.report:
-        followers.append(Gallery(detector))
+        callbacks.append(Gallery(detector))
     if args.explain:
         normals = load_normals(normals_path(task.detector), detector)
-        followers.append(Explainer(detector, normals, lambda path: drawings.panel(path, task.folders), pool))
-    return Scorer(detector, first, drawings, task.folders, args.workers, followers)
+        callbacks.append(Explainer(detector, normals, lambda path: drawings.panel(path, task.folders), pool))
+    return Scorer(detector, first, drawings, task.folders, args.workers, callbacks)
 
 
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:

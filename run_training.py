@@ -17,11 +17,21 @@ from pathlib import Path
 
 import torch
 
-from config import RECIPES, Config, SettingError, add_config_flags, add_data_flags, config_of, flagged, plain, storage
+from config import (
+    RECIPES,
+    Config,
+    SettingError,
+    add_config_flags,
+    add_data_flags,
+    config_of,
+    flag_value,
+    storage,
+    with_flag,
+)
 from dataset import TestSet, choose_categories, load_images, load_test, train_paths
 from density import NotFiniteError
 from detector import Detector
-from image_ops import filled
+from image_ops import fill_ignored
 from model import BACKBONES, WeightsError
 from runtime.cli import (
     PRECISIONS,
@@ -36,7 +46,15 @@ from runtime.cli import (
 from runtime.distributed import Ranks, from_environment
 from runtime.files import InputError, check_replaceable, say, write_file
 from runtime.image_files import find_images
-from training.jobs import Job, Running, check_settings, check_writable, load_ignored, train_networks, write_detector
+from training.jobs import (
+    Job,
+    RunOptions,
+    check_settings,
+    check_writable,
+    load_job_fill_index,
+    train_networks,
+    write_detector,
+)
 from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
 
 
@@ -71,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         settings = config_of(args, "any")
     except SettingError as error:
-        raise argparse.ArgumentTypeError(flagged(error)) from error
+        raise argparse.ArgumentTypeError(with_flag(error)) from error
     if args.test_epochs is None:
         args.test_epochs = 256 if settings.patches is None else -1
     here = from_environment()
@@ -80,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     jobs = list(make_jobs(args, settings, categories))
     for category in categories:
         train_paths(args.data_dir, category)  # a missing folder now, not after hours of another category
-    if settings.ignore and not any([load_ignored(job.config, args.data_dir).numel() for job in jobs]):
+    if settings.ignore and not any([load_job_fill_index(job.config, args.data_dir).numel() for job in jobs]):
         raise InputError(f"--ignore: {settings.ignore} has no <category>.png for any of {', '.join(categories)}")
     if args.preview:
         if here.is_main:
@@ -95,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     if RECIPES[settings.recipe] and here.is_main:
         own = {name: settings.to_dict()[name] for name in RECIPES[settings.recipe]}
         own.pop("epochs" if settings.minutes else "", None)
-        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {plain(value)}" for name, value in own.items()))
+        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {flag_value(value)}" for name, value in own.items()))
     make_detectors(args, jobs, device, here)
     if here.is_main:
         follow = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
@@ -125,13 +143,13 @@ def make_detectors(args: argparse.Namespace, jobs: list[Job], device: torch.devi
     work = [(job, number) for job in jobs for number in range(job.config.folds)]
     own = work if args.ddp else here.shard(work)
     own = [(job, [number for _, number in some]) for job, some in groupby(own, key=lambda item: item[0])]
-    running = Running(
+    running = RunOptions(
         data_dir=args.data_dir,
         workers=args.workers,
         storage=storage(args),
         device=device,
         ranks=here if args.ddp else Ranks(),
-        numerics={"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile},
+        precision={"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile},
         cores=torch.get_num_threads(),  # before a resumed category sets its own number
         overwrite=args.overwrite,
         explain=args.explain,
@@ -166,7 +184,7 @@ def hints() -> Iterator[None]:
         hint = "give a file with --weights FILE or train from scratch with --no-pretrained"
         raise InputError(f"{error}; {hint}") from error
     except SettingError as error:
-        raise InputError(flagged(error)) from error
+        raise InputError(with_flag(error)) from error
     except InputError as error:
         if isinstance(error, NotFiniteLossError) or isinstance(error.__cause__, NotFiniteError):
             hint = "start anew with a lower --lr (and --overwrite, if a state was saved)"
@@ -201,7 +219,7 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
     for config in configs:
         paths = train_paths(args.data_dir, config.category)[:rows]
         own = load_images(paths, (config.height, config.width), args.workers)
-        images.append(filled(own, load_ignored(config, args.data_dir)))
+        images.append(fill_ignored(own, load_job_fill_index(config, args.data_dir)))
         names += [f"{config.category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
     sheet = figures.preview(shown, names, configs[0], invisible_shares(configs[0], shown))

@@ -17,7 +17,7 @@ def false_alarms_table() -> str:
         observed = f"{percent(row.observed, 2)} ± {percent(row.standard_error, 2)}"
         between = f"{percent(row.observed_low)} to {percent(row.observed_high)}"
         cells.append(
-            [row.category, WAYS[row.way], percent(row.asked, 0), row.normal_scores, promised, observed, between]
+            [row.category, WAYS[row.way], percent(row.asked, 0), row.calibration_scores, promised, observed, between]
         )
     head = ["category", "normal scores", "asked", "n", "promised", "observed", "90 % of the splits"]
     return markdown(head, cells)
@@ -31,7 +31,7 @@ def decisions_table() -> str:
     rows = newest("results/decisions.csv", rows, told, ["seed"]).sort_values(["category", "asked"], kind="stable")
     cells = []
     for row in rows.itertuples():
-        setting = [row.category, WAYS[row.normal_scores], percent(row.asked, 0), percent(row.promised_rate, 2)]
+        setting = [row.category, WAYS[row.calibration_scores], percent(row.asked, 0), percent(row.promised_rate, 2)]
         cells.append([*setting, *(share(row, *name) for name in SHARES), percent(row.image_auroc)])
     head = ["category", "normal scores", "asked", "promised", "false alarms", "detections", "image AUROC"]
     return markdown(head, cells)

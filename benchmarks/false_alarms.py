@@ -17,7 +17,7 @@ import torch
 from record import add_record_flags, append, command, commit
 from torch import Tensor
 
-from conformal import Promise, p_values
+from conformal import FalseAlarmGuarantee, p_values
 from dataset import load_test, load_train
 from density import fit_density, held_out
 from detector import Detector, load, stream
@@ -58,12 +58,12 @@ def main(args: argparse.Namespace) -> None:
             promises[kind] = count
     for kind, values in found.items():
         for rate in RATES:
-            promise = Promise(kind, promises[kind], rate)
-            shares = (np.stack(values) <= promise.rate).mean(1)
-            low, high = promise.interval
+            guarantee = FalseAlarmGuarantee(kind, promises[kind], rate)
+            shares = (np.stack(values) <= guarantee.rate).mean(1)
+            low, high = guarantee.interval
             row = {"category": config.category, "way": kind, "folds": args.folds if kind == "cross" else ""}
             row |= {"holdout": args.holdout if kind == "split" else "", "known": known, "new": len(normal) - known}
-            row |= {"normal_scores": promise.count, "asked": rate, "promised": promise.rate}
+            row |= {"normal_scores": guarantee.count, "asked": rate, "promised": guarantee.rate}
             row |= {"promised_low": low, "promised_high": high, "splits": args.splits, "observed": shares.mean()}
             row |= {"standard_error": shares.std(ddof=1) / args.splits**0.5}
             row |= dict(zip(("observed_low", "observed_high"), np.quantile(shares, [0.05, 0.95])))

@@ -24,7 +24,7 @@ import torch
 from record import add_record_flags, append, command, commit, peak_mb, wait
 
 import config as options
-from config import PATCH_SETTINGS, Config, PatchConfig, SettingError, flagged, settings_of
+from config import PATCH_SETTINGS, Config, PatchConfig, SettingError, settings_of, with_flag
 from dataset import load_masks, load_test, load_train
 from detector import Detector, detector_path, find_work, load, load_config, save, stream
 from reporting.metrics import evaluate
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
             try:
                 Config.from_dict(config.to_dict() | changes)
             except SettingError as error:
-                say(f"{category}{shown}: left out: {flagged(error)}")
+                say(f"{category}{shown}: left out: {with_flag(error)}")
                 continue
             # a process of its own; it counts what this one had held as its own peak: no image is read here
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace, category: str, changes: dict) -> dict | st
         train, test = load_train(*where), load_test(*where)
         detector, fitted = timed_fit(config, trained, train, threshold=False)
     except SettingError as error:
-        return flagged(error)
+        return with_flag(error)
     detector.metadata = trained.metadata
     *_, metrics = evaluate(detector, test, load_masks(test, trained.size, args.workers).numpy())
     images = test.images[:TIMED].to(device)
@@ -128,7 +128,9 @@ def each_level(values: Iterable) -> str:
 def timed_fit(config: Config, trained: Detector, images: ImageArray, threshold: bool) -> tuple[Detector, float]:
     """The trained network with densities fitted under ``config``, and the seconds that it took."""
     began = time.perf_counter()
-    detector = Detector(config, [member.network for member in trained.members], trained.sources).fit(images, threshold)
+    detector = Detector(config, [member.network for member in trained.members], trained.fill_index).fit(
+        images, threshold
+    )
     wait(detector.device)
     return detector, time.perf_counter() - began
 

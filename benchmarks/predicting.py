@@ -147,14 +147,14 @@ def decoding_speed(folder: Path, size: tuple[int, int], workers: int) -> float:
 @torch.inference_mode()
 def scoring_speed(detector: Detector, sources: list[Path], count: int) -> float:
     """Images that are judged in a second once they are in memory, after a first batch."""
-    block = [decode(sources[number % len(sources)], detector.size) for number in range(detector.at_once)]
+    block = [decode(sources[number % len(sources)], detector.size) for number in range(detector.batch_size)]
     pixels = torch.stack([torch.from_numpy(each).permute(2, 0, 1) for each in block])
-    detector.judge(pixels.to(detector.device))
+    detector.predict_batch(pixels.to(detector.device))
     wait(detector.device)
     batches = -(-count // len(pixels))
     start = time.perf_counter()
     for _ in range(batches):
-        detector.judge(pixels.to(detector.device)).scores.cpu()
+        detector.predict_batch(pixels.to(detector.device)).scores.cpu()
     wait(detector.device)
     return batches * len(pixels) / (time.perf_counter() - start)
 

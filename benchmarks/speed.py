@@ -25,8 +25,8 @@ from record import add_record_flags, append, command, commit, peak_mb, wait
 from torch import Tensor
 from torch.nn import functional
 
-from config import RECIPES, Config, SettingError, flagged
-from cutpaste import VARIANTS, apply
+from config import RECIPES, Config, SettingError, with_flag
+from cutpaste import VARIANTS, make_views
 from dataset import load_images
 from detector import IMAGES_AT_ONCE, Detector, stream
 from image_ops import to_float
@@ -45,7 +45,7 @@ from runtime.cli import (
 )
 from runtime.files import InputError, say
 from runtime.image_files import decode, find_images
-from training.trainer import LOG_EVERY, Log, Run, choose_numerics, new_optimizer
+from training.trainer import LOG_EVERY, Log, Trainer, choose_precision, new_optimizer
 
 PARTS = ("scoring", "files", "step", "augmentation", "conventional")  # the one that needs the least memory first
 LAPS = LOG_EVERY  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone
@@ -79,10 +79,10 @@ def main(args: argparse.Namespace) -> None:
     settings |= {name: getattr(args, name) for name in ("variant", "batch_size") if getattr(args, name) is not None}
     settings |= {"epochs": 1} if device.type == "cpu" else {}
     try:
-        numerics = choose_numerics(asked, {}, device, threads)
+        numerics = choose_precision(asked, {}, device, threads)
         config = Config.from_dict({"category": "speed", "pretrained": False} | RECIPES[args.recipe] | settings)
     except SettingError as error:
-        raise argparse.ArgumentTypeError(flagged(error)) from error
+        raise argparse.ArgumentTypeError(with_flag(error)) from error
     alone = config.patches is not None or config.variant == "soft"
     if alone and set(args.only) != {"step"}:
         raise argparse.ArgumentTypeError("of a patch model or soft patches the step alone is measured: add --only step")
@@ -103,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     photographs = load_photographs(args.data_dir, max(64, 2 * config.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(photographs, Path(folder), args.original)
-        run = Run(config, load_images(paths, args.size, os.cpu_count()), "", device, numerics)
+        run = Trainer(config, load_images(paths, args.size, os.cpu_count()), "", device, numerics)
         measure = {
             "scoring": lambda: scoring(run, args.repeats),
             "files": lambda: files(run, args.repeats, paths),
@@ -123,12 +123,12 @@ def main(args: argparse.Namespace) -> None:
 # What is measured -------------------------------------------------------------------------------------------------
 
 
-def step(run: Run, repeats: int) -> dict:
+def step(run: Trainer, repeats: int) -> dict:
     """The loop of run_training.py, its log included, against forward, backward and optimizer on a resident batch."""
     run.train_step()
     run.train_step()
     peak = peak_mb(run.device)  # before there is another network
-    bare = bare_step(run, run.numerics.amp, run.numerics.compile, torch.channels_last)
+    bare = bare_step(run, run.precision.amp, run.precision.compile, torch.channels_last)
     with tempfile.TemporaryDirectory() as folder, open_tensorboard(Path(folder), 0) as writer:
         log = Log(run.config, run.step, run.batch_size, run.ranks, writer, progress_bar("", 0, 0, shown=False))
 
@@ -146,12 +146,12 @@ def step(run: Run, repeats: int) -> dict:
     }
 
 
-def augmentation(run: Run, repeats: int) -> dict:
+def augmentation(run: Trainer, repeats: int) -> dict:
     """Images read per second that become views, ours and conventionally, in as many workers as there are cores."""
 
     def work() -> None:
         chosen, params = run.sample_batch()
-        apply(run.load_batch(chosen), params)
+        make_views(run.load_batch(chosen), params)
 
     ours = medians(repeats, run.device, work)[0]
     theirs = steady(batches(run), lambda views: None, repeats)
@@ -162,7 +162,7 @@ def augmentation(run: Run, repeats: int) -> dict:
     }
 
 
-def conventional(run: Run, repeats: int) -> dict:
+def conventional(run: Trainer, repeats: int) -> dict:
     """Our loop against per-image transforms in a DataLoader and a float32 network in torch's default layout."""
     bare = bare_step(run, "off", False, torch.contiguous_format)
     ours = medians(repeats, run.device, run.train_step)[0]
@@ -170,7 +170,7 @@ def conventional(run: Run, repeats: int) -> dict:
     return {"conventional_step_seconds": theirs, "conventional_over_ours": theirs / ours}
 
 
-def scoring(run: Run, repeats: int) -> dict:
+def scoring(run: Trainer, repeats: int) -> dict:
     """Resident images to scores against the network's forward pass alone, both float32."""
     detector = Detector(run.config, [run.network]).fit(run.images)
     images = run.images[:IMAGES_AT_ONCE]
@@ -189,7 +189,7 @@ def scoring(run: Run, repeats: int) -> dict:
     }
 
 
-def files(run: Run, repeats: int, paths: list[Path]) -> dict:
+def files(run: Trainer, repeats: int, paths: list[Path]) -> dict:
     """PNG files of original size to scores against decoding alone plus the forward pass alone."""
     detector = Detector(run.config, [run.network]).fit(run.images)
     batch = prepared(run.images)
@@ -216,7 +216,7 @@ def files(run: Run, repeats: int, paths: list[Path]) -> dict:
 # Parts of it ------------------------------------------------------------------------------------------------------
 
 
-def bare_step(run: Run, amp: str, compile: bool, layout: torch.memory_format) -> Callable[..., None]:
+def bare_step(run: Trainer, amp: str, compile: bool, layout: torch.memory_format) -> Callable[..., None]:
     """Forward, backward and optimizer of the same network on one batch of views that lies on the device."""
     config, device, classes = run.config, run.device, VARIANTS[run.config.variant].num_classes
     network = CutPasteNet(config.backbone, config.head_layer, classes, config.normalize).train()
@@ -242,7 +242,7 @@ def bare_step(run: Run, amp: str, compile: bool, layout: torch.memory_format) ->
     return work
 
 
-def batches(run: Run) -> Iterator[Tensor]:
+def batches(run: Trainer) -> Iterator[Tensor]:
     """Batches of views made the conventional way."""
     return conventional_batches(run.images.cpu(), run.config.variant, run.batch_size, run.device.type == "cuda")
 

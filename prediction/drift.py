@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conformal import Promise
+from conformal import FalseAlarmGuarantee
 from detector import MOST
-from image_ops import LOOKS, measure
+from image_ops import STATISTICS, image_statistics
 from runtime.files import say
 
 LEVEL = 0.01  # probability that images like the normal ones are warned about, in a stream without end
@@ -31,31 +31,32 @@ class JudgedImages(Protocol):
 class Drift:
     """A follower of scoring.Scorer that says once, on stderr, that images are not like the normal ones.
 
-    known: what ``measure`` gave for the normal images (n, 3); empty, if their detector does not hold it. promise: the
-    detector's; p-values are compared unless its network has seen the normal images, as they mean nothing then.
+    known: what ``image_statistics`` gave for the normal images (n, 3); empty, if their detector does not hold it.
+    guarantee: the detector's; p-values are compared unless its network has seen the normal images, as they mean nothing
+    then.
 
     Images are compared when 32, 64, 128, ... have come, from MOST on each time that as many have, the last MOST of
     them; and at the end. The j-th comparison spends 1 / (j (j + 1)) of LEVEL, in equal parts on its tests.
     """
 
-    def __init__(self, category: str, known: Tensor, promise: Promise) -> None:
-        self.category, self.known, self.promise = category, known.cpu().numpy(), promise
-        self.rank = round(promise.rate * (promise.count + 1))  # normal images that are called anomalous, and one
-        self.tests = (len(LOOKS) if len(known) else 0) + (promise.kind != "seen")
+    def __init__(self, category: str, known: Tensor, guarantee: FalseAlarmGuarantee) -> None:
+        self.category, self.known, self.guarantee = category, known.cpu().numpy(), guarantee
+        self.rank = round(guarantee.rate * (guarantee.count + 1))  # normal images that are called anomalous, and one
+        self.tests = (len(STATISTICS) if len(known) else 0) + (guarantee.kind != "seen")
         self.recent: deque[tuple[float, ...]] = deque(maxlen=MOST)  # looks, p-value
         self.count, self.compared, self.comparisons, self.due = 0, 0, 0, FIRST
         self.warned = False
 
-    def add(self, paths: Sequence[str], pixels: Tensor, judged: JudgedImages) -> None:
+    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: JudgedImages) -> None:
         """Images (B, 3, H, W) that a detector has judged."""
         if self.warned or not self.tests:
             return
-        self.recent.extend(torch.column_stack([measure(pixels), judged.p_values]).tolist())
+        self.recent.extend(torch.column_stack([image_statistics(pixels), prediction.p_values]).tolist())
         self.count += len(pixels)
         if self.count >= self.due:
             self.compare()
 
-    def end(self) -> None:
+    def on_end(self) -> None:
         """There are no more images."""
         if not self.warned and self.tests and self.count > self.compared and self.count >= LEAST:
             self.compare()
@@ -67,7 +68,7 @@ class Drift:
         *looks, p = np.array(self.recent).T
         found = [
             difference(*kind, new, known)
-            for kind, new, known in zip(LOOKS, looks, self.known.T)
+            for kind, new, known in zip(STATISTICS, looks, self.known.T)
             if len(known) and same_probability(new, known) <= level
         ]
         probability, words = self.ranked(p)
@@ -85,9 +86,9 @@ class Drift:
         """Of normal images to have p-values whose mean, among those called normal, is as far from what is expected; and
         both means in words, empty if there is nothing to compare. Not by Kolmogorov and Smirnov: p-values of several
         networks are nearer to each other than those of one."""
-        total, rank = self.promise.count, self.rank
-        known, p = total - rank, p[p > self.promise.rate]
-        if self.promise.kind == "seen" or not known or not len(p):
+        total, rank = self.guarantee.count, self.rank
+        known, p = total - rank, p[p > self.guarantee.rate]
+        if self.guarantee.kind == "seen" or not known or not len(p):
             return 1.0, ""
         # Mann and Whitney's U / mn is the mean share, among the normal images called normal, of those at least as
         # unusual as a new one; of new images like them 1/2 is to be expected

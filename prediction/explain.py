@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detector import Detector, Judged
+from detector import BatchPrediction, Detector
 from normals import Normals, embedded
 from reporting import overlays
 from runtime.files import InputError, say, write_file
@@ -39,15 +39,15 @@ class Explainer:
     def __init__(self, detector: Detector, normals: Normals, target: Callable[[str], str], pool: Executor) -> None:
         self.detector, self.normals, self.target, self.pool = detector, normals, target, pool
         self.has_maps = detector.config.patches is not None
-        self.threshold, self.rate = detector.threshold.item(), detector.promise.rate
+        self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
 
     @torch.inference_mode()
-    def add(self, paths: Sequence[str], pixels: Tensor, judged: Judged) -> None:
+    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
         """Images by path, (B, 3, H, W) uint8 on the detector's device, and what the detector says of them."""
-        chosen = (judged.p_values <= self.rate).nonzero()[:, 0]
+        chosen = (prediction.p_values <= self.rate).nonzero()[:, 0]
         if not len(chosen):
             return
-        pixels, maps = pixels[chosen], judged.maps
+        pixels, maps = pixels[chosen], prediction.maps
         if maps is not None:
             maps = maps[chosen]
         elif self.detector.config.has_gradient:
@@ -57,14 +57,14 @@ class Explainer:
                 self.draw,
                 [paths[i] for i in chosen.tolist()],
                 pixels.permute(0, 2, 3, 1).cpu().numpy(),
-                judged.scores[chosen].tolist(),
-                judged.p_values[chosen].tolist(),
+                prediction.scores[chosen].tolist(),
+                prediction.p_values[chosen].tolist(),
                 [None] * len(chosen) if maps is None else maps.cpu().numpy(),
                 self.normals.nearest(embedded(self.detector.network, pixels)),
             )
         )
 
-    def end(self) -> None:
+    def on_end(self) -> None:
         """Nothing is left to do."""
 
     def draw(self, path: str, pixels: np.ndarray, score: float, p: float, heat: np.ndarray | None, near: int) -> None:

@@ -20,7 +20,7 @@ WALK_SHARE = 5  # walking takes at most one of so many seconds
 SPECIAL = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
 
 
-def harmless(path: str) -> str:
+def spreadsheet_safe(path: str) -> str:
     """The same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
     return os.path.join(".", path) if path.startswith(SPECIAL) else path
 
@@ -36,16 +36,16 @@ def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
             return
         seen.add(real)
         try:
-            yield from (harmless(str(path)) for path in find_images(Path(folder)))
+            yield from (spreadsheet_safe(str(path)) for path in find_images(Path(folder)))
             with os.scandir(folder) as entries:
                 names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
         except OSError:
             yield folder
             return
         for name in names:
-            yield from inside(harmless(os.path.join(folder, name)))
+            yield from inside(spreadsheet_safe(os.path.join(folder, name)))
 
-    return inside(harmless(folder))
+    return inside(spreadsheet_safe(folder))
 
 
 def listed(words: Iterable[str], skipped: Iterable[str] = ()) -> list[str]:
@@ -55,11 +55,11 @@ def listed(words: Iterable[str], skipped: Iterable[str] = ()) -> list[str]:
     for word in words:
         if word == "-":
             lines = (line.removesuffix(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))
-            found |= dict.fromkeys(harmless(os.fsdecode(line)) for line in lines if line)
+            found |= dict.fromkeys(spreadsheet_safe(os.fsdecode(line)) for line in lines if line)
         elif os.path.isdir(word):
             found |= dict.fromkeys(walk(word, skipped))
         else:
-            found[harmless(word)] = None
+            found[spreadsheet_safe(word)] = None
     return list(found)
 
 

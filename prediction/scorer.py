@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detector import Detector, Judged
-from image_ops import filled
+from detector import BatchPrediction, Detector
+from image_ops import fill_ignored
 from prediction.outputs import COLUMNS, Drawings, RowsFile
 from reporting import overlays
 from runtime.files import InputError
@@ -27,13 +27,13 @@ RECALLED = 3  # images of earlier rows that are scored again
 SAME_SCORE = 0.01  # relative difference; devices and batches round otherwise, in bfloat16 by a few thousandths
 
 
-class Follower(Protocol):
+class Callback(Protocol):
     """What looks at all images as they are scored."""
 
-    def add(self, paths: Sequence[str], pixels: Tensor, judged: Judged) -> None:
+    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
         """Images by path, (B, 3, H, W) uint8 on the detector's device, and what the detector says of them."""
 
-    def end(self) -> None:
+    def on_end(self) -> None:
         """There are no more images."""
 
 
@@ -61,12 +61,12 @@ class Scorer:
         drawings: Drawings,
         folders: Sequence[str],
         ahead: int,
-        followers: Sequence[Follower] = (),
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.detector, self.first, self.drawings, self.folders = detector, first, drawings, folders
-        self.ahead, self.followers = detector.at_once + ahead, followers
+        self.ahead, self.callbacks = detector.batch_size + ahead, callbacks
         self.has_maps = detector.config.patches is not None
-        self.threshold, self.rate = detector.threshold.item(), detector.promise.rate
+        self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
 
     def score(self, paths: Sequence[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
         """Add a row for each path that has none; as many as go through the detector together are written at once, then
@@ -75,14 +75,14 @@ class Scorer:
         self.check(list(islice(known, RECALLED)), rows)
         missing = (path for path in paths if path not in rows.done)
         with closing(in_order(pool, self.read, missing, self.ahead)) as found:
-            while block := list(islice(found, self.detector.at_once)):
+            while block := list(islice(found, self.detector.batch_size)):
                 rows.add(self.rows(block, pool))
                 tell(len(block))
 
-    def end(self) -> None:
+    def on_end(self) -> None:
         """No more images will come."""
-        for follower in self.followers:
-            follower.end()
+        for callback in self.callbacks:
+            callback.on_end()
 
     def check(self, paths: list[str], rows: RowsFile) -> None:
         """Hold the scores of earlier rows against what this detector says. An image may have been replaced since, or
@@ -115,10 +115,12 @@ class Scorer:
         if not good:
             return list(rows.values())
         pixels = torch.from_numpy(np.stack([each.pixels for each in good])).permute(0, 3, 1, 2)
-        pixels = filled(pixels.to(self.detector.device), self.detector.sources)  # as all followers shall see them
-        judged = self.detector.judge(pixels, grad_cam=bool(self.drawings) and not self.has_maps)
-        scores, p_values = judged.scores.tolist(), judged.p_values.tolist()
-        maps = [None] * len(good) if judged.maps is None else list(judged.maps.cpu().numpy())
+        pixels = fill_ignored(
+            pixels.to(self.detector.device), self.detector.fill_index
+        )  # as all followers shall see them
+        prediction = self.detector.predict_batch(pixels, grad_cam=bool(self.drawings) and not self.has_maps)
+        scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
+        maps = [None] * len(good) if prediction.maps is None else list(prediction.maps.cpu().numpy())
         faults = [None] * len(good)
         if self.drawings:
             faults = list(pool.map(self.draw, [each.path for each in good], scores, maps))
@@ -129,8 +131,8 @@ class Scorer:
             rows[each.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.rate)}
             if self.has_maps and (box := overlays.region(heat, self.threshold, each.size)):
                 rows[each.path] |= dict(zip(("x", "y", "width", "height"), box))
-        for follower in self.followers:
-            follower.add([each.path for each in good], pixels, judged)
+        for callback in self.callbacks:
+            callback.on_batch([each.path for each in good], pixels, prediction)
         return list(rows.values())
 
     def draw(self, path: str, score: float, heat: np.ndarray) -> str | None:

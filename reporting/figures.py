@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from torch.nn import functional
 
 from config import Config
-from cutpaste import VARIANTS, VIEWS, apply
+from cutpaste import VARIANTS, VIEWS, make_views
 from dataset import GOOD, TestSet
 from detector import Detector, category_seed, stream
-from image_ops import filled, to_float
+from image_ops import fill_ignored, to_float
 from runtime.files import MARK
 
 NORMAL_COLOR = VIEWS["image"].color
@@ -35,7 +35,7 @@ def preview(images: torch.Tensor, names: Sequence[str], config: Config, invisibl
     no difference from the image."""
     views = VARIANTS[config.variant].views
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
-    augmented, _ = apply(images, config.make_params(len(images), generator))
+    augmented, _ = make_views(images, config.sample_params(len(images), generator))
     shown = to_float(images)
     if augmented.shape != shown.shape:  # crops
         shown = functional.interpolate(shown, augmented.shape[2:], mode="area")
@@ -230,8 +230,8 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
     groups = ["anomalous" if label else "normal" for label in test.labels]
     normal = test.images[torch.from_numpy(np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS])]
     if len(normal):
-        normal = filled(normal, detector.sources.cpu())
-        views, labels = apply(normal, detector.config.make_params(len(normal), torch.Generator().manual_seed(0)))
+        normal = fill_ignored(normal, detector.fill_index.cpu())
+        views, labels = make_views(normal, detector.config.sample_params(len(normal), torch.Generator().manual_seed(0)))
         parts += stream(detector, views[labels > 0], embed)
         groups += [VARIANTS[detector.config.variant].views[label] for label in labels[labels > 0].tolist()]
     return torch.cat(parts).numpy(), groups

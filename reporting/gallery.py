@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset import TestSet
-from detector import Detector, Judged
+from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
 from runtime.files import MARK
 
@@ -52,7 +52,7 @@ class Page:
     unit: str
     rate: float
     count: int
-    promise: str
+    guarantee: str
     auroc: float | None
     tiles: Sequence[Tile]
 
@@ -224,10 +224,12 @@ class Gallery:
         self.detector, self.count = detector, 0
         self.kept: list[tuple[float, int, Tile]] = []  # a heap, the lowest score first, of equal ones the last
 
-    def add(self, paths: Sequence[str], pixels: Tensor, judged: Judged) -> None:
+    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
         """Images by path, (B, 3, H, W) uint8, and what the detector says of them."""
-        maps = [None] * len(paths) if judged.maps is None else judged.maps.cpu().numpy()
-        for path, image, heat, score, p in zip(paths, pixels, maps, judged.scores.tolist(), judged.p_values.tolist()):
+        maps = [None] * len(paths) if prediction.maps is None else prediction.maps.cpu().numpy()
+        for path, image, heat, score, p in zip(
+            paths, pixels, maps, prediction.scores.tolist(), prediction.p_values.tolist()
+        ):
             self.count += 1
             if len(self.kept) == MOST_TILES and score <= self.kept[0][0]:
                 continue
@@ -235,7 +237,7 @@ class Gallery:
             new = (score, -self.count, tile(self.detector, path, image, heat, about))
             (heapq.heappushpop if len(self.kept) == MOST_TILES else heapq.heappush)(self.kept, new)
 
-    def end(self) -> None:
+    def on_end(self) -> None:
         """Nothing is left to do."""
 
     def page(self) -> "Page":
@@ -259,6 +261,6 @@ def tile(detector: Detector, name: str, image: Tensor, heat: np.ndarray | None, 
 def page(detector: Detector, tiles: "list[Tile]", title: str, metrics: dict, more: str = "") -> "Page":
     from reporting.gallery import Page
 
-    promise = detector.promise
-    auroc, words = metrics.get("image_auroc"), promise.words() + more
-    return Page(title, detector.unit, promise.rate, promise.count, words, auroc, tiles)
+    guarantee = detector.guarantee
+    auroc, words = metrics.get("image_auroc"), guarantee.words() + more
+    return Page(title, detector.unit, guarantee.rate, guarantee.count, words, auroc, tiles)

@@ -136,10 +136,10 @@ class Evaluation(NamedTuple):
 def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
     """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
     there are both normal and anomalous ones, of pixels only if a mask marks some."""
-    judge = partial(detector.judge, grad_cam=masks is not None and detector.config.patches is None)
+    predict_batch = partial(detector.predict_batch, grad_cam=masks is not None and detector.config.patches is None)
     scores, p, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
     maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
-    for found in stream(detector, test.images, judge):
+    for found in stream(detector, test.images, predict_batch):
         part = slice(done, done := done + len(found.scores))
         scores[part], p[part] = found.scores.cpu().numpy(), found.p_values.cpu().numpy()
         if maps is not None:

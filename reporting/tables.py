@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from conformal import Promise, proportion_interval
+from conformal import FalseAlarmGuarantee, proportion_interval
 from dataset import TestSet
 from detector import Detector
 from reporting.metrics import image_metrics
@@ -110,18 +110,18 @@ def result_row(detector: Detector, test: TestSet, scores: np.ndarray, p: np.ndar
         "normal_above_threshold": int(above[normal].sum()),
         "anomalous_above_threshold": int(above[anomalous].sum()),
     }
-    row |= decisions(detector.promise, p[normal], p[anomalous])
+    row |= decisions(detector.guarantee, p[normal], p[anomalous])
     made = {"eval_command": command_line(), "eval_torch": str(torch.__version__), "eval_date": date.today().isoformat()}
     return record(detector, row) | made
 
 
-def decisions(promise: Promise, normal: np.ndarray, anomalous: np.ndarray) -> dict:
+def decisions(guarantee: FalseAlarmGuarantee, normal: np.ndarray, anomalous: np.ndarray) -> dict:
     """Columns of results.csv: what deciding by p-values comes to, of those of normal and of anomalous test images,
     with 95 % intervals, beside what is promised."""
-    row = {"normal_scores": promise.kind, "promised_rate": promise.rate}
-    row["promised_low"], row["promised_high"] = promise.interval
+    row = {"normal_scores": guarantee.kind, "promised_rate": guarantee.rate}
+    row["promised_low"], row["promised_high"] = guarantee.interval
     for name, p in (("false_alarm", normal), ("detection", anomalous)):
-        row[f"{name}s"] = count = int((p <= promise.rate).sum())
+        row[f"{name}s"] = count = int((p <= guarantee.rate).sum())
         row[f"{name}s_low"], row[f"{name}s_high"] = proportion_interval(count, len(p))
     return row
 
@@ -163,7 +163,7 @@ def score_table(
 def normal_table(data_dir: str, detector: Detector, paths: Sequence[Path]) -> list[dict]:
     """Rows of normal_scores.csv: training images as a network saw them that had not been trained on them; the most
     unusual first."""
-    category, scores = detector.config.category, detector.normal_scores.cpu()
+    category, scores = detector.config.category, detector.calibration_scores.cpu()
     names = [path.relative_to(data_dir).as_posix() for path in paths]
     order = scores.argsort(descending=True).tolist()
     above = (scores > detector.threshold.cpu()).tolist()

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 import run_training
-from config import RECIPES, Config, PatchConfig, SettingError, config_of, flagged, resume, settings_of
+from config import RECIPES, Config, PatchConfig, SettingError, config_of, resume, settings_of, with_flag
 
 PATCHES = Config("brick", patches=PatchConfig(), level=(1, 2))
 
@@ -128,7 +128,7 @@ def test_values_that_cannot_be_are_named(name, value):
     with pytest.raises(SettingError) as caught:
         Config.from_dict(PATCHES.to_dict() | {name: value})
     assert caught.value.name == name
-    assert flagged(caught.value).startswith("--size: " if name == "height" else f"--{name}: ")
+    assert with_flag(caught.value).startswith("--size: " if name == "height" else f"--{name}: ")
 
 
 @pytest.mark.parametrize(

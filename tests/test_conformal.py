@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from conformal import Promise, conformal_threshold, p_values, proportion_interval
+from conformal import FalseAlarmGuarantee, conformal_threshold, p_values, proportion_interval
 
 # p-values ---------------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def test_a_p_value_is_between_the_finest_and_one():
 def test_of_one_member_the_p_value_decides_as_the_threshold(count, rate):
     normal = torch.rand(count, generator=torch.Generator().manual_seed(1)).double()
     scores = torch.cat([normal, torch.linspace(-0.1, 1.1, 301).double()])
-    by_p = p_values(scores[None], [normal]) <= Promise("split", count, rate).rate
+    by_p = p_values(scores[None], [normal]) <= FalseAlarmGuarantee("split", count, rate).rate
     threshold = conformal_threshold(normal, rate)[0]
     if rate < 1:  # then the threshold is the smallest score, which is itself not above
         assert torch.equal(by_p, scores > threshold)
@@ -91,33 +91,33 @@ def test_the_false_alarm_rate_holds():
     ],
 )
 def test_the_rate_is_a_whole_number_of_steps(count, asked, rate, holds, needed):
-    promise = Promise("split", count, asked)
-    assert (promise.rate, promise.holds, promise.needed) == (rate, holds, needed)
-    assert promise.finest == 1 / (count + 1)
+    guarantee = FalseAlarmGuarantee("split", count, asked)
+    assert (guarantee.rate, guarantee.holds, guarantee.needed) == (rate, holds, needed)
+    assert guarantee.finest == 1 / (count + 1)
 
 
 def test_the_interval_holds_nine_of_ten_calibration_sets():
-    promise = Promise("split", 59, 0.05)  # 3 of 60
+    guarantee = FalseAlarmGuarantee("split", 59, 0.05)  # 3 of 60
     sets = torch.rand(20_000, 59, generator=torch.Generator().manual_seed(0)).double()
     rates = 1 - sets.sort(1).values[:, -3]  # of new uniform scores above the third largest
-    low, high = promise.interval
-    assert rates.mean() == pytest.approx(promise.rate, abs=1e-3)
+    low, high = guarantee.interval
+    assert rates.mean() == pytest.approx(guarantee.rate, abs=1e-3)
     assert [(rates < low).double().mean(), (rates > high).double().mean()] == pytest.approx([0.05, 0.05], abs=5e-3)
-    assert Promise("split", 9, 1).interval == (1, 1)
+    assert FalseAlarmGuarantee("split", 9, 1).interval == (1, 1)
 
 
 def test_what_is_proven():
-    assert Promise("split", 99, 0.01).bound == 0.01
-    assert Promise("cross", 200, 0.05).bound == pytest.approx(2 * 10 / 201 + 0.1)
-    assert Promise("seen", 200, 0.05).bound is None
+    assert FalseAlarmGuarantee("split", 99, 0.01).bound == 0.01
+    assert FalseAlarmGuarantee("cross", 200, 0.05).bound == pytest.approx(2 * 10 / 201 + 0.1)
+    assert FalseAlarmGuarantee("seen", 200, 0.05).bound is None
 
 
 def test_the_words_name_what_is_missing():
-    text = Promise("cross", 60, 0.01).words()
+    text = FalseAlarmGuarantee("cross", 60, 0.01).words()
     assert "p <= 0.0164, from 60 normal images" in text
     assert "needs 99 normal images, not 60" in text
-    assert "nothing is promised" in Promise("seen", 200, 0.01).words()
-    assert "needs" not in Promise("seen", 200, 0.01).words()
+    assert "nothing is promised" in FalseAlarmGuarantee("seen", 200, 0.01).words()
+    assert "needs" not in FalseAlarmGuarantee("seen", 200, 0.01).words()
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 20), (3, 41), (20, 20)])

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 import torch
 from test_image_ops import noise, seeded
-from test_paste import HARD, MANY, STILL, assert_inside, tensors
+from test_paste import HARD, MANY, STILL, assert_inside, paste, tensors
 
 from cutpaste import (
     VARIANTS,
     VIEWS,
     Variant,
     View,
-    apply,
     augment,
     augment_crops,
     cut_paste,
     draw_patch,
-    make_params,
+    make_views,
     rows,
+    sample_params,
     visible,
 )
-from image_ops import color_jitter, paste, paste_, to_float, translate
+from image_ops import color_jitter, paste_, to_float, translate
 
 # Translation --------------------------------------------------------------------------------------------------------
 
@@ -49,8 +49,8 @@ def test_translate_equals_numpy_reflection(dtype, size):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_views_and_labels(variant, dtype):
     images = (noise(5, 3, 24, 40) * (255 if dtype == torch.uint8 else 1)).to(dtype)
-    params = make_params(variant, 5, 24, 40, seeded(), translate=0.2, jitter=0.5, patch_jitter=0.5)
-    views, labels = apply(images, params)
+    params = sample_params(variant, 5, 24, 40, seeded(), translate=0.2, jitter=0.5, patch_jitter=0.5)
+    views, labels = make_views(images, params)
     count = VARIANTS[variant].num_classes
     assert views.shape == (5 * count, 3, 24, 40)
     assert views.dtype == torch.float32
@@ -64,9 +64,9 @@ def test_views_and_labels(variant, dtype):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_apply_changes_no_input(dtype, amounts):
     images = (noise(4, 3, 32, 48) * 255).to(dtype) if dtype == torch.uint8 else noise(4, 3, 32, 48)
-    params = make_params("3way", 4, 32, 48, seeded(), **amounts)
+    params = sample_params("3way", 4, 32, 48, seeded(), **amounts)
     images_before, params_before = images.clone(), [t.clone() for t in tensors(params)]
-    views, _ = apply(images, params)
+    views, _ = make_views(images, params)
     views.zero_()
     assert torch.equal(images, images_before)
     assert all(torch.equal(a, b) for a, b in zip(tensors(params), params_before))
@@ -74,10 +74,10 @@ def test_apply_changes_no_input(dtype, amounts):
 
 def test_type_and_memory_layout_do_not_matter():
     images = (noise(4, 3, 32, 48) * 255).to(torch.uint8)
-    params = make_params("3way", 4, 32, 48, seeded(), translate=0.2)
-    views, floats = apply(images, params)[0], images.float() / 255
-    assert torch.equal(views, apply(floats, params)[0])
-    assert torch.equal(views, apply(floats.contiguous(memory_format=torch.channels_last), params)[0])
+    params = sample_params("3way", 4, 32, 48, seeded(), translate=0.2)
+    views, floats = make_views(images, params)[0], images.float() / 255
+    assert torch.equal(views, make_views(floats, params)[0])
+    assert torch.equal(views, make_views(floats.contiguous(memory_format=torch.channels_last), params)[0])
 
 
 @pytest.mark.parametrize("patch_size", [None, 40])
@@ -85,17 +85,17 @@ def test_type_and_memory_layout_do_not_matter():
 def test_image_does_not_depend_on_its_batch(variant, patch_size):
     images = noise(6, 3, 50, 70)
     amounts = {"translate": 0.2, "jitter": 0.3, "patch_jitter": 0.3}
-    params = make_params(variant, 6, 50, 70, seeded(), **amounts, patch_size=patch_size)
-    views = apply(images, params)[0].unflatten(0, (-1, 6))
+    params = sample_params(variant, 6, 50, 70, seeded(), **amounts, patch_size=patch_size)
+    views = make_views(images, params)[0].unflatten(0, (-1, 6))
     for b in range(6):
-        alone, _ = apply(images[b : b + 1], rows(params, slice(b, b + 1)))
+        alone, _ = make_views(images[b : b + 1], rows(params, slice(b, b + 1)))
         assert torch.allclose(alone, views[:, b], atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 50), (8, 8)])
 def test_tiny_images(size):
     images = noise(20, 3, *size)
-    views, _ = apply(images, make_params("3way", 20, *size, seeded()))
+    views, _ = make_views(images, sample_params("3way", 20, *size, seeded()))
     assert views.shape == (60, 3, *size)
     assert torch.isfinite(views).all()
 
@@ -127,11 +127,11 @@ def test_a_new_view_is_one_entry_of_the_table(monkeypatch, patch_size):
     monkeypatch.setitem(VIEWS, "inverted", View(draw_patch, invert_, "Inverted", "#cc0000"))
     monkeypatch.setitem(VARIANTS, "4way", Variant(("image", "patch", "scar", "inverted"), "3way and inverted colors"))
     images = noise(18, 3, 40, 60)  # more than are acted on at once
-    params, three = (make_params(v, 18, 40, 60, seeded(), patch_size=patch_size) for v in ("4way", "3way"))
-    views, labels = apply(images, params)
+    params, three = (sample_params(v, 18, 40, 60, seeded(), patch_size=patch_size) for v in ("4way", "3way"))
+    views, labels = make_views(images, params)
     assert len(views) == 4 * 18
     assert labels.tolist() == [0] * 18 + [1] * 18 + [2] * 18 + [3] * 18
-    assert torch.equal(views[: 3 * 18], apply(images, three)[0])
+    assert torch.equal(views[: 3 * 18], make_views(images, three)[0])
     expected = views[:18].clone()
     for b in range(18):
         expected[box_of(params.pastes[2], b)] = 1 - expected[box_of(params.pastes[2], b)]
@@ -150,7 +150,7 @@ def test_a_new_view_is_one_entry_of_the_table(monkeypatch, patch_size):
 def test_unknown_or_misplaced_view(monkeypatch, views, message):
     monkeypatch.setitem(VARIANTS, "odd", Variant(views, ""))
     with pytest.raises(ValueError, match=message):
-        make_params("odd", 2, 32, 32, seeded())
+        sample_params("odd", 2, 32, 32, seeded())
 
 
 # Crops of a patch model ---------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_unknown_or_misplaced_view(monkeypatch, views, message):
 @pytest.mark.parametrize("size", [(256, 256), (64, 100), (100, 64), (40, 130)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_pastes_lie_inside_the_crop_and_the_crop_inside_the_image(variant, size):
-    params = make_params(variant, MANY // 10, *size, seeded(), patch_size=40)
+    params = sample_params(variant, MANY // 10, *size, seeded(), patch_size=40)
     top, left = params.corner.unbind(1)
     for first, side in ((top, size[0]), (left, size[1])):
         assert first.dtype == torch.int64
@@ -181,7 +181,7 @@ def test_pastes_lie_inside_the_crop_and_the_crop_inside_the_image(variant, size)
 )
 def test_a_patch_scales_with_the_crop_and_a_scar_with_the_image(size, patch_size, widths, lengths):
     """But a scar stays in proportion to a crop that is small against the image."""
-    patch, scar = make_params("3way", MANY, size, size, seeded(), patch_size=patch_size).pastes
+    patch, scar = sample_params("3way", MANY, size, size, seeded(), patch_size=patch_size).pastes
     area = patch.width * patch.height / patch_size**2
     assert area.mean() == pytest.approx((0.02 + 0.15) / 2, rel=0.03)
     assert (scar.width.min(), scar.width.max()) == widths
@@ -194,10 +194,10 @@ def test_views_of_a_crop_are_cut_from_the_augmented_image(size, most):
     """Against slices: the base augmentation sees the whole image, CutPaste the crop alone. Images this small are
     sampled whole."""
     images = noise(6, 3, *size)
-    params = make_params("3way", 6, *size, seeded(1), translate=most, patch_size=32)
+    params = sample_params("3way", 6, *size, seeded(1), translate=most, patch_size=32)
     base = color_jitter(to_float(translate(images, params.shift)), params.jitter)
     cut = torch.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(base, params.corner.tolist())])
-    views, labels = apply(images, params)
+    views, labels = make_views(images, params)
     crops, source, sample = augment_crops(images, params)
     assert source is None
     assert torch.allclose(sample[:, :, 0], base.flatten(2), atol=1e-6)
@@ -212,15 +212,15 @@ def test_views_of_a_crop_are_cut_from_the_augmented_image(size, most):
 
 def test_a_crop_of_the_whole_image_is_the_image():
     images = noise(4, 3, 32, 32)
-    params = make_params("normal", 4, 32, 32, seeded(), patch_size=32)
+    params = sample_params("normal", 4, 32, 32, seeded(), patch_size=32)
     assert (params.corner == 0).all()
     whole = replace(params, corner=None, patch_size=None)
-    assert torch.allclose(apply(images, params)[0], apply(images, whole)[0], atol=1e-6)
+    assert torch.allclose(make_views(images, params)[0], make_views(images, whole)[0], atol=1e-6)
 
 
 def test_statistics_of_a_large_image_are_those_of_an_even_sample():
     images = noise(4, 3, 256, 200) ** torch.tensor([0.3, 1, 2, 4])[:, None, None, None]
-    params = make_params("normal", 4, 256, 200, seeded(3), jitter=0.5, patch_size=64)
+    params = sample_params("normal", 4, 256, 200, seeded(3), jitter=0.5, patch_size=64)
     crops, _, sample = augment_crops(images, params)
     base = augment(images, params)
     assert sample.shape == (4, 3, 1, 85 * 67)  # every third pixel
@@ -242,15 +242,15 @@ def crops_by_hand(images, params):
 def test_soft_patches_come_from_anywhere_in_the_image():
     """Against slices: the same boxes, cut from the second crop and pasted into the first."""
     images = noise(6, 3, 60, 90)
-    params = make_params("soft", 6, 60, 90, seeded(1), translate=0.1, patch_size=32)
+    params = sample_params("soft", 6, 60, 90, seeded(1), translate=0.1, patch_size=32)
     assert not torch.equal(params.source, params.corner)
-    assert make_params("3way", 6, 60, 90, seeded(1), patch_size=32).source is None
+    assert sample_params("3way", 6, 60, 90, seeded(1), patch_size=32).source is None
     base = color_jitter(to_float(translate(images, params.shift)), params.jitter)
     cut, source = (
         torch.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(base, corner.tolist())])
         for corner in (params.corner, params.source)
     )
-    views = apply(images, params)[0].split(6)
+    views = make_views(images, params)[0].split(6)
     assert torch.allclose(views[0], cut, atol=1e-6)
     for view, boxes in zip(views[1:], params.pastes):
         target = cut.contiguous(memory_format=torch.channels_last).clone()
@@ -263,7 +263,7 @@ def test_soft_patches_come_from_anywhere_in_the_image():
 
 
 def test_visible_counts_pixels_that_differ_by_half_a_deviation():
-    params = make_params("3way", 4, 32, 32, seeded())
+    params = sample_params("3way", 4, 32, 32, seeded())
     patch, scar = params.pastes
     params = replace(params, pastes=(full(patch, 8, 8), full(scar, 2, 4)))
     views = torch.full((12, 3, 32, 32), 0.5)
@@ -284,16 +284,16 @@ def full(p, width, height):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_is_visible_on_an_even_image_and_nearly_all_in_noise(variant):
-    params = make_params(variant, 40, 64, 64, seeded(), patch_size=40, jitter=0, patch_jitter=0)
+    params = sample_params(variant, 40, 64, 64, seeded(), patch_size=40, jitter=0, patch_jitter=0)
     for images, share in ((torch.full((40, 3, 64, 64), 0.3), 0.0), (noise(40, 3, 64, 64), 0.95)):
-        seen = visible(apply(images, params)[0], params, images)
+        seen = visible(make_views(images, params)[0], params, images)
         assert (seen.float().mean() >= share) if share else not seen.any()
 
 
 @pytest.mark.parametrize("patch_size", [0, 49, 64])
 def test_bad_patch_size(patch_size):
     with pytest.raises(ValueError, match=rf"patch_size lies in \[1, 48\].*not {patch_size}"):
-        make_params("normal", 2, 64, 48, seeded(), patch_size=patch_size)
+        sample_params("normal", 2, 64, 48, seeded(), patch_size=patch_size)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_bad_patch_size(patch_size):
 
 def test_unknown_variant():
     with pytest.raises(ValueError, match=r"'4way'.*normal, scar, union, 3way, soft"):
-        make_params("4way", 2, 32, 32, seeded())
+        sample_params("4way", 2, 32, 32, seeded())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -310,15 +310,15 @@ def test_unknown_variant():
     [(3, 64, 48), (4, 1, 64, 48), (4, 4, 64, 48), (4, 64, 48, 3), (1, 3, 64, 48), (5, 3, 64, 48), (4, 3, 48, 64)],
 )
 def test_images_of_another_shape_than_their_parameters(variant, shape):
-    params = make_params(variant, 4, 64, 48, seeded())
+    params = sample_params(variant, 4, 64, 48, seeded())
     got = ", ".join(map(str, shape))
     with pytest.raises(ValueError, match=rf"drawn for images \(4, 3, 64, 48\), got \({got}\)"):
-        apply(torch.zeros(shape), params)
+        make_views(torch.zeros(shape), params)
 
 
 def test_images_of_another_type():
     with pytest.raises(ValueError, match="int64"):
-        apply(torch.zeros(4, 3, 64, 48, dtype=torch.int64), make_params("3way", 4, 64, 48, seeded()))
+        make_views(torch.zeros(4, 3, 64, 48, dtype=torch.int64), sample_params("3way", 4, 64, 48, seeded()))
 
 
 @pytest.mark.parametrize(
@@ -330,4 +330,4 @@ def test_images_of_another_type():
 )
 def test_bad_amount(name, value):
     with pytest.raises(ValueError, match=f"^{name} .*{value}"):
-        make_params("normal", 2, 32, 32, seeded(), **{name: value})
+        sample_params("normal", 2, 32, 32, seeded(), **{name: value})

@@ -14,8 +14,8 @@ from density import (
     GaussianTorch,
     KernelDensity,
     NotFiniteError,
-    arranged,
     fit_density,
+    group_by_density,
     held_out,
     ledoit_wolf,
     whitening,
@@ -299,8 +299,10 @@ def test_gaussians_shared_or_for_each_location_against_scikit_learn(kind):
     assert (shared.mean.dtype, each.mean.dtype) == (torch.float64, torch.float32)
     one = LedoitWolf().fit(x.reshape(-1, 6).numpy())
     expected = mahalanobis(new.numpy(), one.location_, one.covariance_)
-    assert np.allclose(shared.score(arranged(new, True)).view(5, 7), expected, rtol=1e-6)
-    for found, own, fit in zip(each.score(arranged(new, False)), new.numpy().swapaxes(0, 1), by_scikit_learn(x)):
+    assert np.allclose(shared.score(group_by_density(new, True)).view(5, 7), expected, rtol=1e-6)
+    for found, own, fit in zip(
+        each.score(group_by_density(new, False)), new.numpy().swapaxes(0, 1), by_scikit_learn(x)
+    ):
         assert np.allclose(found, mahalanobis(own, *fit), rtol=1e-4)
 
 
@@ -315,7 +317,7 @@ def test_one_density_with_or_without_the_first_axis(kind):
 def test_a_location_that_never_changes_is_no_infinity():
     x = several(12, 4, 5)
     x[:, 2] = x[0, 2]
-    assert torch.isfinite(fit_density("torch", x, False).score(arranged(x + 0.1, False))).all()
+    assert torch.isfinite(fit_density("torch", x, False).score(group_by_density(x + 0.1, False))).all()
 
 
 def test_a_shared_density_is_fitted_to_no_more_images_than_fit(monkeypatch):
@@ -358,9 +360,9 @@ def test_held_out_scores_of_windows_are_those_of_a_fit_without_the_fold(shared, 
     found, _ = held_out("torch", x, shared)
     for image in range(images):
         fitted = fit_density("torch", x[torch.arange(images) % 5 != image % 5], shared)
-        expected = fitted.score(arranged(x[image : image + 1], shared)).reshape(-1)
+        expected = fitted.score(group_by_density(x[image : image + 1], shared)).reshape(-1)
         assert torch.allclose(found[image], expected.double(), rtol=1e-5)
-    whole = fit_density("torch", x, shared).score(arranged(x, shared))
+    whole = fit_density("torch", x, shared).score(group_by_density(x, shared))
     assert found.mean() > whole.mean()
 
 

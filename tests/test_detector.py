@@ -55,7 +55,7 @@ def test_round_trip(tmp_path, fitted, images, density):
     other = load(tmp_path / "brick.pt")
     assert torch.equal(scores_of(one, images), scores_of(other, images))
     assert torch.equal(one.threshold, other.threshold)
-    assert torch.equal(one.normal_scores, other.normal_scores)
+    assert torch.equal(one.calibration_scores, other.calibration_scores)
     assert other.config == replace(CONFIG, density=density)
     assert other.metadata == fitted.metadata
     assert other.size == (32, 48)
@@ -81,8 +81,8 @@ def test_l2_normalizes_embeddings(fitted, images):
 def test_threshold_is_the_conformal_one_of_held_out_normal_scores(fitted, images):
     (level,) = fitted.levels
     scores, _ = held_out("torch", level.project(fitted.members[0].embed(images)[0]), True)
-    assert torch.allclose(fitted.normal_scores, scores[:, 0])
-    assert fitted.threshold == conformal_threshold(fitted.normal_scores, 0.2)[0]
+    assert torch.allclose(fitted.calibration_scores, scores[:, 0])
+    assert fitted.threshold == conformal_threshold(fitted.calibration_scores, 0.2)[0]
     assert list(fitted.notes()) == []
     (note,) = fitted.refit(images, false_alarm_rate=0.01).notes()
     assert "0.01 needs 99 normal images, not 12" in note
@@ -98,8 +98,8 @@ def test_density_is_fitted_to_an_even_sample_of_many_images(images, monkeypatch)
     fitted, expected = Detector(CONFIG, [network]).fit(many), Detector(CONFIG, [network]).fit(many[chosen])
     for name, value in expected.levels.state_dict().items():
         assert torch.allclose(fitted.levels.state_dict()[name], value, rtol=1e-4)
-    assert torch.allclose(fitted.normal_scores, expected.normal_scores, rtol=1e-4)
-    assert len(fitted.normal_scores) == 70
+    assert torch.allclose(fitted.calibration_scores, expected.calibration_scores, rtol=1e-4)
+    assert len(fitted.calibration_scores) == 70
 
 
 def test_fitting_runs_the_network_once_over_the_images(images, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_patch_model_of_version_2_scores_the_same(tmp_path):
     path.write_bytes(lzma.decompress((Path(__file__).parent / "detector_version_2.pt.xz").read_bytes()))
     made = load(path)
     assert made.metadata["train_images"] == 12
-    assert made.threshold == conformal_threshold(made.normal_scores, 0.2)[0]
+    assert made.threshold == conformal_threshold(made.calibration_scores, 0.2)[0]
     assert made.config.levels == (1,)
     scores, maps = made(VERSION_2_IMAGES)
     assert torch.allclose(scores, made.threshold.new_tensor(made.metadata["scores"]), rtol=1e-5)
@@ -214,7 +214,11 @@ def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, ima
         assert torch.allclose(((x @ precision) * x).sum(1).sqrt(), made(images)[0])
     config = {name: value for name, value in made.config.to_dict().items() if name != "dims"}
     content = {"format": detector.FORMAT, "version": 2, "config": config, "made": {}, "density": density}
-    content |= {"network": made.network.state_dict(), "threshold": made.threshold, "normal_scores": made.normal_scores}
+    content |= {
+        "network": made.network.state_dict(),
+        "threshold": made.threshold,
+        "normal_scores": made.calibration_scores,
+    }
     torch.save(content, tmp_path / "brick.pt")  # without a checksum
     assert torch.allclose(load(tmp_path / "brick.pt")(images)[0], made(images)[0], rtol=1e-9)
 
@@ -230,7 +234,9 @@ def test_a_patch_model_of_version_3_has_the_same_stages(tmp_path):
     settings = {name: value for name, value in config.to_dict().items() if name not in ("features", "folds")}
     content = {"format": detector.FORMAT, "version": 3, "config": settings | {"level": "2,4"}, "metadata": {}}
     content |= {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
-    save_tensors(content | {"threshold": made.threshold, "normal_scores": made.normal_scores}, tmp_path / "brick.pt")
+    save_tensors(
+        content | {"threshold": made.threshold, "normal_scores": made.calibration_scores}, tmp_path / "brick.pt"
+    )
     found = load(tmp_path / "brick.pt")
     assert found.config == config
     for one, other in zip(found(pictures(3, seed=1)), made(pictures(3, seed=1))):
@@ -315,7 +321,7 @@ def test_round_trip_of_a_patch_model(tmp_path, patch_model, changes):
     assert torch.equal(scores_of(one, images), scores_of(other, images))
     assert other.config == one.config == Config.from_dict(PATCHES.to_dict() | changes)
     assert [level.shared for level in other.levels] == [level.shared for level in one.levels]
-    assert torch.equal(one.normal_scores, other.normal_scores)
+    assert torch.equal(one.calibration_scores, other.calibration_scores)
 
 
 def test_a_map_does_not_depend_on_the_batch(patch_model):
@@ -337,10 +343,10 @@ def test_a_detector_can_be_exported(fitted, images, patch_model, changes):
 
 
 def test_threshold_of_a_patch_model_is_of_held_out_maxima(patch_model):
-    assert patch_model.normal_scores.shape == (20,)
-    assert patch_model.threshold == conformal_threshold(patch_model.normal_scores, 0.2)[0]
+    assert patch_model.calibration_scores.shape == (20,)
+    assert patch_model.threshold == conformal_threshold(patch_model.calibration_scores, 0.2)[0]
     # what the other folds have not seen is further away than what the density was fitted to
-    assert (patch_model.normal_scores > scores_of(patch_model, pictures(20))).float().mean() > 0.9
+    assert (patch_model.calibration_scores > scores_of(patch_model, pictures(20))).float().mean() > 0.9
 
 
 def test_a_damaged_patch_model_is_named(tmp_path, patch_model):

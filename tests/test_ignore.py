@@ -15,15 +15,15 @@ from test_detector import CONFIG, PATCHES, pictures
 
 import run_training
 from cutpaste import VIEWS
-from dataset import load_mask, load_sources, load_train
+from dataset import load_fill_index, load_ignored, load_train
 from detector import Detector, initial_network, load, save
-from image_ops import ALL_COUNT, filled, ignored_by, sources_of
+from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of, ignored_pixels
 from runtime.files import InputError
 from runtime.image_files import decode, find_images
 from training import trainer as log
-from training.trainer import Numerics, Run, invisible_shares, log_start
+from training.trainer import Precision, Trainer, invisible_shares, log_start
 
-NUMERICS = Numerics(1, "off", False)
+NUMERICS = Precision(1, "off", False)
 BOX = (slice(4, 15), slice(20, 40))  # rows, columns
 
 
@@ -53,7 +53,7 @@ def write_mask(path, mask):
 def test_what_resizing_mixes_with_an_ignored_pixel_is_ignored(tmp_path, own, size):
     mask = np.zeros(own, bool)
     mask[7:13, 12:17] = mask[15, -1] = True
-    found = load_mask(write_mask(tmp_path / "mask.png", mask), size, own).numpy()
+    found = load_ignored(write_mask(tmp_path / "mask.png", mask), size, own).numpy()
     pictures = []
     for value in (0, 255):
         Image.fromarray(np.where(mask, value, 90).astype(np.uint8)).save(tmp_path / "a.png")
@@ -68,7 +68,7 @@ def test_what_resizing_mixes_with_an_ignored_pixel_is_ignored(tmp_path, own, siz
 
 def test_ignored_pixels_become_the_nearest_ones_that_count():
     mask = torch.rand(9, 13, generator=torch.Generator().manual_seed(0)) < 0.8
-    sources = sources_of(mask)
+    sources = fill_index_of(mask)
     counts = [(y, x) for y in range(9) for x in range(13) if not mask[y, x]]
     for y in range(9):
         for x in range(13):
@@ -77,37 +77,37 @@ def test_ignored_pixels_become_the_nearest_ones_that_count():
             distances = [(y - v) ** 2 + (x - u) ** 2 for v, u in counts]
             assert (y - source[0]) ** 2 + (x - source[1]) ** 2 == min(distances)
     images = torch.randint(0, 256, (2, 3, 9, 13), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    before, found = images.clone(), filled(images, sources)
+    before, found = images.clone(), fill_ignored(images, sources)
     assert torch.equal(images, before)
     for y in range(9):
         for x in range(13):
             v, u = divmod(sources[y, x].item(), 13)
             assert torch.equal(found[:, :, y, x], images[:, :, v, u])
-    assert torch.equal(filled(found, sources), found)
-    assert torch.equal(ignored_by(sources), mask)
-    assert filled(images, ALL_COUNT) is images
+    assert torch.equal(fill_ignored(found, sources), found)
+    assert torch.equal(ignored_pixels(sources), mask)
+    assert fill_ignored(images, NOTHING_IGNORED) is images
 
 
 def test_masks_that_cannot_be(tmp_path):
     def fails(mask, words, file_size=(64, 96)):
         with pytest.raises(InputError, match=words):
-            load_mask(write_mask(tmp_path / "m.png", mask), (32, 48), file_size)
+            load_ignored(write_mask(tmp_path / "m.png", mask), (32, 48), file_size)
 
     fails(np.eye(60), "m.png: mask of 60x60 pixels for images of 96x64; give it their size, or 48x32")
     fails(np.ones((32, 48)), "m.png: every pixel is ignored at 48x32")
     fails(np.zeros((64, 96)), "m.png: no pixel is ignored at 48x32")
-    assert load_mask(write_mask(tmp_path / "m.png", np.eye(60)), (32, 48), None).any()
+    assert load_ignored(write_mask(tmp_path / "m.png", np.eye(60)), (32, 48), None).any()
     own = np.zeros((32, 48), bool)
     own[3, 4] = True
-    assert (load_mask(write_mask(tmp_path / "m.png", own), (32, 48), (64, 96)).numpy() == own).all()
+    assert (load_ignored(write_mask(tmp_path / "m.png", own), (32, 48), (64, 96)).numpy() == own).all()
 
 
 def test_a_folder_holds_masks_of_some_categories(tmp_path):
     Image.new("L", (48, 32)).save(tmp_path / "photo.png")
     write_mask(tmp_path / "brick.png", box_of(32, 48))
-    found = [load_sources(str(tmp_path), name, (32, 48), tmp_path / "photo.png") for name in ("brick", "grass")]
-    assert torch.equal(ignored_by(found[0]), box_of(32, 48))
-    assert found[1] is ALL_COUNT
+    found = [load_fill_index(str(tmp_path), name, (32, 48), tmp_path / "photo.png") for name in ("brick", "grass")]
+    assert torch.equal(ignored_pixels(found[0]), box_of(32, 48))
+    assert found[1] is NOTHING_IGNORED
 
 
 # Scoring ----------------------------------------------------------------------------------------------------------
@@ -128,26 +128,26 @@ KINDS = {
 def test_what_is_ignored_changes_no_score_and_no_map(config, tmp_path):
     normal, test = (pictures(count, seed=seed)[..., :32, :48] for count, seed in ((16, 0), (4, 1)))
     mask, networks = box_of(32, 48), [initial_network(config, member=number) for number in range(config.folds)]
-    made = Detector(config, networks, sources_of(mask)).fit(normal)
+    made = Detector(config, networks, fill_index_of(mask)).fit(normal)
     before = test.clone()
-    judged = made.judge(test, grad_cam=config.patches is None)
+    judged = made.predict_batch(test, grad_cam=config.patches is None)
     assert torch.equal(test, before)
     save(made, tmp_path / "brick.pt")
     again = load(tmp_path / "brick.pt")
     refitted = again.refit(painted(normal))
     for other in (again, refitted):
-        assert torch.equal(other.normal_scores, made.normal_scores)
-        found = other.judge(painted(test), grad_cam=config.patches is None)
+        assert torch.equal(other.calibration_scores, made.calibration_scores)
+        found = other.predict_batch(painted(test), grad_cam=config.patches is None)
         assert torch.equal(found.scores, judged.scores)
         assert torch.equal(found.maps, judged.maps)
     arrays = [image.permute(1, 2, 0).numpy() for image in painted(test)]
     assert np.allclose(again.predict(arrays).scores, judged.scores, rtol=1e-4, atol=1e-4)
-    assert torch.equal(again.untrained().sources, made.sources)
+    assert torch.equal(again.untrained().fill_index, made.fill_index)
     hidden, counts = judged.maps[:, mask], judged.maps[:, ~mask]
     assert (hidden.amax(1) <= counts.amin(1)).all()
     assert (hidden < made.threshold).all()
     bare = Detector(config, networks).fit(normal)
-    assert not torch.equal(bare.judge(painted(test)).scores, bare.judge(test).scores)
+    assert not torch.equal(bare.predict_batch(painted(test)).scores, bare.predict_batch(test).scores)
     if config.folds == 1 and config.patches:
         assert torch.equal(judged.scores, counts.amax(1).double())
         assert torch.equal(made.levels[0].density.mean, refitted.levels[0].density.mean)
@@ -158,7 +158,7 @@ def test_not_even_an_image_that_is_anomalous_everywhere_is_so_where_it_does_not_
     mask, calm = box_of(32, 48), 120 + pictures(16)[..., :32, :48] // 16
     for config in (SMALL, replace(SMALL, level=(2, 3), folds=2)):
         networks = [initial_network(config, member=number) for number in range(config.folds)]
-        made = Detector(config, networks, sources_of(mask)).fit(calm)
+        made = Detector(config, networks, fill_index_of(mask)).fit(calm)
         noise = torch.Generator().manual_seed(0)
         maps = made(torch.randint(0, 256, (2, *calm.shape[1:]), dtype=torch.uint8, generator=noise))[1]
         assert (maps[:, ~mask] > made.threshold).float().mean() > 0.9
@@ -171,16 +171,16 @@ def test_not_even_an_image_that_is_anomalous_everywhere_is_so_where_it_does_not_
 def test_hiding_takes_a_region_from_the_maps_of_a_finished_detector():
     own, more = box_of(32, 48), torch.zeros(32, 48, dtype=torch.bool)
     more[20:, :25] = True
-    made = Detector(SMALL, [initial_network(SMALL)], sources_of(own)).fit(pictures(16)[..., :32, :48])
+    made = Detector(SMALL, [initial_network(SMALL)], fill_index_of(own)).fit(pictures(16)[..., :32, :48])
     images = pictures(6, seed=1)[..., :32, :48]
-    before, found, counts = made.judge(images), made.hide(more).judge(images), ~(own | more)
+    before, found, counts = made.predict_batch(images), made.ignore_region(more).predict_batch(images), ~(own | more)
     assert torch.equal(found.maps[:, counts], before.maps[:, counts])
     assert torch.equal(found.scores, before.maps[:, counts].amax(1).double())
     assert (found.scores < before.scores).any()
     assert (found.p_values >= before.p_values).all()
     assert (found.maps[:, more].amax(1) <= before.maps.amin((1, 2))).all()
     with pytest.raises(InputError, match="brick: every pixel is ignored"):
-        made.hide(~more)
+        made.ignore_region(~more)
 
 
 # Training ---------------------------------------------------------------------------------------------------------
@@ -200,9 +200,9 @@ def two(data, tmp_path):
 
 @pytest.mark.parametrize("config", [replace(WHOLE, invisible="drop"), SMALL], ids=["whole", "patches"])
 def test_no_step_depends_on_it(config):
-    images, sources, found = pictures(8)[..., :32, :48], sources_of(box_of(32, 48)), []
-    for own, filled_from in ((images, sources), (painted(images), sources), (painted(images), ALL_COUNT)):
-        run = Run(replace(config, batch_size=4), own, "", torch.device("cpu"), NUMERICS, sources=filled_from)
+    images, sources, found = pictures(8)[..., :32, :48], fill_index_of(box_of(32, 48)), []
+    for own, filled_from in ((images, sources), (painted(images), sources), (painted(images), NOTHING_IGNORED)):
+        run = Trainer(replace(config, batch_size=4), own, "", torch.device("cpu"), NUMERICS, fill_index=filled_from)
         run.train_step()
         found.append(torch.cat([weight.detach().flatten() for weight in run.network.parameters()]))
     assert torch.equal(found[0], found[1])
@@ -211,8 +211,8 @@ def test_no_step_depends_on_it(config):
 
 def test_what_is_logged_is_of_filled_images(monkeypatch):
     monkeypatch.setattr(log, "LOOKED_AT", 16)
-    images, sources = pictures(8)[..., :32, :48], sources_of(box_of(32, 48))
-    shares = invisible_shares(WHOLE, filled(images, sources))
+    images, sources = pictures(8)[..., :32, :48], fill_index_of(box_of(32, 48))
+    shares = invisible_shares(WHOLE, fill_ignored(images, sources))
     assert invisible_shares(WHOLE, painted(images), sources) == shares
     logged = []
     writer = SimpleNamespace(add_text=lambda *_: None, add_figure=lambda name, figure, step: logged.append(figure))
@@ -238,8 +238,8 @@ def test_training_and_evaluation_do_not_depend_on_it(two, script, monkeypatch):
     assert (two / "Eval/models_one/scores.csv").read_text() == (two / "Eval/models_other/scores.csv").read_text()
     assert same_weights(two / "models_one/brick.pt", two / "models_other/brick.pt")
     one, other = (load(two / f"models_{name}/brick.pt") for name in ("one", "other"))
-    assert torch.equal(ignored_by(one.sources), box_of(32, 32))
-    assert torch.equal(one.normal_scores, other.normal_scores)
+    assert torch.equal(ignored_pixels(one.fill_index), box_of(32, 32))
+    assert torch.equal(one.calibration_scores, other.calibration_scores)
     assert not torch.equal(load_train("one", "brick", (32, 32), 0), load_train("other", "brick", (32, 32), 0))
 
 
@@ -284,7 +284,7 @@ def test_the_preview_is_of_filled_images(two, script, monkeypatch):
     done = again(script, "other", two / "models", "--ignore", "mask.png", "--preview", "sheet.png")
     assert done.code == 0, done.err
     expected = load_train("one", "brick", (32, 32), 0)[:6]
-    assert torch.equal(shown[0], filled(expected, sources_of(box_of(32, 32))))
+    assert torch.equal(shown[0], fill_ignored(expected, fill_index_of(box_of(32, 32))))
 
 
 # predict.py -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from density import NotFiniteError, fit_density, held_out
-from localization import Grid, Level, embed_windows, principal_axes, upsample
+from localization import Grid, StageDensity, embed_windows, principal_axes, upsample
 from model import CutPasteNet
 
 
@@ -51,16 +51,16 @@ def test_the_papers_grid_and_the_grid_of_a_whole_image():
     assert Grid(256, 192).shape == (1, 1)
 
 
-@pytest.mark.parametrize("unit", [1, 4, 8])
+@pytest.mark.parametrize("feature_stride", [1, 4, 8])
 @pytest.mark.parametrize(("height", "width", "window", "stride"), [(64, 96, 32, 8), (70, 101, 32, 8), (45, 64, 16, 16)])
-def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, stride, unit):
-    grid = Grid(height, width, window, stride, unit)
+def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, stride, feature_stride):
+    grid = Grid(height, width, window, stride, feature_stride)
     assert grid.shape == tuple(1 + math.floor((side - window) / stride) for side in (height, width))
     for side, centers, corner in zip((height, width), grid.centers, grid.corner):
         assert (centers.diff() == stride).all()
-        assert centers[0] - window / 2 + (unit - 1) / 2 == corner
+        assert centers[0] - window / 2 + (feature_stride - 1) / 2 == corner
         assert 0 <= corner < stride
-        assert corner % unit == 0
+        assert corner % feature_stride == 0
         assert 0 <= side - (centers[-1] - centers[0] + corner + window) < stride
 
 
@@ -89,14 +89,19 @@ def test_windows_alone_against_a_loop(normalize):
 @pytest.mark.parametrize(("height", "width"), [(64, 97), (80, 64)])
 def test_dense_windows_against_a_loop(level, height, width):
     net, images = network(), torch.rand(2, 3, height, width, generator=seeded(2))
-    unit = net.spec.strides[level - 1]
-    grid = Grid(height, width, 32, 16, unit)
+    feature_stride = net.spec.strides[level - 1]
+    grid = Grid(height, width, 32, 16, feature_stride)
     (found,) = embed_windows(net, images, (level,), [grid], dense=True)
     (features,) = net.features(net.normalized(images), (level,))
     for row, col in itertools.product(*map(range, grid.shape)):
         top, left = (corner + 16 * n for corner, n in zip(grid.corner, (row, col)))
-        part = features[:, :, top // unit : (top + 32) // unit, left // unit : (left + 32) // unit]
-        assert part.shape[2:] == (32 // unit, 32 // unit)
+        part = features[
+            :,
+            :,
+            top // feature_stride : (top + 32) // feature_stride,
+            left // feature_stride : (left + 32) // feature_stride,
+        ]
+        assert part.shape[2:] == (32 // feature_stride, 32 // feature_stride)
         assert torch.allclose(found[:, row * grid.shape[1] + col], part.mean((2, 3)), rtol=1e-3, atol=1e-5)
 
 
@@ -144,7 +149,7 @@ def embeddings(images, locations, dims, seed=0, spread=1.0):
 
 
 def level(location="auto", dims=None, l2=False, grid=None):
-    return Level(grid or Grid(64, 64, 32, 16), "torch", l2, location, dims)
+    return StageDensity(grid or Grid(64, 64, 32, 16), "torch", l2, location, dims)
 
 
 def test_principal_axes_are_those_of_scikit_learn():
@@ -162,10 +167,10 @@ def test_principal_axes_are_those_of_scikit_learn():
 
 def test_embeddings_are_projected_on_the_axes_of_the_normalized_ones():
     x, made = embeddings(12, 7, 6), level(dims=4, l2=True)
-    unit = functional.normalize(x.double(), dim=2)
-    assert torch.allclose(made.project(x), unit.float())
+    feature_stride = functional.normalize(x.double(), dim=2)
+    assert torch.allclose(made.project(x), feature_stride.float())
     made.choose_axes(x)
-    assert torch.allclose(made.project(x), (unit @ principal_axes(unit)[:, :4]).float(), atol=1e-5)
+    assert torch.allclose(made.project(x), (feature_stride @ principal_axes(feature_stride)[:, :4]).float(), atol=1e-5)
     assert level(grid=Grid(64, 64)).project(x).dtype == torch.float64
 
 

@@ -7,8 +7,14 @@ import pytest
 import torch
 from test_image_ops import noise, seeded, torchvision_jitter
 
-from cutpaste import VARIANTS, ViewParams, apply, make_params, rows
-from image_ops import BRIGHTNESS, PasteParams, color_jitter, paste, to_float, translate
+from cutpaste import VARIANTS, ViewParams, make_views, rows, sample_params
+from image_ops import BRIGHTNESS, PasteParams, color_jitter, paste_, to_float, translate
+
+
+def paste(images, params):
+    images = images.contiguous(memory_format=torch.channels_last)
+    return paste_(images.clone(), images, params)
+
 
 STILL = {"translate": 0, "jitter": 0, "patch_jitter": 0}  # cut and paste, and nothing else
 MANY = 20_000
@@ -82,7 +88,7 @@ def paste_by_hand(image, p, b):
 
 
 def drawn(variant, height=SIDE, width=SIDE, count=MANY):
-    return make_params(variant, count, height, width, seeded()).pastes
+    return sample_params(variant, count, height, width, seeded()).pastes
 
 
 # Cut and paste ------------------------------------------------------------------------------------------------------
@@ -92,8 +98,8 @@ def drawn(variant, height=SIDE, width=SIDE, count=MANY):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_paste_equals_pixel_loop(variant, size):
     images = coordinate_images(3, *size)
-    params = make_params(variant, 3, *size, seeded(1), **STILL)
-    views = apply(images, params)[0].unflatten(0, (-1, 3))
+    params = sample_params(variant, 3, *size, seeded(1), **STILL)
+    views = make_views(images, params)[0].unflatten(0, (-1, 3))
     assert torch.equal(views[0], images)
     for view, p in zip(views[1:], params.pastes):
         for b in range(3):
@@ -109,8 +115,8 @@ def test_paste_equals_pixel_loop(variant, size):
 @pytest.mark.parametrize("variant", HARD)
 def test_changed_pixels_lie_in_target_and_come_from_source(variant, size):
     images = coordinate_images(50, *size)
-    params = make_params(variant, 50, *size, seeded(2), **STILL)
-    views = apply(images, params)[0].unflatten(0, (-1, 50))
+    params = sample_params(variant, 50, *size, seeded(2), **STILL)
+    views = make_views(images, params)[0].unflatten(0, (-1, 50))
     for view, p in zip(views[1:], params.pastes):
         b, y, x = (view != images).any(1).nonzero(as_tuple=True)
         assert len(b.unique()) >= 48  # a tiny scar may fall on its own source
@@ -127,7 +133,7 @@ def test_changed_pixels_lie_in_target_and_come_from_source(variant, size):
 def test_no_soft_edge_is_a_hard_edge(variant):
     """But for pixels on the very border."""
     images = noise(8, 3, 64, 64)
-    (boxes,) = make_params(variant, 8, 64, 64, seeded(2), **STILL).pastes
+    (boxes,) = sample_params(variant, 8, 64, 64, seeded(2), **STILL).pastes
     hard, soft = (paste(images, replace(boxes, soft=soft)) for soft in (None, torch.zeros(8)))
     pasted = (hard != images).any(1)
     assert pasted.any((1, 2)).all()
@@ -167,14 +173,14 @@ def test_quarter_turn_equals_rot90():
 def test_white_stays_white(size):
     """A scar rotated the naive way leaves black corners."""
     images = torch.ones(64, 3, *size)
-    views, _ = apply(images, make_params("3way", 64, *size, seeded(), jitter=0, patch_jitter=0))
+    views, _ = make_views(images, sample_params("3way", 64, *size, seeded(), jitter=0, patch_jitter=0))
     assert (views == 1).all()
 
 
 def test_paste_sees_the_base_augmentation():
     images = noise(6, 3, 40, 60)
-    params = make_params("3way", 6, 40, 60, seeded(), translate=0.3, jitter=0.4)
-    views = apply(images, params)[0].unflatten(0, (3, 6))
+    params = sample_params("3way", 6, 40, 60, seeded(), translate=0.3, jitter=0.4)
+    views = make_views(images, params)[0].unflatten(0, (3, 6))
     base = color_jitter(to_float(translate(images, params.shift)), params.jitter)
     assert not torch.equal(base, images)
     assert torch.equal(views[0], base)
@@ -184,7 +190,7 @@ def test_paste_sees_the_base_augmentation():
 
 def test_patch_jitter_changes_the_patch_alone():
     images = noise(24, 3, 60, 90)
-    params = make_params("normal", 24, 60, 90, seeded(), translate=0, jitter=0, patch_jitter=0.5)
+    params = sample_params("normal", 24, 60, 90, seeded(), translate=0, jitter=0, patch_jitter=0.5)
     (p,) = params.pastes
     expected = images.clone()
     for b in range(24):
@@ -192,7 +198,7 @@ def test_patch_jitter_changes_the_patch_alone():
         x, y = int(p.center_x[b] - w / 2), int(p.center_y[b] - h / 2)
         patch = images[b, :, source_y : source_y + h, source_x : source_x + w]
         expected[b, :, y : y + h, x : x + w] = torchvision_jitter(patch, p.jitter.factors[b], p.jitter.order[b])
-    assert torch.allclose(apply(images, params)[0][24:], expected, atol=1e-5)
+    assert torch.allclose(make_views(images, params)[0][24:], expected, atol=1e-5)
 
 
 # Drawing ------------------------------------------------------------------------------------------------------------
@@ -279,7 +285,7 @@ def test_patch_is_upright_and_lands_on_whole_pixels():
 
 @pytest.mark.parametrize(("amount", "down", "right"), [(0.04, 4, 2), (0.1, 10, 5), (0.005, 0, 0)])
 def test_shift_is_uniform_and_reaches_both_ends(amount, down, right):
-    shift = make_params("normal", MANY, 100, 50, seeded(), translate=amount).shift
+    shift = sample_params("normal", MANY, 100, 50, seeded(), translate=amount).shift
     for column, most in ((shift[:, 0], down), (shift[:, 1], right)):
         values, counts = column.unique(return_counts=True)
         assert values.tolist() == list(range(-most, most + 1))
@@ -287,14 +293,14 @@ def test_shift_is_uniform_and_reaches_both_ends(amount, down, right):
 
 
 def test_base_and_patch_have_their_own_amounts():
-    params = make_params("3way", 1000, 8, 8, seeded(), jitter=0.01, patch_jitter=0.3)
+    params = sample_params("3way", 1000, 8, 8, seeded(), jitter=0.01, patch_jitter=0.3)
     assert (params.jitter.factors[:, BRIGHTNESS] - 1).abs().max() <= 0.0101
     for p in params.pastes:
         assert 0.25 < (p.jitter.factors[:, BRIGHTNESS] - 1).abs().max() <= 0.3001
 
 
 def test_no_amount_means_none():
-    params = make_params("3way", 4, 32, 32, seeded(), **STILL)
+    params = sample_params("3way", 4, 32, 32, seeded(), **STILL)
     assert params.shift is None
     assert params.jitter is None
     assert [p.jitter for p in params.pastes] == [None, None]
@@ -314,7 +320,7 @@ def test_union_draws_both_kinds_in_equal_parts():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_seed_same_params(variant):
-    first, second, other = (tensors(make_params(variant, 8, 64, 96, seeded(s))) for s in (5, 5, 6))
+    first, second, other = (tensors(sample_params(variant, 8, 64, 96, seeded(s))) for s in (5, 5, 6))
     assert len(first) == len(second) > 8
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert not all(torch.equal(a, b) for a, b in zip(first, other))
@@ -323,13 +329,13 @@ def test_same_seed_same_params(variant):
 def test_drawing_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    params = make_params("3way", 8, 64, 96, seeded())
-    apply(noise(8, 3, 64, 96), params)
+    params = sample_params("3way", 8, 64, 96, seeded())
+    make_views(noise(8, 3, 64, 96), params)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_each_image_gets_its_own_parameters():
-    params = make_params("3way", 64, 256, 256, seeded())
+    params = sample_params("3way", 64, 256, 256, seeded())
     assert len(params.shift.unique(dim=0)) > 32
     assert len(params.jitter.factors.unique(dim=0)) == 64
     assert len(params.jitter.order.unique(dim=0)) > 12
@@ -343,7 +349,7 @@ def test_each_image_gets_its_own_parameters():
 @pytest.mark.parametrize("part", [slice(1, 3), torch.tensor([4, 0])])
 @pytest.mark.parametrize("amounts", [STILL, {"patch_size": 24}])
 def test_rows_are_the_parameters_of_some_images(amounts, part):
-    params = make_params("3way", 5, 32, 48, seeded(), **amounts)
+    params = sample_params("3way", 5, 32, 48, seeded(), **amounts)
     some = rows(params, part)
     assert [type(p) for p in (some, some.pastes, *some.pastes)] == [ViewParams, tuple, PasteParams, PasteParams]
     assert len(tensors(some)) == len(tensors(params)) >= 14

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, resume
-from dataset import load_sources, load_train, train_paths
+from dataset import load_fill_index, load_train, train_paths
 from detector import Detector, build_network, check_enough, detector_path, load_config, member_images, save
 from normals import normals_path, save_normals
 from runtime import cache
@@ -20,17 +20,17 @@ from runtime.cli import command_line, device_name, suitable_precision
 from runtime.distributed import Ranks
 from runtime.files import InputError, remove_file, say
 from training.trainer import (
-    Numerics,
-    Run,
+    Precision,
+    Trainer,
     checkpoint_paths,
-    choose_numerics,
+    choose_precision,
     found_checkpoints,
     load_checkpoint,
     remove_checkpoints,
     steps_within,
 )
 
-SUSPICIOUS = 5  # training images that are named
+NAMED_SUSPICIOUS = 5  # training images that are named
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Running:
+class RunOptions:
     """How trainings run: nothing of it decides what a detector is.
 
     ranks: those that train each network together; the first one writes, and says what is done. numerics: what was asked
@@ -71,7 +71,7 @@ class Running:
     storage: cache.Storage
     device: torch.device
     ranks: Ranks
-    numerics: dict
+    precision: dict
     cores: int
     overwrite: bool
     explain: bool
@@ -81,7 +81,7 @@ class Running:
     watcher: Callable[[Config], Callable[[Detector], float] | None]
 
 
-def train_networks(job: Job, numbers: list[int], running: Running) -> cache.ImageArray | None:
+def train_networks(job: Job, numbers: list[int], running: RunOptions) -> cache.ImageArray | None:
     """Train those of a detector's networks up to their last saved state. Returns all training images; None if the
     detector is there already."""
     config, category, ranks = job.config, job.config.category, running.ranks
@@ -93,24 +93,24 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> cache.Imag
     if len(images) < config.batch_size and ranks.is_main:
         say(f"{category}: {len(images)} training images, so {len(images)} per step (--batch_size)")
     watch = running.watcher(config) if running.test_epochs > 0 and ranks.is_main else None
-    sources = load_ignored(config, running.data_dir)
+    fill_index = load_job_fill_index(config, running.data_dir)
     digest, now = cache.digest(images), f"{running.data_dir}/{category} holds now"
-    if sources.numel():
-        digest, now = digest + cache.digest(sources[None]), f"{now}, or under another mask than {config.ignore}"
+    if fill_index.numel():
+        digest, now = digest + cache.digest(fill_index[None]), f"{now}, or under another mask than {config.ignore}"
     if running.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
     for number in numbers:
         path, own = job.states[number], member_images(images, number, config)
         state = ranks.broadcast(lambda path=path: saved_state(path, digest, now))
-        numerics = numerics_of(path, state, running)
-        if running.numerics["amp"] is None and state is None and ranks.is_main and number == numbers[0]:
+        precision = precision_of(path, state, running)
+        if running.precision["amp"] is None and state is None and ranks.is_main and number == numbers[0]:
             amp, reason = suitable_precision(running.device)
             say(f"{category}: precision {amp.replace('off', 'float32')} ({reason})")
-        torch.set_num_threads(numerics.threads)
+        torch.set_num_threads(precision.threads)
         with torch.random.fork_rng(devices=[]):
             if config.minutes and number == numbers[0]:
-                config = state["config"] if state else timed(config, own, numerics, running, sources)
-            run = Run(config, own, digest, running.device, numerics, state, ranks, number, sources)
+                config = state["config"] if state else timed(config, own, precision, running, fill_index)
+            run = Trainer(config, own, digest, running.device, precision, state, ranks, number, fill_index)
             run.train(
                 job.logs if config.folds == 1 else job.logs / f"network{number}",
                 path,
@@ -123,19 +123,21 @@ def train_networks(job: Job, numbers: list[int], running: Running) -> cache.Imag
     return images
 
 
-def numerics_of(path: Path, state: dict | None, running: Running) -> Numerics:
-    asked = {name: value for name, value in running.numerics.items() if value is not None}
+def precision_of(path: Path, state: dict | None, running: RunOptions) -> Precision:
+    asked = {name: value for name, value in running.precision.items() if value is not None}
     try:
-        return choose_numerics(asked, state["numerics"] if state else {}, running.device, running.cores)
+        return choose_precision(asked, state["numerics"] if state else {}, running.device, running.cores)
     except SettingError as error:
         saved = f"; {path} has it: leave the flag out, or start anew with --overwrite" if state else ""
         raise InputError(f"--{error}{saved}") from error
 
 
-def timed(config: Config, images: cache.ImageArray, numerics: Numerics, running: Running, sources: Tensor) -> Config:
+def timed(
+    config: Config, images: cache.ImageArray, precision: Precision, running: RunOptions, fill_index: Tensor
+) -> Config:
     """The settings with as many steps as ``minutes``, shared by the detector's networks, allow on this machine."""
     whole = replace(config, freeze_resnet=0)  # steps with the backbone frozen cost less
-    run = Run(whole, images, "", running.device, numerics, None, running.ranks, sources=sources)
+    run = Trainer(whole, images, "", running.device, precision, None, running.ranks, fill_index=fill_index)
     minutes = config.minutes / config.folds
     steps = steps_within(60 * minutes, run)
     steps = running.ranks.broadcast(lambda: steps)
@@ -144,7 +146,7 @@ def timed(config: Config, images: cache.ImageArray, numerics: Numerics, running:
     return replace(config, epochs=steps)
 
 
-def load_normal(config: Config, running: Running) -> cache.ImageArray:
+def load_normal(config: Config, running: RunOptions) -> cache.ImageArray:
     """The training images of a category. Raises InputError or SettingError if nothing can be learned from them."""
     category, size = config.category, (config.height, config.width)
     images = load_train(running.data_dir, category, size, running.workers, running.storage)
@@ -157,13 +159,13 @@ def load_normal(config: Config, running: Running) -> cache.ImageArray:
     return images
 
 
-def load_ignored(config: Config, data_dir: str) -> Tensor:
+def load_job_fill_index(config: Config, data_dir: str) -> Tensor:
     """What takes the place of pixels that do not count, see ignore.load_sources. Raises InputError for a bad mask."""
     size, paths = (config.height, config.width), train_paths(data_dir, config.category)
-    return load_sources(config.ignore, config.category, size, paths[0])
+    return load_fill_index(config.ignore, config.category, size, paths[0])
 
 
-def write_detector(job: Job, running: Running, images: cache.ImageArray | None = None) -> None:
+def write_detector(job: Job, running: RunOptions, images: cache.ImageArray | None = None) -> None:
     """Fit the detector of trained networks to all training images, write it, and remove their saved states; nothing if
     it is there already. images: those that are loaded already."""
     category, folds = job.config.category, job.config.folds
@@ -172,34 +174,34 @@ def write_detector(job: Job, running: Running, images: cache.ImageArray | None =
     states = [load_checkpoint(path) for path in job.states]
     if images is None:
         images = load_normal(job.config, replace(running, ranks=Ranks()))
-    config, numerics = states[0]["config"], Numerics(**states[0]["numerics"])
-    torch.set_num_threads(numerics.threads)
+    config, precision = states[0]["config"], Precision(**states[0]["numerics"])
+    torch.set_num_threads(precision.threads)
     with torch.random.fork_rng(devices=[]):
         networks = [build_network(config) for _ in states]
     for network, state in zip(networks, states):
         network.load_state_dict(state["network"])
-    sources = load_ignored(config, running.data_dir).to(running.device)
-    detector = Detector(config, [network.to(running.device) for network in networks], sources).fit(images)
+    fill_index = load_job_fill_index(config, running.data_dir).to(running.device)
+    detector = Detector(config, [network.to(running.device) for network in networks], fill_index).fit(images)
     detector.metadata = {
         "command": command_line(),
         "train_images": len(images),
         "train_seconds": round(sum(state["seconds"] for state in states), 1),
         "device": device_name(running.device),
-        **asdict(numerics),
+        **asdict(precision),
         "ranks": states[0]["ranks"],
         "torch": str(torch.__version__),
     }
     for note in detector.notes():
         say(f"{category}: {note}")
     if folds > 1:
-        say(f"{category}: {most_unusual(detector.normal_scores, train_paths(running.data_dir, category))}")
+        say(f"{category}: {most_unusual(detector.calibration_scores, train_paths(running.data_dir, category))}")
     keep_normals(job, running, detector, images)  # before the detector: there is none without them
     save(detector, job.path)
     remove_checkpoints(job.folder, category)
     say(f"{category}: wrote {job.path}")
 
 
-def keep_normals(job: Job, running: Running, detector: Detector, images: cache.ImageArray) -> None:
+def keep_normals(job: Job, running: RunOptions, detector: Detector, images: cache.ImageArray) -> None:
     """Write the file of normal images of a detector, if that is asked for; else remove that of an earlier one."""
     path = normals_path(job.path)
     if not running.explain:
@@ -214,7 +216,7 @@ def keep_normals(job: Job, running: Running, detector: Detector, images: cache.I
 
 def most_unusual(scores: Tensor, paths: list[Path]) -> str:
     """The training images with the highest scores (N,), in words."""
-    worst = scores.argsort(descending=True)[:SUSPICIOUS].tolist()
+    worst = scores.argsort(descending=True)[:NAMED_SUSPICIOUS].tolist()
     listed = ", ".join(f"{paths[i].name} {scores[i]:.1f}" for i in worst)
     return f"training images least like the others, by networks that have not seen them: {listed}"
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from config import Config, SettingError, resume
-from cutpaste import VARIANTS, ViewParams, apply_and_sample, rows, visible
+from cutpaste import VARIANTS, ViewParams, make_views_and_sample, rows, visible
 from detector import Detector, category_seed, initial_network
-from image_ops import ALL_COUNT, filled
+from image_ops import NOTHING_IGNORED, fill_ignored
 from runtime.cache import ImageArray
 from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
@@ -40,7 +40,7 @@ TIMED_STEPS = 6  # that a budget of minutes is planned by, after two that warm u
 
 
 @dataclass(frozen=True)
-class Numerics:
+class Precision:
     """What changes the rounding of a run but not the experiment: kept by a run that is resumed."""
 
     threads: int  # of the network on the CPU: the order of floating point sums depends on it
@@ -48,11 +48,11 @@ class Numerics:
     compile: bool
 
 
-def choose_numerics(asked: dict, saved: dict, device: torch.device, cores: int) -> Numerics:
+def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int) -> Precision:
     """asked: what was asked for, saved: what the saved state has, by the names of Numerics; what neither holds is
     chosen to suit the device. Raises SettingError where they contradict each other, or the device cannot."""
     fitting = {"threads": cores, "amp": suitable_precision(device)[0], "compile": False}
-    chosen = Numerics(**fitting | resume(asked, saved))
+    chosen = Precision(**fitting | resume(asked, saved))
     if chosen.amp == "fp16" and device.type == "cpu":
         raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
     if chosen.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
@@ -73,7 +73,7 @@ class Batch:
     learned: Tensor | None  # (V*B,) bool, the views that enter the loss; None: all
 
 
-class Run:
+class Trainer:
     """The training of one network. Everything that decides how it goes on is in ``state``.
 
     images (N, 3, H, W) uint8, those that it may see; digest: of all of the category, by which a saved state knows them.
@@ -87,26 +87,26 @@ class Run:
         images: ImageArray,
         digest: str,
         device: torch.device,
-        numerics: Numerics,
+        precision: Precision,
         state: dict | None = None,
         ranks: Ranks | None = None,
         member: int = 0,
-        sources: Tensor = ALL_COUNT,
+        fill_index: Tensor = NOTHING_IGNORED,
     ) -> None:
-        self.config, self.digest, self.device, self.numerics = config, digest, device, numerics
+        self.config, self.digest, self.device, self.precision = config, digest, device, precision
         self.ranks = ranks or Ranks()
         self.name = config.category if config.folds == 1 else f"{config.category} {member + 1} of {config.folds}"
         self.images = images.to(device) if isinstance(images, Tensor) else images  # on the device for the whole run
-        self.sources = sources.to(device)
+        self.fill_index = fill_index.to(device)
         self.network = initial_network(config, state is None, member).to(device)
         if self.ranks.world_size > 1:
             self.network = sync_batch_norm(self.network, device.type == "cuda")
         self.generator = torch.Generator().manual_seed(category_seed(config.seed, config.category, member))
         self.optimizer = new_optimizer(config, self.network)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=numerics.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.amp == "fp16")
         self.step, self.seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
         self.schedule = None
-        self.begin_phase()
+        self.set_frozen()
         if state is not None:
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
@@ -132,10 +132,10 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "ranks": self.ranks.world_size,
-            "numerics": asdict(self.numerics),
+            "numerics": asdict(self.precision),
         }
 
-    def begin_phase(self) -> None:
+    def set_frozen(self) -> None:
         """Freeze the backbone or let it go on, set the learning rate's schedule, and make ``forward``, the network as a
         step runs it.
 
@@ -153,7 +153,7 @@ class Run:
         self.forward = self.network
         if self.ranks.world_size > 1:
             self.forward = data_parallel(self.network, self.ranks, self.device.type == "cuda")
-        if self.numerics.compile:
+        if self.precision.compile:
             self.forward = torch.compile(self.forward)
 
     @property
@@ -165,7 +165,7 @@ class Run:
         """The next batch's images (B,), by number, and the parameters of their views: this rank's part of what every
         rank draws alike."""
         chosen = torch.randperm(len(self.images), generator=self.generator)[: self.batch_size]
-        params = self.config.make_params(self.batch_size, self.generator)
+        params = self.config.sample_params(self.batch_size, self.generator)
         if self.ranks.world_size == 1:
             return chosen, params
         return chosen[self.ranks.rows], rows(params, self.ranks.rows)
@@ -175,12 +175,12 @@ class Run:
         batch = self.images[chosen.to(self.device, non_blocking=True) if isinstance(self.images, Tensor) else chosen]
         if self.device.type == "cuda" and not isinstance(self.images, Tensor):
             batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return filled(batch, self.sources)
+        return fill_ignored(batch, self.fill_index)
 
     def make_views(self, images: Tensor, params: ViewParams) -> Batch:
         """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
         windows of a test image will be."""
-        views, labels, whole = apply_and_sample(images, params)
+        views, labels, whole = make_views_and_sample(images, params)
         statistics = None
         if params.corner is not None:
             mean, std = self.network.statistics(whole)
@@ -195,7 +195,7 @@ class Run:
         all ranks: (3,) on the device."""
         chosen, params = self.sample_batch()
         batch = self.make_views(self.load_batch(chosen), params)
-        precision = PRECISIONS[self.numerics.amp]
+        precision = PRECISIONS[self.precision.amp]
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             logits, _ = self.forward(batch.views, batch.statistics)
         values = batch_values(logits, batch, len(chosen) / self.batch_size, self.ranks)
@@ -206,7 +206,7 @@ class Run:
         self.schedule.step()
         self.step += 1
         if self.step == self.config.frozen_steps:
-            self.begin_phase()
+            self.set_frozen()
         return torch.stack(values).detach()
 
     def train(
@@ -238,7 +238,7 @@ class Run:
             interrupts = stack.enter_context(Interrupts())
             progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
             if self.step == 0 and is_main:
-                log_start(writer, self.config, self.images, self.sources)
+                log_start(writer, self.config, self.images, self.fill_index)
             log = Log(self.config, self.step, self.batch_size, self.ranks, writer, progress)
             saved, began = time.monotonic(), time.monotonic() - self.seconds
             while self.step < steps:
@@ -249,7 +249,7 @@ class Run:
                     check_finite(category, self.step, values[0])
                     looked = time.monotonic()
                     alone = replace(self.config, folds=1, holdout=0.0)  # its images are those that it may see
-                    auroc = watch(Detector(alone, [self.network], self.sources).fit(self.images, threshold=False))
+                    auroc = watch(Detector(alone, [self.network], self.fill_index).fit(self.images, threshold=False))
                     self.network.train()
                     log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began
@@ -296,7 +296,7 @@ def cosine(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.opt
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
 
-def steps_within(seconds: float, run: Run) -> int:
+def steps_within(seconds: float, run: Trainer) -> int:
     """The number of steps that fit into that time, by some steps of a run that is given up then. At least 1."""
     began = time.monotonic()
     for number in range(2 + TIMED_STEPS):
@@ -371,15 +371,17 @@ class Log:
         self.lap += seconds
 
 
-def log_start(writer: "SummaryWriter", config: Config, images: ImageArray, sources: Tensor = ALL_COUNT) -> None:
+def log_start(
+    writer: "SummaryWriter", config: Config, images: ImageArray, fill_index: Tensor = NOTHING_IGNORED
+) -> None:
     """Settings, a sheet of samples and a warning of views that show nothing, once at the start; of images filled where
     they do not count."""
     from reporting import figures
 
-    invisible = invisible_shares(config, images, sources)
+    invisible = invisible_shares(config, images, fill_index)
     rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
     writer.add_text("settings", "\n".join(rows), 0)
-    samples = filled(images[:PREVIEW_IMAGES], sources)
+    samples = fill_ignored(images[:PREVIEW_IMAGES], fill_index)
     figure = figures.preview(samples, [f"image {i}" for i in range(len(samples))], config, invisible)
     figure.set_dpi(80)
     writer.add_figure("views", figure, 0)
@@ -390,13 +392,13 @@ def log_start(writer: "SummaryWriter", config: Config, images: ImageArray, sourc
         say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
 
 
-def invisible_shares(config: Config, images: ImageArray, sources: Tensor = ALL_COUNT) -> dict[str, float]:
+def invisible_shares(config: Config, images: ImageArray, fill_index: Tensor = NOTHING_IGNORED) -> dict[str, float]:
     """Of each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
     cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced."""
     generator, found = torch.Generator().manual_seed(config.seed), []
     for part in (torch.arange(LOOKED_AT) * len(images) // LOOKED_AT).split(AT_ONCE):
-        params = config.make_params(len(part), generator)
-        views, _, whole = apply_and_sample(filled(images[part], sources), params)
+        params = config.sample_params(len(part), generator)
+        views, _, whole = make_views_and_sample(fill_ignored(images[part], fill_index), params)
         found.append(visible(views, params, whole).view(-1, len(part)))
     shares = 1 - torch.cat(found, 1).float().mean(1)
     return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))
@@ -425,7 +427,7 @@ def found_checkpoints(folder: str | Path, category: str) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What ``Run.state`` gave, its config as a Config. Raises InputError if the file holds something else."""
+    """What ``Trainer.state`` gave, its config as a Config. Raises InputError if the file holds something else."""
     state = load_tensors(path, "checkpoint", lambda content: content.get("version", 0) > 2)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a saved state of this program; remove it or start anew (--overwrite)")

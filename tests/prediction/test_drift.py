@@ -10,15 +10,15 @@ from PIL import Image
 from scipy.stats import ks_2samp, mannwhitneyu
 
 from config import Config
-from conformal import Promise, p_values
+from conformal import FalseAlarmGuarantee, p_values
 from dataset import load_train
 from detector import MOST, Detector, initial_network, load, save
-from image_ops import measure
+from image_ops import image_statistics
 from prediction.drift import Drift, difference, same_probability
 from runtime.files import load_tensors, save_tensors
 from runtime.image_files import find_images
 
-PROMISE = Promise("split", 99, 0.05)
+PROMISE = FalseAlarmGuarantee("split", 99, 0.05)
 CHANGED = "brick: the pictures have changed ("
 
 
@@ -54,22 +54,24 @@ def test_how_images_look_is_what_a_slow_loop_finds():
         ]
         strength = math.sqrt(sum(edge**2 for edge in edges) / 36)
         expected[number] = gray.mean(), gray.std(), strength / max(gray.std(), 1)
-    assert np.allclose(measure(images), expected, rtol=1e-5, atol=1e-4)
-    assert torch.equal(measure(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), measure(images))
-    halved = measure(images[:2] // 2)
-    assert torch.allclose(halved[:, :2], measure(images[:2])[:, :2] / 2, rtol=0.02)
-    assert torch.allclose(halved[:, 2], measure(images[:2])[:, 2], rtol=0.02)  # darker is not less sharp
+    assert np.allclose(image_statistics(images), expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(
+        image_statistics(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), image_statistics(images)
+    )
+    halved = image_statistics(images[:2] // 2)
+    assert torch.allclose(halved[:, :2], image_statistics(images[:2])[:, :2] / 2, rtol=0.02)
+    assert torch.allclose(halved[:, 2], image_statistics(images[:2])[:, 2], rtol=0.02)  # darker is not less sharp
 
 
 def test_images_like_the_normal_ones_are_seldom_warned_about(capsys):
     """Of 150 streams of 256 images at most 5: with a probability of 1 % it would be more once in 250 times."""
     generator, warned = torch.Generator().manual_seed(1), 0
     for _ in range(150):
-        drift = Drift("brick", measure(pictures(60, generator)), PROMISE)
+        drift = Drift("brick", image_statistics(pictures(60, generator)), PROMISE)
         normal = torch.randn(99, generator=generator)
         for _ in range(4):
-            drift.add([], pictures(64, generator), judged(torch.randn(64, generator=generator), normal))
-        drift.end()
+            drift.on_batch([], pictures(64, generator), judged(torch.randn(64, generator=generator), normal))
+        drift.on_end()
         assert drift.warned or drift.comparisons == 3  # after 64, 128 and 256
         warned += drift.warned
     assert warned <= 5
@@ -107,8 +109,10 @@ def test_p_values_are_tested_like_mann_and_whitney_test_scores():
 
 def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(capsys):
     for kind, warns in (("split", True), ("cross", True), ("seen", False)):
-        drift = Drift("brick", torch.empty(0, 3), Promise(kind, 99, 0.01))
-        drift.add([], torch.zeros(64, 3, 8, 8, dtype=torch.uint8), SimpleNamespace(p_values=torch.full((64,), 0.1)))
+        drift = Drift("brick", torch.empty(0, 3), FalseAlarmGuarantee(kind, 99, 0.01))
+        drift.on_batch(
+            [], torch.zeros(64, 3, 8, 8, dtype=torch.uint8), SimpleNamespace(p_values=torch.full((64,), 0.1))
+        )
         assert drift.warned == warns
         words = "p-values of the 64 called normal show it (mean 0.10, expected 0.51); the false-alarm rate is not to be"
         assert capsys.readouterr().err.count(words) == warns
@@ -116,12 +120,12 @@ def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(ca
 
 def test_a_change_is_told_once_with_its_size(capsys):
     generator = torch.Generator().manual_seed(3)
-    known, normal = measure(pictures(100, generator)), torch.randn(99, generator=generator)
+    known, normal = image_statistics(pictures(100, generator)), torch.randn(99, generator=generator)
     drift = Drift("brick", known, PROMISE)
     for _ in range(8):
         new = pictures(16, generator, bright=100.0)
-        drift.add([], new, judged(torch.full((16,), 9.0), normal))  # all of them anomalous
-    drift.end()
+        drift.on_batch([], new, judged(torch.full((16,), 9.0), normal))  # all of them anomalous
+    drift.on_end()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{CHANGED}32 images): darker (mean gray 9")
     assert f"in training {known[:, 0].mean():.4g} ± {known[:, 0].std(correction=0):.2g})" in line
@@ -129,7 +133,7 @@ def test_a_change_is_told_once_with_its_size(capsys):
     assert "p-values" not in line
     assert line.endswith("; the false-alarm rate is not to be relied on; see docs/decisions.md")
     drift = Drift("brick", known, PROMISE)
-    drift.add([], pictures(64, generator, bright=100.0), judged(torch.randn(64, generator=generator), normal))
+    drift.on_batch([], pictures(64, generator, bright=100.0), judged(torch.randn(64, generator=generator), normal))
     assert " called normal do not show it (mean 0." in (line := capsys.readouterr().err)
     assert "relied" not in line  # the detector sees nothing of it
 
@@ -137,14 +141,14 @@ def test_a_change_is_told_once_with_its_size(capsys):
 def test_of_a_long_stream_only_the_latest_images_are_compared():
     """A change that comes late is seen among as many images as are remembered."""
     generator = torch.Generator().manual_seed(4)
-    drift = Drift("brick", measure(pictures(300, generator)), Promise("seen", 99, 0.05))
+    drift = Drift("brick", image_statistics(pictures(300, generator)), FalseAlarmGuarantee("seen", 99, 0.05))
     for count in range(512, 4 * MOST + 1, 512):
-        drift.add([], pictures(512, generator), SimpleNamespace(p_values=torch.ones(512)))
+        drift.on_batch([], pictures(512, generator), SimpleNamespace(p_values=torch.ones(512)))
         assert drift.count == count
         assert len(drift.recent) == min(count, MOST)
     assert (drift.comparisons, drift.warned) == (7, False)  # 512, ... 4096, and three times as many more
     for _ in range(MOST // 512):
-        drift.add([], pictures(512, generator, bright=120.0), SimpleNamespace(p_values=torch.ones(512)))
+        drift.on_batch([], pictures(512, generator, bright=120.0), SimpleNamespace(p_values=torch.ones(512)))
     assert drift.warned
     assert not drift.recent
 
@@ -167,7 +171,7 @@ def test_through_the_script(detector, data, tmp_path, script):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / f"{number}.png")
     save(detector, tmp_path / "brick.pt")
     known = load(tmp_path / "brick.pt").appearance
-    assert torch.equal(known, measure(load_train(data, "brick", (32, 32), 0)))
+    assert torch.equal(known, image_statistics(load_train(data, "brick", (32, 32), 0)))
     assert known.shape == (8, 3)
     assert not script("predict", tmp_path / "brick.pt", tmp_path / "same").err.count(CHANGED)
     done = script("predict", tmp_path / "brick.pt", tmp_path / "dark")

@@ -140,15 +140,15 @@ def test_a_painted_defect_is_shown_next_to_the_image_without_it(patch, tmp_path)
     color = torch.tensor([250, 0, 250], dtype=torch.uint8)
     painted[0, :, 40:48, 10:18] = color[:, None, None]
     Image.fromarray(painted[0].permute(1, 2, 0).numpy()).save(tmp_path / "painted.png")
-    made.at_rate(0.2)
+    made.set_false_alarm_rate(0.2)
     with torch.inference_mode():
-        judged = made.judge(painted)
+        judged = made.predict_batch(painted)
     assert normals.nearest(embedded(made.network, painted)) == [5]
     left, top, right, bottom = crop(judged.maps[0].numpy(), made.threshold.item())
     assert left <= 10 < 18 <= right
     assert top <= 40 < 48 <= bottom
     with ThreadPoolExecutor(1) as pool:
-        Explainer(made, normals, lambda path: f"{tmp_path}/why.png", pool).add(
+        Explainer(made, normals, lambda path: f"{tmp_path}/why.png", pool).on_batch(
             [str(tmp_path / "painted.png")], painted, judged
         )
     drawn = np.array(Image.open(tmp_path / "why.png")).astype(int)
@@ -165,12 +165,12 @@ def test_a_painted_defect_is_shown_next_to_the_image_without_it(patch, tmp_path)
 
 def test_what_cannot_be_named_is_told_and_does_not_stop_the_others(patch, tmp_path, capsys):
     made, normals, images = patch
-    made.at_rate(1)
+    made.set_false_alarm_rate(1)
     paths = [str(tmp_path / name) for name in ("gone.png", "there.png")]
     Image.new("RGB", (30, 90)).save(paths[1])
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         explainer = Explainer(made, normals, lambda path: path.replace(".png", "-why.png"), pool)
-        explainer.add(paths, images[:2], made.judge(images[:2]))
+        explainer.on_batch(paths, images[:2], made.predict_batch(images[:2]))
     assert panels_of(tmp_path) == {"there.png", "there-why.png"}
     assert f"no panel: {paths[0]}: No such file" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from forked import Forked
 from torch.nn.functional import cross_entropy
 
 from config import config_of
-from cutpaste import apply, make_params, visible
+from cutpaste import make_views, sample_params, visible
 from model import CutPasteNet
 from run_training import check_ranks, get_parser
 from runtime.distributed import Ranks, from_environment
@@ -228,8 +228,8 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path):
         count = len(images)
         torch.manual_seed(0)
         network = CutPasteNet("resnet18", 1, 3, "image").double().train()
-        params = make_params("3way", count, 48, 64, torch.Generator().manual_seed(1), jitter=0, patch_jitter=0)
-        views, labels = apply(images, params)
+        params = sample_params("3way", count, 48, 64, torch.Generator().manual_seed(1), jitter=0, patch_jitter=0)
+        views, labels = make_views(images, params)
         learned = visible(views, params, images / 255) if drop else torch.ones(len(views), dtype=torch.bool)
         assert learned.view(3, count)[:, :3].any() != drop
         cross_entropy(network(views.double())[0][learned], labels[learned]).backward()

@@ -14,7 +14,7 @@ from test_detector import CONFIG, PATCHES, pictures
 
 from check_data import Fitted, curve_rows, find_duplicates, fit_subsets, sizes, verdict
 from config import PatchConfig
-from conformal import own_p_values
+from conformal import leave_one_out_p_values
 from dataset import load_train
 from detector import Detector, initial_network, load, save, scored_images, stream
 from runtime.cache import Images
@@ -127,7 +127,7 @@ def test_what_the_curve_says():
 def test_p_values_of_normal_images_count_the_others():
     scores = [0.5, 2.0, 2.0, -1.0, 7.0]
     slow = [(1 + sum(b >= a for j, b in enumerate(scores) if j != i)) / 5 for i, a in enumerate(scores)]
-    assert own_p_values(torch.tensor(scores, dtype=torch.float64)).tolist() == pytest.approx(slow)
+    assert leave_one_out_p_values(torch.tensor(scores, dtype=torch.float64)).tolist() == pytest.approx(slow)
 
 
 def test_which_images_normal_scores_are_of(monkeypatch):
@@ -136,7 +136,7 @@ def test_which_images_normal_scores_are_of(monkeypatch):
     images = pictures(13)[..., :32, :48]
     one = Detector(CONFIG, [initial_network(CONFIG)]).fit(images)
     assert scored_images(one, 13).tolist() == [0, 2, 4, 6, 8, 10]
-    assert len(one.normal_scores) == 6
+    assert len(one.calibration_scores) == 6
     assert scored_images(Detector(replace(CONFIG, folds=2)), 13).tolist() == list(range(13))
     assert scored_images(Detector(replace(CONFIG, holdout=0.25)), 13).tolist() == [0, 4, 8]
 
@@ -184,7 +184,7 @@ def test_the_script(checked, tmp_path, script):
     assert rows.path.tolist()[1] == "brick/train/good/y_leak.png"
     assert rows.other.tolist()[1].startswith("brick/test/good/")
     table = pandas.read_csv(out / "suspicious.csv", float_precision="round_trip")  # else pandas 2 loses a digit
-    scores = load(checked / "two/brick.pt").normal_scores
+    scores = load(checked / "two/brick.pt").calibration_scores
     assert table.score.tolist() == pytest.approx(scores.sort(descending=True).values.tolist())
     assert table.p_value[0] == 1 / len(scores)
     assert Image.open(out / "suspicious.png").size[0] > 500
@@ -199,7 +199,7 @@ def test_maps_are_of_the_network_that_has_not_seen_the_image(checked):
     made, images = load(checked / "two/brick.pt"), load_train(checked / "Data", "brick", (32, 32), 0)
     for number in range(len(images)):
         heat = unseen_map(made, images[number : number + 1], number)
-        assert heat.max() == pytest.approx(made.normal_scores[number].item(), abs=1e-4)
+        assert heat.max() == pytest.approx(made.calibration_scores[number].item(), abs=1e-4)
 
 
 def test_image_models_without_test_images_and_other_densities(data, models, tmp_path, script):

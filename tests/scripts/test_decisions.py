@@ -45,9 +45,9 @@ def test_held_out_images_are_seen_by_neither_network_nor_density(images):
     made = Detector(config, [initial_network(config)]).fit(images)
     other = Detector(CONFIG, [initial_network(config)]).fit(seen, threshold=False)
     scores = torch.cat([some for some, _ in stream(other, images[[0, 2, 5]])])
-    assert torch.equal(made.normal_scores, scores)
-    assert made.promise.kind == "split"
-    assert made.promise.rate == 0.25  # the finest, of three
+    assert torch.equal(made.calibration_scores, scores)
+    assert made.guarantee.kind == "split"
+    assert made.guarantee.rate == 0.25  # the finest, of three
 
 
 def test_p_values_of_folds_compare_with_each_member_s_own(images):
@@ -60,8 +60,8 @@ def test_p_values_of_folds_compare_with_each_member_s_own(images):
         own = torch.cat([some for some, _ in stream(member, new)])
         count += (unseen[:, None] >= own).sum(0)
     with torch.inference_mode():
-        assert made.judge(new).p_values.tolist() == pytest.approx(((1 + count) / 9).tolist())
-    assert made.promise.kind == "cross"
+        assert made.predict_batch(new).p_values.tolist() == pytest.approx(((1 + count) / 9).tolist())
+    assert made.guarantee.kind == "cross"
 
 
 def test_a_holdout_that_cannot_be(images, data, tmp_path, script):
@@ -85,11 +85,11 @@ def test_tables_have_p_values_and_what_deciding_by_them_comes_to(held, data, tmp
     assert done.code == 0, done.err
     row = pandas.read_csv(tmp_path / "models/results.csv").iloc[0]
     scores = pandas.read_csv(tmp_path / "models/scores.csv")
-    normal = load(held / "brick.pt").normal_scores.numpy()
+    normal = load(held / "brick.pt").calibration_scores.numpy()
     assert len(normal) == 3
     expected = [(1 + (normal >= score).sum()) / 4 for score in scores.score]
     assert scores.p_value.tolist() == pytest.approx(expected)
-    assert (row.normal_scores, row.promised_rate) == ("split", 0.25)
+    assert (row.calibration_scores, row.promised_rate) == ("split", 0.25)
     assert [row.promised_low, row.promised_high] == pytest.approx(beta.ppf([0.05, 0.95], 1, 3))
     called = scores.p_value <= 0.25
     assert row.false_alarms == (called & (scores.label == 0)).sum()
@@ -123,7 +123,7 @@ def test_another_rate_decides_otherwise(held, data, tmp_path, script):
     where = ["--data_dir", data, "--model_dir", held, "--eval_dir", tmp_path, "--save_plots", 0]
     assert script("eval", *where, "--false_alarm_rate", 0.75).code == 0
     row = pandas.read_csv(tmp_path / "models/results.csv", float_precision="round_trip").iloc[0]  # every digit
-    normal = load(held / "brick.pt").normal_scores
+    normal = load(held / "brick.pt").calibration_scores
     assert (row.false_alarm_rate, row.promised_rate) == (0.75, 0.75)
     assert row.threshold == normal.min()
     assert load(held / "brick.pt").config.false_alarm_rate == 0.25
@@ -135,7 +135,7 @@ def test_of_one_image_held_out_the_score_has_no_deviation(images, data, tmp_path
         own = replace(config, seed=seed)
         made = Detector(own, [initial_network(own)]).fit(images)
         made.metadata = {"train_images": len(images)}
-        assert made.promise.count == 1
+        assert made.guarantee.count == 1
         save(made, tmp_path / f"models/seed{seed}/brick.pt")
     where = ["--data_dir", data, "--model_dir", tmp_path / "models", "--eval_dir", tmp_path, "--save_plots", 0]
     done = script("eval", *where)

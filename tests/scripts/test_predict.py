@@ -22,7 +22,7 @@ from PIL import Image
 
 import predict
 from config import Config, PatchConfig
-from conformal import Promise
+from conformal import FalseAlarmGuarantee
 from dataset import load_train
 from detector import Detector, initial_network, load, save
 from prediction.inputs import listed, walk
@@ -113,7 +113,7 @@ def test_rows_say_what_the_detector_says(detectors, here, script, kind):
     assert [float(row["p_value"]) for row in rows] == expected.p_values.tolist()
     assert [int(row["anomalous"]) for row in rows] == expected.anomalous.astype(int).tolist()
     assert not any(row["error"] for row in rows)
-    assert done.err.count(detector.promise.words()) == 1
+    assert done.err.count(detector.guarantee.words()) == 1
     if kind == "whole":
         assert {row[name] for row in rows for name in ("x", "y", "width", "height")} == {""}
         return
@@ -166,9 +166,9 @@ def test_json_lines(detectors, here, script):
 
 def test_the_rate_in_use(detectors, here, script):
     found = script("predict", detectors / "whole/brick.pt", "photos", "--false_alarm_rate", 0.6)
-    promise = load(detectors / "whole/brick.pt").promise
-    assert isinstance(promise, Promise)
-    changed = replace(promise, asked=0.6)
+    guarantee = load(detectors / "whole/brick.pt").guarantee
+    assert isinstance(guarantee, FalseAlarmGuarantee)
+    changed = replace(guarantee, asked=0.6)
     assert changed.words() in found.err
     for row in table(found):
         assert int(row["anomalous"]) == (float(row["p_value"]) <= changed.rate)

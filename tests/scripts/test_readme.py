@@ -184,7 +184,7 @@ def test_the_python_interface_runs(data, models, tmp_path, monkeypatch, capsys):
     exec(code.replace("bottle", "brick"), names)
     assert names["found"].scores.shape == names["found"].p_values.shape == names["found"].anomalous.shape == (1,)
     assert names["found"].maps is None
-    assert names["detector"].promise.words() in capsys.readouterr().out
+    assert names["detector"].guarantee.words() in capsys.readouterr().out
 
 
 def test_tables_are_what_the_files_say():

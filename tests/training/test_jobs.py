@@ -52,9 +52,9 @@ def test_scores_are_those_of_the_members_in_deviations_of_the_images_they_have_n
         unseen = scores_of(alone, images[number::3])
         held_out[number::3] = (unseen - unseen.mean()) / unseen.std()
         expected = expected + (scores_of(alone, images) - unseen.mean()) / unseen.std() / 3
-    assert torch.allclose(fitted.normal_scores, held_out, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(fitted.calibration_scores, held_out, rtol=1e-6, atol=1e-9)
     assert torch.allclose(scores_of(fitted, images), expected, rtol=1e-6, atol=1e-9)
-    assert fitted.threshold == fitted.normal_scores.sort().values[12 - 1]  # the ceil(0.8 * 14)-th
+    assert fitted.threshold == fitted.calibration_scores.sort().values[12 - 1]  # the ceil(0.8 * 14)-th
     assert fitted.unit == "standardized Mahalanobis distance, mean of 3 networks"
 
 
@@ -75,7 +75,7 @@ def test_round_trip(tmp_path, config):
         assert torch.equal(found[0], expected[0])
         assert found[1] is expected[1] is None or torch.equal(found[1], expected[1])
     assert other.config == config
-    assert torch.equal(other.normal_scores, one.normal_scores)
+    assert torch.equal(other.calibration_scores, one.calibration_scores)
     assert len(other.members) == config.folds
 
 
@@ -129,10 +129,10 @@ def test_training_names_the_most_unusual_images_and_leaves_one_file(three, data)
     folder, err = three
     assert sorted(path.name for path in folder.iterdir()) == ["brick.normals", "brick.pt"]
     made = load(folder / "brick.pt")
-    worst = f"{made.normal_scores.argmax():03}.png {made.normal_scores.max():.1f}, "
+    worst = f"{made.calibration_scores.argmax():03}.png {made.calibration_scores.max():.1f}, "
     assert f"least like the others, by networks that have not seen them: {worst}" in err
     again = made.refit(load_train(data, "brick", made.size, 0))
-    assert torch.equal(again.normal_scores, made.normal_scores)
+    assert torch.equal(again.calibration_scores, made.calibration_scores)
     logs = sorted(path.name for path in (folder.parent / "logdirs/models/brick").iterdir())
     assert logs == ["network0", "network1", "network2"]
 
@@ -185,10 +185,10 @@ def test_eval_lists_the_training_images_as_they_were_not_seen(three, data, tmp_p
     made = load(three[0] / "brick.pt")
     assert rows.score.is_monotonic_decreasing
     found = {row.path: row.score for row in rows.itertuples()}
-    expected = {f"brick/train/good/{i:03}.png": s for i, s in enumerate(made.normal_scores.tolist())}
+    expected = {f"brick/train/good/{i:03}.png": s for i, s in enumerate(made.calibration_scores.tolist())}
     assert found == pytest.approx(expected)
     assert all((data / path).is_file() for path in found)
-    assert rows.above_threshold.sum() == (made.normal_scores > made.threshold).sum()
+    assert rows.above_threshold.sum() == (made.calibration_scores > made.threshold).sum()
     row = pandas.read_csv(tmp_path / "models/results.csv").iloc[0]
     assert row.folds == 3
     assert 0 <= row.control_auroc <= 1
@@ -225,7 +225,9 @@ def test_eval_gives_mean_error_and_averaged_scores_of_seeds(seeds, data, tmp_pat
         test, total = load_test(data, name, (32, 32), 0), 0
         for seed in (2, 10):
             made = load(seeds / f"seed{seed}/{name}.pt")
-            total = total + (scores_of(made, test.images) - made.normal_scores.mean()) / made.normal_scores.std()
+            total = (
+                total + (scores_of(made, test.images) - made.calibration_scores.mean()) / made.calibration_scores.std()
+            )
         expected = image_metrics(test.labels, np.asarray(total))["image_auroc"]
         assert float(printed[f"{name} AUC of averaged scores"]) == pytest.approx(expected)
     assert float(printed["average AUC"]) == pytest.approx(rows.image_auroc.mean())

@@ -23,7 +23,7 @@ from run_training import get_parser
 from runtime.cache import Images, digest
 from runtime.cli import suitable_precision
 from runtime.files import load_tensors, save_tensors
-from training.trainer import Numerics, Run, batch_values, choose_numerics, load_checkpoint, steps_within
+from training.trainer import Precision, Trainer, batch_values, choose_precision, load_checkpoint, steps_within
 
 LEVELS = {"features": "level", "level": (1, 2), "patches": PatchConfig(32, window=8)}
 
@@ -105,12 +105,12 @@ def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_p
 )
 def test_a_saved_state_continues_bit_for_bit(tmp_path, change):
     """Six steps against three, saved and loaded, and three more."""
-    numerics = Numerics(1, change.pop("amp", "off"), False)
+    numerics = Precision(1, change.pop("amp", "off"), False)
     config = replace(tiny_config("--epochs", 6), **change)
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def started(state):
-        return Run(config, images, "digest", torch.device("cpu"), numerics, state)
+        return Trainer(config, images, "digest", torch.device("cpu"), numerics, state)
 
     whole, first = started(None), started(None)
     for _ in range(6):
@@ -149,13 +149,15 @@ def test_efficientnet_b4_is_fine_tuned_bit_for_bit(data, tmp_path, script):
         same = torch.equal(value, start[name])
         assert same == name.startswith(tuple(norms)), name
         assert not name.startswith("backbone.") or torch.equal(start[name], weights[name.removeprefix("backbone.")])
-    images, numerics = load_train(data, "brick", (32, 32), 0), Numerics(1, "off", False)
-    run = Run(made.config, images, "digest", torch.device("cpu"), numerics)
+    images, numerics = load_train(data, "brick", (32, 32), 0), Precision(1, "off", False)
+    run = Trainer(made.config, images, "digest", torch.device("cpu"), numerics)
     rates = []
     for step in range(4):
         if step:
             save_tensors(run.state(), tmp_path / "state")
-            run = Run(made.config, images, "digest", torch.device("cpu"), numerics, load_checkpoint(tmp_path / "state"))
+            run = Trainer(
+                made.config, images, "digest", torch.device("cpu"), numerics, load_checkpoint(tmp_path / "state")
+            )
         rates.append(run.optimizer.param_groups[0]["lr"])
         run.train_step()
     assert rates == pytest.approx([0.001, 0.0005, 0.0001, 0.00005])  # a cosine for each phase
@@ -263,7 +265,7 @@ def test_a_patch_model_trains_and_continues_bit_for_bit(data, tmp_path, script):
     made = load(tmp_path / "whole/models/brick.pt")
     assert made.config.patches.patch_size == 32
     assert made.levels[0].density.mean.shape == (6 * 6, 64)
-    assert made.normal_scores.shape == (8,)
+    assert made.calibration_scores.shape == (8,)
     folder = tmp_path / "cut/models"
     process = start(data, folder, "--type", "brick", *more)
     wait_for_step(process, folder / "brick.checkpoint", 3)
@@ -301,7 +303,7 @@ def test_a_crop_is_normalized_as_the_image_that_it_is_from():
     images = functional.pad(images, (0, 16, 0, 16))
     images[4:] //= 3  # dark ones
     config = tiny_config(*PATCHES, "--translate", 0, "--jitter", 0)
-    run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, "off", False))
+    run = Trainer(config, images, "digest", torch.device("cpu"), Precision(1, "off", False))
     chosen, params = run.sample_batch()
     batch = run.make_views(run.load_batch(chosen), params)
     found = run.network.normalized(batch.views, batch.statistics)
@@ -321,7 +323,7 @@ def even_and_noisy() -> torch.Tensor:
 def test_views_that_show_nothing_are_left_out_of_the_loss():
     """The mean over the others, as by hand."""
     flags = ("--invisible", "drop", "--jitter", 0, "--patch_jitter", 0, "--batch_size", 8)
-    run = Run(tiny_config(*flags), even_and_noisy(), "", torch.device("cpu"), Numerics(1, "off", False))
+    run = Trainer(tiny_config(*flags), even_and_noisy(), "", torch.device("cpu"), Precision(1, "off", False))
     chosen, params = run.sample_batch()
     batch = run.make_views(run.load_batch(chosen), params)
     even = (chosen < 4).repeat(3)
@@ -340,7 +342,7 @@ def test_views_that_show_nothing_are_left_out_of_the_loss():
 def test_a_batch_that_shows_nothing_changes_no_weight():
     images = torch.full((8, 3, 32, 32), 90, dtype=torch.uint8)
     flags = ("--invisible", "drop", "--jitter", 0, "--patch_jitter", 0)
-    run = Run(tiny_config(*flags), images, "", torch.device("cpu"), Numerics(1, "off", False))
+    run = Trainer(tiny_config(*flags), images, "", torch.device("cpu"), Precision(1, "off", False))
     before = run.network.head[0].weight.clone()
     loss, _, left_out = run.train_step()
     assert (loss, left_out) == (0, 1)
@@ -372,7 +374,7 @@ def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
 
 def test_steps_within_takes_the_time_of_planning_off(monkeypatch):
     """With a clock that each step moves on by a second: 8 steps of planning and 92 are a hundred seconds."""
-    run = Run(tiny_config(), even_and_noisy(), "", torch.device("cpu"), Numerics(1, "off", False))
+    run = Trainer(tiny_config(), even_and_noisy(), "", torch.device("cpu"), Precision(1, "off", False))
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -432,13 +434,13 @@ def test_a_state_of_other_images_is_refused(data, tmp_path, script):
 
 def test_a_run_keeps_the_numerics_it_began_with(data, tmp_path, monkeypatch, script):
     def chosen(saved=None, **asked):
-        return choose_numerics(asked, saved or {}, torch.device("cpu"), 8)
+        return choose_precision(asked, saved or {}, torch.device("cpu"), 8)
 
     fitting, _ = suitable_precision(torch.device("cpu"))
     saved = {"threads": 3, "amp": "bf16" if fitting == "off" else "off", "compile": True}
-    assert chosen() == Numerics(8, fitting, False)
-    assert chosen(threads=2, amp="bf16", compile=True) == Numerics(2, "bf16", True)
-    assert chosen(saved) == chosen(saved, threads=3, amp=saved["amp"], compile=True) == Numerics(**saved)
+    assert chosen() == Precision(8, fitting, False)
+    assert chosen(threads=2, amp="bf16", compile=True) == Precision(2, "bf16", True)
+    assert chosen(saved) == chosen(saved, threads=3, amp=saved["amp"], compile=True) == Precision(**saved)
     for change, words in (
         ({"threads": 2}, "threads: made with threads 3, now 2"),
         ({"amp": fitting}, f"amp: made with amp {saved['amp']}, now {fitting}"),
@@ -475,7 +477,7 @@ def test_a_step_in_bf16_follows_one_in_float32():
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     losses, updates = {}, {}
     for amp in ("off", "bf16"):
-        run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, amp, False))
+        run = Trainer(config, images, "digest", torch.device("cpu"), Precision(1, amp, False))
         before = torch.cat([weight.detach().flatten() for weight in run.network.parameters()])
         losses[amp] = run.train_step()[0]
         updates[amp] = torch.cat([weight.detach().flatten() for weight in run.network.parameters()]) - before
@@ -500,7 +502,7 @@ def test_a_mapped_folder_trains_the_same(tmp_path):
         images = load_images(paths, (32, 32), 0, storage)
         assert isinstance(images, Images) == (storage.memory == 1)
         config = tiny_config("--epochs", 4)
-        run = Run(config, images, "digest", torch.device("cpu"), Numerics(1, "off", False))
+        run = Trainer(config, images, "digest", torch.device("cpu"), Precision(1, "off", False))
         losses.append([float(run.train_step()[0]) for _ in range(4)])
     assert losses[0] == losses[1]
 
