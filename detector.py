@@ -30,7 +30,7 @@ from runtime.files import InputError, load_tensors, save_tensors, say
 from runtime.image_files import decode, resized
 
 FORMAT = "cutpaste-detector"
-VERSION = 4  # raise it when an older program could no longer read the file rightly
+VERSION = 5  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 MOST = 4096  # images that are remembered, of the normal ones and of the new ones
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
@@ -552,7 +552,7 @@ def fill(member: EnsembleMember, content: dict) -> None:
 
 def _read(path: str | Path) -> tuple[Config, dict]:
     """Settings and content of a detector file, brought to this version."""
-    content = load_tensors(path, "detector", lambda content: content.get("version", 0) > 2)
+    content = load_tensors(path, "detector")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a detector file of this project; make one with run_training.py")
     version = content.get("version")

@@ -92,7 +92,7 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
     or of another training."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; no normal images were kept: {ANEW}")
-    content = load_tensors(path, "normals", lambda content: True)
+    content = load_tensors(path, "normals")
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of normal images; {ANEW}")
     if content.get("version") != VERSION:

@@ -1,20 +1,18 @@
 """Messages, and files that are written whole or not at all.
 
 Owns ``InputError``, the line on stderr, atomic writing, the mark of this program's files, and files of tensors and
-plain values with a checksum.
+plain values, verified when read.
 """
 
-import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-CHECKSUM = "checksum"  # the key that save_tensors adds and load_tensors takes away
 PLAIN = (type(None), bool, int, float, str, bytes)
 # Tells pictures, maps and reports of this program from other files: PNG and TIFF have it as their Software, JPEG as a
 # comment, HTML as its generator, all within the first HEAD bytes
@@ -27,7 +25,7 @@ class InputError(Exception):
 
 
 def say(text: str) -> None:
-    """A message for the person at the shell: stderr, past any progress bar. stdout is for data."""
+    """Print a message for the person at the shell: on stderr, past any progress bar. stdout is for data."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)
@@ -60,7 +58,7 @@ def write_files(contents: dict[Path, bytes | memoryview]) -> None:
 
 
 def part_path(path: Path) -> Path:
-    """The temporary name that a file is written under."""
+    """Return the temporary name that a file is written under."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -93,59 +91,46 @@ def remove_file(path: Path) -> None:
 
 
 def save_tensors(content: dict, path: str | Path) -> None:
-    """Write a dict of tensors and plain values, nested as they like, atomically and with a checksum.
+    """Write a dict of tensors and plain values, nested as they like, atomically.
 
-    Raises TypeError for a value of another type, OSError, naming the file, if it cannot be written.
+    torch.save writes a zip archive, with a CRC of every part. Raises TypeError for a value of another type, OSError,
+    naming the file, if it cannot be written.
     """
+    _check_types(content)
     buffer = io.BytesIO()
-    # To memory first: torch's own writer hides a full disk behind a RuntimeError
-    torch.save(content | {CHECKSUM: _checksum(content)}, buffer)
+    torch.save(content, buffer)  # to memory first: torch's own writer hides a full disk behind a RuntimeError
     with buffer.getbuffer() as view:  # released here: Python 3.13 complains of a buffer that goes before its view
         write_file(view, path)
 
 
-def load_tensors(path: str | Path, what: str, checked: Callable[[dict], bool] = lambda content: False) -> dict:
-    """Read what ``save_tensors`` wrote, onto the CPU, without its checksum.
+def load_tensors(path: str | Path, what: str) -> dict:
+    """Read what ``save_tensors`` wrote, onto the CPU.
 
-    what: names the kind of file in messages. checked(content): whether the content must have a checksum; without one
-    others pass, as files of earlier versions must. Raises InputError, naming the file, if it is missing, truncated,
-    damaged or holds no dict.
+    what: names the kind of file in messages. Raises InputError, naming the file, if it is missing, truncated, damaged
+    (a CRC of the archive does not match) or holds no dict.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     data = io.BytesIO(Path(path).read_bytes())  # here what the disk says is an OSError; in torch.load damage is one too
     try:
+        with zipfile.ZipFile(data) as archive:
+            # No CRC covers the attributes; torch leaves the memory of a tensor with those of a folder as it was
+            if archive.testzip() or any(part.external_attr for part in archive.infolist()):
+                raise zipfile.BadZipFile
+        data.seek(0)
         content = torch.load(data, map_location="cpu", weights_only=True)
-        found = content.pop(CHECKSUM, None)
-        whole = found == _checksum(content) if found is not None or checked(content) else True
-    except Exception as error:  # torch.load has no error of its own: a text file may end in an IndexError
+        content.pop("checksum", None)  # of files written before the archive's own was read
+    except Exception as error:  # neither reader has an error of its own: a text file may end in an IndexError
         raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error
-    if not whole:
-        raise InputError(f"{path}: damaged: its content does not match its checksum; restore it or train again")
     return content
 
 
-def _checksum(content: object) -> str:
-    """64 hexadecimal digits that depend on structure, plain values, and dtypes, shapes and bytes of the tensors."""
-    state = hashlib.blake2b(digest_size=32)
-
-    def add(value: object) -> None:
-        if isinstance(value, Tensor):
-            state.update(f"{value.dtype} {tuple(value.shape)}\n".encode())
-            # reshape before view: a tensor without axes has no bytes of its own to show
-            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            state.update(b"dict %d\n" % len(value))
-            for pair in value.items():
-                add(pair)
-        elif isinstance(value, (list, tuple)):
-            state.update(b"%s %d\n" % (b"list" if isinstance(value, list) else b"tuple", len(value)))
-            for item in value:
-                add(item)
-        elif type(value) in PLAIN:  # of a subclass, such as NumPy's numbers, torch.load would refuse the file
-            state.update(f"{value!r}\n".encode())
-        else:
-            raise TypeError(f"{type(value).__name__} {value!r} is neither a tensor nor a plain value")
-
-    add(content)
-    return state.hexdigest()
+def _check_types(value: object) -> None:
+    """Raise TypeError for what torch.load would refuse: a value that is neither a tensor nor plain."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _check_types(part)
+    elif not isinstance(value, Tensor) and type(value) not in PLAIN:  # type: NumPy's numbers are subclasses
+        raise TypeError(f"{type(value).__name__} {value!r} is neither a tensor nor a plain value")

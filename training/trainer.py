@@ -428,7 +428,7 @@ def found_checkpoints(folder: str | Path, category: str) -> list[Path]:
 
 def load_checkpoint(path: Path) -> dict:
     """What ``Trainer.state`` gave, its config as a Config. Raises InputError if the file holds something else."""
-    state = load_tensors(path, "checkpoint", lambda content: content.get("version", 0) > 2)
+    state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a saved state of this program; remove it or start anew (--overwrite)")
     try:
