@@ -38,6 +38,7 @@ from detector import (
     PATCH_DENSITY_IMAGES,
     Detector,
     EnsembleMember,
+    all_but,
     category_seed,
     find_work,
     load,
@@ -48,7 +49,7 @@ from detector import (
 )
 from reporting.metrics import image_metrics
 from reporting.tables import as_csv, normal_table
-from runtime.cache import ImageArray, iterate, subset
+from runtime.cache import iterate
 from runtime.cli import choose_device, folder_name, new_parser, run_script
 from runtime.files import InputError, say, write_files
 
@@ -103,7 +104,7 @@ class Pair(NamedTuple):
     similarity: float
 
 
-def find_duplicates(images: ImageArray, others: ImageArray | None = None) -> tuple[list[Pair], list[Pair]]:
+def find_duplicates(images: Tensor, others: Tensor | None = None) -> tuple[list[Pair], list[Pair]]:
     """Pairs within images (N, 3, H, W) uint8, N >= 2, and between them and others (M, 3, H, W), the most similar first.
 
     Two pictures are near if 1 - similarity is at most NEAR of what is typical of the images: the median of the distance
@@ -138,12 +139,12 @@ def pairs(
     return found + sorted((Pair("near", *pair, value) for pair, value in near.items()), key=lambda p: -p.similarity)
 
 
-def digests(images: ImageArray) -> list[bytes]:
+def digests(images: Tensor) -> list[bytes]:
     """Of the pixels of each image."""
     return [hashlib.blake2b(image.numpy().tobytes()).digest() for block in iterate(images) for image in block]
 
 
-def similarities(images: ImageArray, known: Tensor) -> Tensor:
+def similarities(images: Tensor, known: Tensor) -> Tensor:
     """Correlations (M, N) in [-1, 1] of images (M, 3, H, W), each moved as it fits best, with thumbnails (N, D)."""
     moves = range(2 * REACH + 1)
     blocks = (thumbnails(block, moves) @ known.T for block in iterate(images, AT_ONCE))
@@ -165,7 +166,7 @@ def thumbnails(images: Tensor, moves: Sequence[int]) -> Tensor:
 # One category, one question: files by name out, a line on stdout --------------------------------------------------
 
 
-def check_duplicates(data_dir: str, category: str, images: ImageArray, test: TestSet | None) -> dict[str, bytes]:
+def check_duplicates(data_dir: str, category: str, images: Tensor, test: TestSet | None) -> dict[str, bytes]:
     inside, between = find_duplicates(images, None if test is None else test.images)
     line = f"{category} duplicates: {counted(inside)} within train"
     print(line + ("" if test is None else f", {counted(between)} between train and test"), flush=True)
@@ -182,7 +183,7 @@ def counted(pairs: list[Pair]) -> str:
     return f"{exact} exact and {len(pairs) - exact} near"
 
 
-def check_suspicious(data_dir: str, detector: Detector, images: ImageArray) -> dict[str, bytes]:
+def check_suspicious(data_dir: str, detector: Detector, images: Tensor) -> dict[str, bytes]:
     """By normal_scores, and maps by the member that has not seen the image."""
     from reporting import figures
 
@@ -236,7 +237,7 @@ class Fitted(NamedTuple):
     test_scores: np.ndarray | None
 
 
-def fit_subsets(detector: Detector, images: ImageArray, test_images: ImageArray | None = None) -> list[Fitted]:
+def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None = None) -> list[Fitted]:
     """The first member's densities, fitted to ever larger random subsets of the normal images (N, 3, H, W) uint8 that
     it was made of, up to all that are not new; none if N is too small.
 
@@ -247,10 +248,8 @@ def fit_subsets(detector: Detector, images: ImageArray, test_images: ImageArray 
     config, member = detector.config, copy.deepcopy(detector.members[0])
     new = unseen_by(config, len(images), 0)
     new = new if len(new) else torch.arange(0, len(images), FOLDS)
-    rest = torch.ones(len(images), dtype=torch.bool)
-    rest[new] = False
     most = DENSITY_IMAGES if config.patches is None else PATCH_DENSITY_IMAGES
-    known, unknown = (projected(member, subset(images, part), most) for part in (rest.nonzero()[:, 0], new))
+    known, unknown = (projected(member, images, most, numbers) for numbers in (all_but(new, len(images)), new))
     tested = None if test_images is None else projected(member, test_images, len(test_images))
     shared = [level.shared for level in member.levels]
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
@@ -275,13 +274,13 @@ def sizes(count: int) -> list[int]:
     return found[::-1] if len(found) > 1 else []
 
 
-def projected(member: EnsembleMember, images: ImageArray, most: int) -> list[Tensor]:
-    """Embeddings (n, L, d) of each level as its density takes them; of more than ``most`` images, as many."""
+def projected(member: EnsembleMember, images: Tensor, most: int, numbers: Tensor | None = None) -> list[Tensor]:
+    """Embeddings (n, L, d) of each level as its density takes them, of those of the images that ``stream`` chooses."""
 
     def project(block: Tensor) -> list[Tensor]:
         return [level.project(x) for level, x in zip(member.levels, member.embed(block))]
 
-    return [torch.cat(parts) for parts in zip(*stream(member, images, project, most))]
+    return [torch.cat(parts) for parts in zip(*stream(member, images, project, most, numbers))]
 
 
 @torch.inference_mode()
@@ -327,7 +326,7 @@ def verdict(rows: list[dict]) -> str:
     return f"{text}; {words}: twice as many might bring about half of that"
 
 
-def report_enough(detector: Detector, images: ImageArray, test: TestSet | None) -> dict[str, bytes]:
+def report_enough(detector: Detector, images: Tensor, test: TestSet | None) -> dict[str, bytes]:
     from reporting import figures
 
     category, labels = detector.config.category, None if test is None else test.labels

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from image_ops import NOTHING_IGNORED, fill_index_of
 from runtime import cache
-from runtime.cache import IN_MEMORY, ImageArray, Storage
+from runtime.cache import IN_MEMORY, Storage
 from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
 from runtime.image_files import DECODER, IMAGE_SUFFIXES, decode, decode_mask, find_images, read_size
 
@@ -38,7 +38,7 @@ class TestSet:
 
     __test__ = False  # not a test for pytest to collect
 
-    images: ImageArray  # (M, 3, H, W) uint8
+    images: Tensor  # (M, 3, H, W) uint8
     labels: np.ndarray  # (M,) int64, 0 normal, 1 anomalous
     defect_types: list[str]  # M names of folders
     paths: list[Path]
@@ -87,7 +87,7 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
 
 def load_train(
     data_dir: str | Path, category: str, size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY
-) -> ImageArray:
+) -> Tensor:
     """The normal training images of a category: (N, 3, H, W) uint8. size: (H, W)."""
     return load_images(train_paths(data_dir, category), size, workers, storage)
 
@@ -131,7 +131,7 @@ def find_mask(path: Path) -> Path | None:
 
 def load_images(
     paths: Sequence[Path], size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY, folder: Path | None = None
-) -> ImageArray:
+) -> Tensor:
     """Decode and resize in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of ``paths``.
 
     ``storage`` says whether they are kept for the next run and how many stay in memory, ``folder`` what they are

@@ -25,7 +25,6 @@ from density import DensityError
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
-from runtime.cache import ImageArray, iterate, subset
 from runtime.files import InputError, load_tensors, save_tensors, say
 from runtime.image_files import decode, resized
 
@@ -179,7 +178,7 @@ class Detector(nn.Module):
         kind = "cross" if len(self.members) > 1 else "split" if self.config.holdout else "seen"
         return FalseAlarmGuarantee(kind, len(self.calibration_scores), self.config.false_alarm_rate)
 
-    def fit(self, images: ImageArray, threshold: bool = True) -> "Detector":
+    def fit(self, images: Tensor, threshold: bool = True) -> "Detector":
         """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on; with
         ``threshold``, choose that too, from them alone. Raises InputError if no density can be fitted, SettingError for
         too few images.
@@ -192,8 +191,8 @@ class Detector(nn.Module):
             if not len(unseen):
                 held_out = member.fit(images, threshold)
                 break
-            member.fit(member_images(images, number, config), held_out=False)
-            scores = torch.cat([some for some, _ in stream(member, subset(images, unseen))])
+            member.fit(images, held_out=False, seen=all_but(unseen, count))
+            scores = torch.cat([batch for batch, _ in stream(member, images, numbers=unseen)])
             if config.holdout:
                 held_out = scores
                 break
@@ -224,7 +223,7 @@ class Detector(nn.Module):
                 raise InputError(f"{self.config.category}: every pixel is ignored, by the detector or by --ignore")
         return self
 
-    def refit(self, images: ImageArray, **changes) -> "Detector":
+    def refit(self, images: Tensor, **changes) -> "Detector":
         """The same networks with other densities, fitted to ``images``, those they were trained on, where ``changes``
         are other settings; this detector stays as it is."""
         config = Config.from_dict(self.config.to_dict() | changes)
@@ -359,17 +358,18 @@ class EnsembleMember(nn.Module):
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
-    def fit(self, images: ImageArray, held_out: bool) -> Tensor | None:
+    def fit(self, images: Tensor, held_out: bool, seen: Tensor | None = None) -> Tensor | None:
         """Fit the densities to normal images (N, 3, H, W) uint8. The network runs once over them, in evaluation mode,
         which it is left in. Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model
         PATCH_DENSITY_IMAGES.
 
-        held_out: return what new normal images would score (n,), by densities fitted to the other folds of these; the
-        network has seen them all. Raises InputError if no density can be fitted.
+        seen: the numbers of the images to fit to; default: all. held_out: return what new normal images would score
+        (n,), by densities fitted to the other folds of these; the network has seen them all. Raises InputError if no
+        density can be fitted.
         """
         several = len(self.levels) > 1
         try:
-            projected = self.eval().embed_normal(images)
+            projected = self.eval().embed_normal(images, seen)
             found = [level.fit(x, held_out or several) for level, x in zip(self.levels, projected)]
         except DensityError as error:
             raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
@@ -382,17 +382,17 @@ class EnsembleMember(nn.Module):
         return torch.cat([self.aggregate(list(block))[0] for block in blocks])
 
     @torch.inference_mode()
-    def embed_normal(self, images: ImageArray) -> list[Tensor]:
+    def embed_normal(self, images: Tensor, seen: Tensor | None = None) -> list[Tensor]:
         """Projected embeddings (n, L, d) of an even sample of images at each level, whose axes it chooses."""
         most = DENSITY_IMAGES if self.config.patches is None else PATCH_DENSITY_IMAGES
         if any(level.dims is not None for level in self.levels):
-            first = list(stream(self, images, self.embed, AXES_IMAGES))
+            first = list(stream(self, images, self.embed, AXES_IMAGES, seen))
             for level, blocks in zip(self.levels, zip(*first)):
                 if level.dims is not None:
                     level.choose_axes(torch.cat(blocks))
         held: list[Tensor] = []
-        done, count = 0, min(len(images), most)
-        for embeddings in stream(self, images, self.embed, most):
+        done, count = 0, min(len(images if seen is None else seen), most)
+        for embeddings in stream(self, images, self.embed, most, seen):
             projected = [level.project(x) for level, x in zip(self.levels, embeddings)]
             held = held or [x.new_empty((count, *x.shape[1:])) for x in projected]
             part = slice(done, done := done + len(projected[0]))
@@ -403,19 +403,25 @@ class EnsembleMember(nn.Module):
 
 @torch.inference_mode()
 def stream(
-    scorer: nn.Module, images: ImageArray, function: Callable[[Tensor], object] | None = None, most: int | None = None
+    scorer: nn.Module,
+    images: Tensor,
+    function: Callable[[Tensor], object] | None = None,
+    most: int | None = None,
+    numbers: Tensor | None = None,
 ) -> Iterator:
-    """What ``function`` (default: the scorer, a detector or a member, so scores and maps) gives for images
-    (M, 3, H, W), block by block, each brought to the scorer's device. most: of more images than that, as many, evenly
-    spaced."""
+    """Yield what ``function`` (default: the scorer, a detector or a member, so scores and maps) gives for images
+    (M, 3, H, W), batch by batch, each brought to the scorer's device.
+
+    numbers: of the images that are taken, in this order; default: all. most: of more images than that, as many, evenly
+    spaced.
+    """
     if tuple(images.shape[1:]) != (3, *scorer.size):
         raise ValueError(f"images must be (M, 3, {scorer.size[0]}, {scorer.size[1]}), got {tuple(images.shape)}")
-    if most is None or len(images) <= most:
-        blocks = iterate(images, scorer.batch_size)
-    else:
-        blocks = (images[part] for part in (torch.arange(most) * len(images) // most).split(scorer.batch_size))
-    for block in blocks:
-        yield (function or scorer)(block.to(scorer.device))
+    numbers = torch.arange(len(images)) if numbers is None else numbers
+    if most is not None and len(numbers) > most:
+        numbers = numbers[torch.arange(most) * len(numbers) // most]
+    for part in numbers.split(scorer.batch_size) if len(numbers) else ():
+        yield (function or scorer)(images.index_select(0, part.to(images.device)).to(scorer.device))
 
 
 # What a member sees --------------------------------------------------------------------------------------------------
@@ -430,14 +436,11 @@ def unseen_by(config: Config, count: int, number: int) -> Tensor:
     return torch.arange(held) * count // max(1, held)
 
 
-def member_images(images: ImageArray, number: int, config: Config) -> ImageArray:
-    """The normal images that member ``number`` sees."""
-    unseen = unseen_by(config, len(images), number)
-    if not len(unseen):
-        return images
-    seen = torch.ones(len(images), dtype=torch.bool)
-    seen[unseen] = False
-    return subset(images, seen.nonzero()[:, 0])
+def all_but(numbers: Tensor, count: int) -> Tensor:
+    """Return the others of the numbers 0 ... count - 1, ascending."""
+    others = torch.ones(count, dtype=torch.bool)
+    others[numbers] = False
+    return others.nonzero()[:, 0]
 
 
 def check_enough(config: Config, count: int) -> None:

@@ -18,7 +18,6 @@ from torch.nn import functional
 from detector import Detector, stream
 from image_ops import fill_ignored, to_float
 from model import CutPasteNet
-from runtime.cache import ImageArray
 from runtime.files import InputError, load_tensors, save_tensors
 
 FORMAT = "cutpaste-normals"
@@ -68,7 +67,7 @@ def embedded(network: CutPasteNet, images: Tensor) -> Tensor:
     return functional.normalize(functional.adaptive_avg_pool2d(features.float(), CELLS).flatten(1), dim=1)
 
 
-def save_normals(detector: Detector, images: ImageArray, names: Sequence[str], path: str | Path) -> None:
+def save_normals(detector: Detector, images: Tensor, names: Sequence[str], path: str | Path) -> None:
     """Write the file of a fitted detector, whole or not at all: of its training images (N, 3, H, W) uint8, called
     ``names``, at most MOST, evenly spaced. Raises OSError if it cannot be written."""
     jpegs, embeddings = [], []

@@ -29,7 +29,6 @@ from dataset import load_masks, load_test, load_train
 from detector import Detector, detector_path, find_work, load, load_config, save, stream
 from reporting.metrics import evaluate
 from reporting.tables import record
-from runtime.cache import ImageArray
 from runtime.cli import choose_device, device_name, int_at_least, keep_memory, new_parser, run_script
 from runtime.files import InputError, say
 
@@ -125,7 +124,7 @@ def each_level(values: Iterable) -> str:
     return ",".join(map(str, values))
 
 
-def timed_fit(config: Config, trained: Detector, images: ImageArray, threshold: bool) -> tuple[Detector, float]:
+def timed_fit(config: Config, trained: Detector, images: torch.Tensor, threshold: bool) -> tuple[Detector, float]:
     """The trained network with densities fitted under ``config``, and the seconds that it took."""
     began = time.perf_counter()
     detector = Detector(config, [member.network for member in trained.members], trained.fill_index).fit(

@@ -11,10 +11,12 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 import secrets
 import tempfile
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,52 +43,17 @@ class Storage:
     folder: Path | None = None
     memory: float = math.inf
 
+    def maps(self, shape: Sequence[int]) -> bool:
+        """Return whether images of this shape (N, 3, H, W) are mapped from a file, being larger than the memory."""
+        return math.prod(shape) > self.memory
+
 
 IN_MEMORY = Storage()
 _say_once = functools.cache(say)
 
 
-class Images:
-    """Images in a file mapped into memory, of whose pages the system takes back what it needs: uint8, ``shape``
-    (N, 3, H, W). images[int, slice or 1-d Tensor of integers] copies some into a Tensor. The file may lose its name."""
-
-    def __init__(self, file: BinaryIO, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self._pixels = np.memmap(file, np.uint8, "r", shape=shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        chosen = self._pixels[index.numpy() if isinstance(index, Tensor) else index]
-        return torch.from_numpy(np.require(chosen, requirements="W"))  # copied unless NumPy has done so for a Tensor
-
-
-class Subset:
-    """Some of mapped images, by their numbers, used as those are."""
-
-    def __init__(self, images: Images, chosen: Tensor) -> None:
-        self.images, self.chosen = images, chosen
-        self.shape = (len(chosen), *images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        chosen = self.chosen[index]
-        return self.images[int(chosen) if chosen.ndim == 0 else chosen]
-
-
-ImageArray = Tensor | Images | Subset
-
-
-def subset(images: ImageArray, chosen: Tensor) -> ImageArray:
-    """Those of the images (N, 3, H, W) whose numbers are ``chosen`` (n,): a copy of a Tensor, a view of mapped ones."""
-    return images[chosen] if isinstance(images, Tensor) else Subset(images, chosen)
-
-
 def default_folder() -> Path | None:
-    """$XDG_CACHE_HOME/cutpaste, or ~/.cache/cutpaste; None for a user without a home."""
+    """Return $XDG_CACHE_HOME/cutpaste, or ~/.cache/cutpaste; None for a user without a home."""
     for parent in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
         if os.path.isabs(parent):  # what the standard asks for, and what an unknown home is not
             return Path(parent) / "cutpaste"
@@ -101,20 +67,21 @@ def load(
     decoder: str,
     storage: Storage,
     folder: Path | None = None,
-) -> ImageArray:
-    """The images of ``paths``, from the cache or decoded: (N, 3, H, W) uint8, not to be written to; Images where they
-    are larger than ``storage.memory``, else a Tensor. size: (H, W).
+) -> Tensor:
+    """Return the images of ``paths``, from the cache or decoded: (N, 3, H, W) uint8, not to be written to.
 
+    size: (H, W).
     decode_into(first, images): decodes those from index ``first`` on into ``images`` (n, 3, H, W).
     decoder: its name and version; what another one has decoded is not taken from the cache.
+    storage: images that it maps take no memory of their own: the system reads and drops their pages as it needs.
     folder: the cache keeps one file for each folder and size; loading other paths for the same ones replaces it.
         Default: the deepest folder that holds all paths.
 
-    A cache that cannot be written costs a line on stderr. Raises OSError if images larger than ``storage.memory`` find
-    no room on disk either, and what decode_into raises.
+    A cache that cannot be written costs a line on stderr. Raises OSError if mapped images find no room on disk, and
+    what decode_into raises.
     """
     shape = (len(paths), 3, *size)
-    mapped = math.prod(shape) > storage.memory
+    mapped = storage.maps(shape)
     seal = None
     if storage.folder is not None and len(paths):
         parents = {os.path.dirname(path) for path in paths}
@@ -136,7 +103,7 @@ def load(
                     file.flush()
                     os.fsync(file.fileno())
                     os.replace(file.name, entry)
-                return Images(file, shape) if mapped else images
+                return _map(file, shape) if mapped else images
         except OSError as error:
             reason = error.strerror or error
             _say_once(f"{storage.folder}: decoded images cannot be kept there ({reason}); choose another folder")
@@ -146,23 +113,23 @@ def load(
 # Passes over images -----------------------------------------------------------------------------------------------
 
 
-def iterate(images: ImageArray, count: int | None = None) -> Iterator[Tensor]:
-    """Slices of ``count`` images (default: of BLOCK bytes), in order."""
+def iterate(images: Tensor, count: int | None = None) -> Iterator[Tensor]:
+    """Yield slices of ``count`` images (default: of BLOCK bytes), in order."""
     step = count or _block_length(images.shape)
     for first in range(0, len(images), step):
         yield images[first : first + step]
 
 
-def digest(images: ImageArray) -> str:
-    """A digest of the pixels, in order: 32 hexadecimal digits."""
+def digest(images: Tensor) -> str:
+    """Return a digest of the pixels, in order: 32 hexadecimal digits."""
     state = hashlib.blake2b(digest_size=16)
     for block in iterate(images):
         state.update(block.numpy())
     return state.hexdigest()
 
 
-def all_equal(images: ImageArray) -> bool:
-    """Whether all images are the same."""
+def all_equal(images: Tensor) -> bool:
+    """Return whether all images are the same."""
     return all((block == images[0]).all() for block in iterate(images))
 
 
@@ -174,29 +141,29 @@ def _block_length(shape: Sequence[int]) -> int:
 
 
 def _seal(paths: Sequence[Path], shape: tuple[int, ...], decoder: str) -> bytes | None:
-    """What the pixels are made from, as it stands behind them in the file: the same bytes, the same pixels. None if a
-    file is not to be had: decoding it says why."""
-    real, files = functools.cache(os.path.realpath), hashlib.sha256()
+    """Return what the pixels are made from, as it stands behind them in the file: the same bytes, the same pixels. None
+    if a file cannot be found: decoding it says why."""
+    real_path, files = functools.cache(os.path.realpath), hashlib.sha256()
     with suppress(OSError):
         for path in paths:
             folder, name = os.path.split(path)
             status = os.stat(path)
             # ctime too: mv and cp -p hand a file another name, or a name another file, with its size and mtime
             numbers = f"{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\0"
-            files.update(os.fsencode(f"{real(folder)}/{name}\0{numbers}"))
+            files.update(os.fsencode(f"{real_path(folder)}/{name}\0{numbers}"))
         made_from = {"format": FORMAT, "decoder": decoder, "shape": shape, "files": files.hexdigest()}
         return b"\n" + json.dumps(made_from).encode() + b"\n"
     return None
 
 
-def _read(entry: Path, seal: bytes, shape: tuple[int, ...], mapped: bool) -> ImageArray | None:
-    """The images of an entry that is whole and made from the same files; None for any other."""
+def _read(entry: Path, seal: bytes, shape: tuple[int, ...], mapped: bool) -> Tensor | None:
+    """Return the images of an entry that is whole and made from the same files; None for any other."""
     with suppress(OSError), open(entry, "rb") as file:
         file.seek(math.prod(shape))  # beyond the end of a shorter file there is nothing to be read
         end = file.read(len(seal) + 10)  # the line of the checksum takes 9: a longer file is another one
         if end.startswith(seal):
             file.seek(0)
-            images = Images(file, shape) if mapped else torch.empty(shape, dtype=torch.uint8)
+            images = _map(file, shape) if mapped else torch.empty(shape, dtype=torch.uint8)
             if not mapped:
                 file.readinto(images.numpy())
             checksum = functools.reduce(lambda crc, block: zlib.crc32(block.numpy(), crc), iterate(images), 0)
@@ -206,7 +173,7 @@ def _read(entry: Path, seal: bytes, shape: tuple[int, ...], mapped: bool) -> Ima
 
 
 def _decoded(shape: tuple[int, ...], decode_into: Callable[[int, Tensor], None]) -> Iterator[Tensor]:
-    """All images, block by block, each in the place of the one before."""
+    """Yield all images block by block, each in the place of the one before."""
     step = _block_length(shape)
     buffer = torch.empty((min(step, shape[0]), *shape[1:]), dtype=torch.uint8)
     for first in range(0, shape[0], step):
@@ -216,7 +183,7 @@ def _decoded(shape: tuple[int, ...], decode_into: Callable[[int, Tensor], None])
 
 
 def _write(file: BinaryIO, blocks: Iterable[Tensor]) -> int:
-    """Write blocks of images one behind the other. Returns their checksum."""
+    """Write blocks of images one behind the other, and return their checksum."""
     checksum = 0
     for block in blocks:
         file.write(block.numpy())
@@ -227,13 +194,13 @@ def _write(file: BinaryIO, blocks: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _new_part(entry: Path) -> Iterator[BinaryIO]:
-    """A file under a name of its own, so that several runs may write the same entry at once. At the end it loses that
-    name, though it can still be mapped."""
+    """Open a file under a name of its own, so that several runs may write the same entry at once. At the end it loses
+    that name, though it can still be mapped."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    for left in entry.parent.glob(".*" + PART):  # by killed runs
+    for abandoned in entry.parent.glob(".*" + PART):  # by killed runs
         with suppress(OSError):  # another run has removed it
-            if time.time() - left.stat().st_mtime > KILLED_AFTER:
-                left.unlink()
+            if time.time() - abandoned.stat().st_mtime > KILLED_AFTER:
+                abandoned.unlink()
     part = entry.with_name(f".{entry.stem}.{secrets.token_hex(8)}{PART}")
     with open(part, "x+b") as file:
         try:
@@ -242,13 +209,25 @@ def _new_part(entry: Path) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
 
 
-def _without_name(blocks: Iterable[Tensor], shape: tuple[int, ...]) -> Images:
-    """Images in a temporary file that goes when they go, even if the process is killed."""
+def _without_name(blocks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Return images in a temporary file that goes when they go, even if the process is killed."""
     folder = tempfile.gettempdir()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             _write(file, blocks)
-            return Images(file, shape)
+            return _map(file, shape)
     except OSError as error:
         needed = f"{math.prod(shape) / 1e9:.1f} GB of images larger than the memory for them find no room"
         raise OSError(error.errno, f"{needed} ({error.strerror}); set TMPDIR to another folder", folder) from error
+
+
+def _map(file: BinaryIO, shape: tuple[int, ...]) -> Tensor:
+    """Map images (N, 3, H, W), the beginning of a file, into memory. The file may be closed and lose its name.
+
+    Read-only, so writing to them ends the process: Linux refuses a private, writable mapping (ACCESS_COPY) that is
+    larger than its memory.
+    """
+    pixels = mmap.mmap(file.fileno(), math.prod(shape), access=mmap.ACCESS_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of the crash above
+        return torch.frombuffer(pixels, dtype=torch.uint8).view(shape)

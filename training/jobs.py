@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import Config, SettingError, resume
 from dataset import load_fill_index, load_train, train_paths
-from detector import Detector, build_network, check_enough, detector_path, load_config, member_images, save
+from detector import Detector, build_network, check_enough, detector_path, load_config, save
 from normals import normals_path, save_normals
 from runtime import cache
 from runtime.cli import command_line, device_name, suitable_precision
@@ -81,7 +81,7 @@ class RunOptions:
     watcher: Callable[[Config], Callable[[Detector], float] | None]
 
 
-def train_networks(job: Job, numbers: list[int], running: RunOptions) -> cache.ImageArray | None:
+def train_networks(job: Job, numbers: list[int], running: RunOptions) -> Tensor | None:
     """Train those of a detector's networks up to their last saved state. Returns all training images; None if the
     detector is there already."""
     config, category, ranks = job.config, job.config.category, running.ranks
@@ -99,8 +99,10 @@ def train_networks(job: Job, numbers: list[int], running: RunOptions) -> cache.I
         digest, now = digest + cache.digest(fill_index[None]), f"{now}, or under another mask than {config.ignore}"
     if running.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
+    # On the device for the whole run, unless they are too many
+    placed = images if running.storage.maps(images.shape) else images.to(running.device)
     for number in numbers:
-        path, own = job.states[number], member_images(images, number, config)
+        path = job.states[number]
         state = ranks.broadcast(lambda path=path: saved_state(path, digest, now))
         precision = precision_of(path, state, running)
         if running.precision["amp"] is None and state is None and ranks.is_main and number == numbers[0]:
@@ -109,8 +111,8 @@ def train_networks(job: Job, numbers: list[int], running: RunOptions) -> cache.I
         torch.set_num_threads(precision.threads)
         with torch.random.fork_rng(devices=[]):
             if config.minutes and number == numbers[0]:
-                config = state["config"] if state else timed(config, own, precision, running, fill_index)
-            run = Trainer(config, own, digest, running.device, precision, state, ranks, number, fill_index)
+                config = state["config"] if state else timed(config, placed, precision, running, fill_index)
+            run = Trainer(config, placed, digest, running.device, precision, state, ranks, number, fill_index)
             run.train(
                 job.logs if config.folds == 1 else job.logs / f"network{number}",
                 path,
@@ -132,9 +134,7 @@ def precision_of(path: Path, state: dict | None, running: RunOptions) -> Precisi
         raise InputError(f"--{error}{saved}") from error
 
 
-def timed(
-    config: Config, images: cache.ImageArray, precision: Precision, running: RunOptions, fill_index: Tensor
-) -> Config:
+def timed(config: Config, images: Tensor, precision: Precision, running: RunOptions, fill_index: Tensor) -> Config:
     """The settings with as many steps as ``minutes``, shared by the detector's networks, allow on this machine."""
     whole = replace(config, freeze_resnet=0)  # steps with the backbone frozen cost less
     run = Trainer(whole, images, "", running.device, precision, None, running.ranks, fill_index=fill_index)
@@ -146,7 +146,7 @@ def timed(
     return replace(config, epochs=steps)
 
 
-def load_normal(config: Config, running: RunOptions) -> cache.ImageArray:
+def load_normal(config: Config, running: RunOptions) -> Tensor:
     """The training images of a category. Raises InputError or SettingError if nothing can be learned from them."""
     category, size = config.category, (config.height, config.width)
     images = load_train(running.data_dir, category, size, running.workers, running.storage)
@@ -165,7 +165,7 @@ def load_job_fill_index(config: Config, data_dir: str) -> Tensor:
     return load_fill_index(config.ignore, config.category, size, paths[0])
 
 
-def write_detector(job: Job, running: RunOptions, images: cache.ImageArray | None = None) -> None:
+def write_detector(job: Job, running: RunOptions, images: Tensor | None = None) -> None:
     """Fit the detector of trained networks to all training images, write it, and remove their saved states; nothing if
     it is there already. images: those that are loaded already."""
     category, folds = job.config.category, job.config.folds
@@ -201,7 +201,7 @@ def write_detector(job: Job, running: RunOptions, images: cache.ImageArray | Non
     say(f"{category}: wrote {job.path}")
 
 
-def keep_normals(job: Job, running: RunOptions, detector: Detector, images: cache.ImageArray) -> None:
+def keep_normals(job: Job, running: RunOptions, detector: Detector, images: Tensor) -> None:
     """Write the file of normal images of a detector, if that is asked for; else remove that of an earlier one."""
     path = normals_path(job.path)
     if not running.explain:

@@ -20,9 +20,8 @@ from torch.nn import functional
 
 from config import Config, SettingError, resume
 from cutpaste import VARIANTS, ViewParams, make_views_and_sample, rows, visible
-from detector import Detector, category_seed, initial_network
+from detector import Detector, all_but, category_seed, initial_network, unseen_by
 from image_ops import NOTHING_IGNORED, fill_ignored
-from runtime.cache import ImageArray
 from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
 from runtime.files import InputError, load_tensors, remove_file, save_tensors, say
@@ -76,15 +75,16 @@ class Batch:
 class Trainer:
     """The training of one network. Everything that decides how it goes on is in ``state``.
 
-    images (N, 3, H, W) uint8, those that it may see; digest: of all of the category, by which a saved state knows them.
-    state: to continue from, or None. ranks: more than one train together, each on its part of every batch. member: the
-    network's number among those of the detector. sources: (H, W), what takes the place of pixels that do not count.
+    images (N, 3, H, W) uint8, all of the category, on the device unless they are mapped from a file; digest: of them,
+    by which a saved state knows them. state: to continue from, or None. ranks: more than one train together, each on
+    its part of every batch. member: the network's number among those of the detector, which says which of the images it
+    sees. sources: (H, W), what takes the place of pixels that do not count.
     """
 
     def __init__(
         self,
         config: Config,
-        images: ImageArray,
+        images: Tensor,
         digest: str,
         device: torch.device,
         precision: Precision,
@@ -96,7 +96,7 @@ class Trainer:
         self.config, self.digest, self.device, self.precision = config, digest, device, precision
         self.ranks = ranks or Ranks()
         self.name = config.category if config.folds == 1 else f"{config.category} {member + 1} of {config.folds}"
-        self.images = images.to(device) if isinstance(images, Tensor) else images  # on the device for the whole run
+        self.images, self.seen = images, all_but(unseen_by(config, len(images), member), len(images))
         self.fill_index = fill_index.to(device)
         self.network = initial_network(config, state is None, member).to(device)
         if self.ranks.world_size > 1:
@@ -159,12 +159,12 @@ class Trainer:
     @property
     def batch_size(self) -> int:
         """Images per step, over all ranks: all different, so never more than there are."""
-        return min(self.config.batch_size, len(self.images))
+        return min(self.config.batch_size, len(self.seen))
 
     def sample_batch(self) -> tuple[Tensor, ViewParams]:
         """The next batch's images (B,), by number, and the parameters of their views: this rank's part of what every
         rank draws alike."""
-        chosen = torch.randperm(len(self.images), generator=self.generator)[: self.batch_size]
+        chosen = self.seen[torch.randperm(len(self.seen), generator=self.generator)[: self.batch_size]]
         params = self.config.sample_params(self.batch_size, self.generator)
         if self.ranks.world_size == 1:
             return chosen, params
@@ -172,8 +172,8 @@ class Trainer:
 
     def load_batch(self, chosen: Tensor) -> Tensor:
         """Images by number, (B, 3, H, W) uint8 on the device, filled where they do not count."""
-        batch = self.images[chosen.to(self.device, non_blocking=True) if isinstance(self.images, Tensor) else chosen]
-        if self.device.type == "cuda" and not isinstance(self.images, Tensor):
+        batch = self.images.index_select(0, chosen.to(self.images.device, non_blocking=True))
+        if batch.device != self.device:
             batch = batch.pin_memory().to(self.device, non_blocking=True)
         return fill_ignored(batch, self.fill_index)
 
@@ -238,7 +238,7 @@ class Trainer:
             interrupts = stack.enter_context(Interrupts())
             progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
             if self.step == 0 and is_main:
-                log_start(writer, self.config, self.images, self.fill_index)
+                log_start(writer, self.config, self.images, self.fill_index, self.seen)
             log = Log(self.config, self.step, self.batch_size, self.ranks, writer, progress)
             saved, began = time.monotonic(), time.monotonic() - self.seconds
             while self.step < steps:
@@ -248,8 +248,10 @@ class Trainer:
                 if watch is not None and is_main and (self.step % watch_every == 0 or last):
                     check_finite(category, self.step, values[0])
                     looked = time.monotonic()
-                    alone = replace(self.config, folds=1, holdout=0.0)  # its images are those that it may see
-                    auroc = watch(Detector(alone, [self.network], self.fill_index).fit(self.images, threshold=False))
+                    alone = replace(self.config, folds=1, holdout=0.0)
+                    detector = Detector(alone, [self.network], self.fill_index)
+                    detector.members[0].fit(self.images, held_out=False, seen=self.seen)
+                    auroc = watch(detector)
                     self.network.train()
                     log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began
@@ -372,16 +374,21 @@ class Log:
 
 
 def log_start(
-    writer: "SummaryWriter", config: Config, images: ImageArray, fill_index: Tensor = NOTHING_IGNORED
+    writer: "SummaryWriter",
+    config: Config,
+    images: Tensor,
+    fill_index: Tensor = NOTHING_IGNORED,
+    seen: Tensor | None = None,
 ) -> None:
-    """Settings, a sheet of samples and a warning of views that show nothing, once at the start; of images filled where
-    they do not count."""
+    """Write settings, a sheet of samples and a warning of views that show nothing, once at the start; of images filled
+    where they do not count. seen: the numbers of the images that are meant; default: all."""
     from reporting import figures
 
-    invisible = invisible_shares(config, images, fill_index)
+    seen = torch.arange(len(images)) if seen is None else seen
+    invisible = invisible_shares(config, images, fill_index, seen)
     rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
     writer.add_text("settings", "\n".join(rows), 0)
-    samples = fill_ignored(images[:PREVIEW_IMAGES], fill_index)
+    samples = fill_ignored(images[seen[:PREVIEW_IMAGES]], fill_index)
     figure = figures.preview(samples, [f"image {i}" for i in range(len(samples))], config, invisible)
     figure.set_dpi(80)
     writer.add_figure("views", figure, 0)
@@ -392,11 +399,15 @@ def log_start(
         say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
 
 
-def invisible_shares(config: Config, images: ImageArray, fill_index: Tensor = NOTHING_IGNORED) -> dict[str, float]:
-    """Of each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
-    cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced."""
+def invisible_shares(
+    config: Config, images: Tensor, fill_index: Tensor = NOTHING_IGNORED, seen: Tensor | None = None
+) -> dict[str, float]:
+    """Return for each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
+    cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced among those whose numbers
+    are ``seen`` (default: all)."""
+    seen = torch.arange(len(images)) if seen is None else seen
     generator, found = torch.Generator().manual_seed(config.seed), []
-    for part in (torch.arange(LOOKED_AT) * len(images) // LOOKED_AT).split(AT_ONCE):
+    for part in seen[torch.arange(LOOKED_AT) * len(seen) // LOOKED_AT].split(AT_ONCE):
         params = config.sample_params(len(part), generator)
         views, _, whole = make_views_and_sample(fill_ignored(images[part], fill_index), params)
         found.append(visible(views, params, whole).view(-1, len(part)))

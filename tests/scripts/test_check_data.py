@@ -17,7 +17,6 @@ from config import PatchConfig
 from conformal import leave_one_out_p_values
 from dataset import load_train
 from detector import Detector, initial_network, load, save, scored_images, stream
-from runtime.cache import Images
 from runtime.image_files import decode, find_images
 
 
@@ -62,14 +61,10 @@ def test_pictures_that_are_all_there_twice(textures):
     assert {pair[:3] for pair in within} == {("near", i, i + 40) for i in range(40)}
 
 
-def test_equal_pictures_and_mapped_ones(tmp_path, textures):
+def test_equal_pictures():
     flat = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
     flat[2] += 9  # without any change there is nothing to compare but pixels
     assert [pair[:3] for pair in find_duplicates(flat)[0]] == [("exact", 0, 1)]
-    images = torch.cat([textures, textures[:2]])
-    (tmp_path / "images").write_bytes(images.numpy().tobytes())
-    with open(tmp_path / "images", "rb") as file:
-        assert find_duplicates(Images(file, tuple(images.shape))) == find_duplicates(images)
 
 
 # Enough -----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from test_detector import CONFIG, PATCHES, pictures
 import run_training
 from config import SettingError
 from dataset import load_test, load_train
-from detector import Detector, initial_network, load, member_images, save, stream
+from detector import Detector, all_but, initial_network, load, save, stream, unseen_by
 from reporting.metrics import image_metrics
-from runtime.cache import Subset
 
 FOLDS = replace(CONFIG, folds=3)
 
@@ -37,11 +36,10 @@ def scores_of(made, images):
 # Members ----------------------------------------------------------------------------------------------------------
 
 
-def test_each_image_is_left_out_by_one_member(images):
-    seen = [[i for i in range(13) if i % 3 != number] for number in range(3)]
+def test_each_image_is_left_out_by_one_member():
     for number in range(3):
-        assert torch.equal(member_images(images, number, FOLDS), images[seen[number]])
-    assert member_images(images, 0, CONFIG) is images
+        assert all_but(unseen_by(FOLDS, 13, number), 13).tolist() == [i for i in range(13) if i % 3 != number]
+    assert unseen_by(CONFIG, 13, 0).tolist() == []
 
 
 def test_scores_are_those_of_the_members_in_deviations_of_the_images_they_have_not_seen(fitted, images):
@@ -103,14 +101,6 @@ def test_grad_cam_has_the_scores_of_the_detector(fitted, images):
 def test_too_few_images_for_the_folds(images):
     with pytest.raises(SettingError, match="brick: 5 training images make at most 2 folds of two, 3 were asked for"):
         Detector(FOLDS).fit(images[:5])
-
-
-def test_a_part_of_mapped_images_is_used_like_them(images):
-    chosen = torch.tensor([7, 2, 2, 11])
-    part, expected = Subset(images, chosen), images[chosen]
-    assert (len(part), part.shape) == (4, (4, 3, 32, 48))
-    for index in (1, slice(1, 3), slice(None, None, 2), torch.tensor([3, 0])):
-        assert torch.equal(part[index], expected[index])
 
 
 # Training ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from config import Config, PatchConfig, SettingError, config_of
 from dataset import load_train
 from detector import load
 from run_training import get_parser
-from runtime.cache import Images, digest
+from runtime.cache import digest
 from runtime.cli import suitable_precision
 from runtime.files import load_tensors, save_tensors
 from training.trainer import Precision, Trainer, batch_values, choose_precision, load_checkpoint, steps_within
@@ -487,8 +487,9 @@ def test_a_step_in_bf16_follows_one_in_float32():
     assert 0.8 < updates["off"].norm() / updates["bf16"].norm() < 1.25
 
 
-def test_a_mapped_folder_trains_the_same(tmp_path):
-    """Images in a file and images in memory, with the same steps."""
+def test_a_network_learns_from_the_images_it_may_see_wherever_they_live(tmp_path):
+    """The second of three networks, by the same steps: from images in memory, in a file, and when others are changed
+    that it may not see."""
     from dataset import load_images
     from runtime.cache import Storage
 
@@ -497,14 +498,15 @@ def test_a_mapped_folder_trains_the_same(tmp_path):
         noise = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         paths.append(tmp_path / f"{number}.png")
         Image.fromarray(noise.numpy()).save(paths[-1])
+    images = load_images(paths, (32, 32), 0)
+    others = images.clone()
+    others[1::3] = 255 - others[1::3]
     losses = []
-    for storage in (Storage(None), Storage(None, 1)):
-        images = load_images(paths, (32, 32), 0, storage)
-        assert isinstance(images, Images) == (storage.memory == 1)
-        config = tiny_config("--epochs", 4)
-        run = Trainer(config, images, "digest", torch.device("cpu"), Precision(1, "off", False))
+    for same in (images, load_images(paths, (32, 32), 0, Storage(None, 1)), others):
+        config = tiny_config("--epochs", 4, "--folds", 3)
+        run = Trainer(config, same, "digest", torch.device("cpu"), Precision(1, "off", False), member=1)
         losses.append([float(run.train_step()[0]) for _ in range(4)])
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_digest_tells_images_apart():
