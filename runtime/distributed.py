@@ -42,22 +42,22 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes what is written once: stdout, tables, the files of a joint training."""
+        """Return whether this rank writes what is written once: stdout, tables, the files of a joint training."""
         return self.rank == 0
 
     @property
     def rows(self) -> slice:
-        """This rank's rows of a batch: every ``world_size``-th, from the ``rank``-th on."""
+        """Return this rank's rows of a batch: every ``world_size``-th, from the ``rank``-th on."""
         return slice(self.rank, None, self.world_size)
 
     def shard(self, items: Sequence[T]) -> list[T]:
-        """This rank's items: every ``world_size``-th, from the ``rank``-th on. Give all ranks the same items, finished
-        ones too, or two ranks may take the same one."""
+        """Return this rank's items: every ``world_size``-th, from the ``rank``-th on. Give all ranks the same items,
+        finished ones too, or two ranks may take the same one."""
         return list(items[self.rows])
 
     @contextmanager
     def joined(self, cuda: bool) -> Iterator[None]:
-        """Within it the ranks can communicate: by Gloo for CPU tensors and objects, by NCCL for CUDA tensors if
+        """Let the ranks communicate within it: by Gloo for CPU tensors and objects, by NCCL for CUDA tensors if
         ``cuda``. Raises RankError if another rank dies meanwhile."""
         if self.world_size == 1:
             yield
@@ -87,7 +87,7 @@ class Ranks:
                 distributed.destroy_process_group()
 
     def gather(self, value: T) -> list[T] | None:
-        """The values of all ranks by rank, on rank 0; None on the others."""
+        """Return the values of all ranks by rank, on rank 0; None on the others."""
         if self.world_size == 1:
             return [value]
         from torch import distributed
@@ -97,7 +97,7 @@ class Ranks:
         return values
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """Rank 0 calls ``make()``; all ranks get its result."""
+        """Call ``make()`` on rank 0 and return its result on all ranks."""
         if self.world_size == 1:
             return make()
         from torch import distributed
@@ -107,7 +107,7 @@ class Ranks:
         return values[0]
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the ranks' integers, on all of them. Reduced on the CPU, so that no GPU is waited for."""
+        """Return the largest of the ranks' integers, on all of them. Reduced on the CPU: no GPU is waited for."""
         if self.world_size == 1:
             return value
         from torch import distributed
@@ -117,7 +117,7 @@ class Ranks:
         return int(number)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """The sum of the ranks' tensors, on all of them; ``value`` is left as it was."""
+        """Return the sum of the ranks' tensors, on all of them; ``value`` is left as it was."""
         if self.world_size > 1:
             from torch import distributed
 
@@ -127,7 +127,7 @@ class Ranks:
 
 
 def from_environment() -> Ranks:
-    """The rank that torchrun's environment variables say; without torchrun, rank 0 of 1."""
+    """Return the rank that torchrun's environment variables name; without torchrun, rank 0 of 1."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE")
@@ -136,8 +136,8 @@ def from_environment() -> Ranks:
 
 @contextmanager
 def ending() -> Iterator[None]:
-    """Wrap a script's main function in it: a rank that was in a process group then ends by ``os._exit``, with the exit
-    code it would have had anyway and the traceback of a bug. Any other process ends as usual.
+    """Wrap a script's main function: a rank that was in a process group then ends by ``os._exit``, with the exit code
+    it would have had anyway and the traceback of a bug. Any other process ends as usual.
 
     Why: after ``destroy_process_group`` Gloo's threads may still free tensors, which takes the GIL. If that happens
     while the interpreter finalizes, the process aborts. If it happens while the group itself is freed, the process
@@ -164,7 +164,8 @@ def ending() -> Iterator[None]:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of the ranks' tensors, on all of them; its gradient is the sum of theirs."""
+    """Sum the ranks' tensors, on all of them; the gradient is the sum of theirs. (torch.distributed.nn.functional
+    has the same, deprecated and, under torch.compile, refused.)"""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:
@@ -187,12 +188,12 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(input)
         x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
-        over = [axis for axis in range(x.ndim) if axis != 1]
+        axes = [axis for axis in range(x.ndim) if axis != 1]
         count = _Sum.apply(torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype))
-        mean = _Sum.apply(x.sum(over)) / count
+        mean = _Sum.apply(x.sum(axes)) / count
         shape = [1, -1] + [1] * (x.ndim - 2)
         x = x - mean.view(shape)
-        variance = _Sum.apply(x.square().sum(over)) / count  # of centered values: nothing cancels
+        variance = _Sum.apply(x.square().sum(axes)) / count  # of centered values: nothing cancels
         with torch.no_grad():
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             unbiased = variance * (count / (count - 1))
@@ -203,7 +204,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batch_norm(network: nn.Module, cuda: bool) -> nn.Module:
-    """The network with batch normalization over all ranks; weights, buffers and their names stay the same."""
+    """Return the network with batch normalization over all ranks; weights, buffers and their names stay the same."""
     if cuda:
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for name, module in list(network.named_children()):
@@ -219,13 +220,13 @@ def sync_batch_norm(network: nn.Module, cuda: bool) -> nn.Module:
 
 
 def data_parallel(network: nn.Module, ranks: Ranks, cuda: bool) -> nn.Module:
-    """The network as DistributedDataParallel, which averages the gradients of all ranks. It does so for the parameters
-    that require gradients now: call this anew after freezing or unfreezing some."""
+    """Return the network as DistributedDataParallel, which averages the gradients of all ranks, of the parameters that
+    require gradients now: call this anew after freezing or unfreezing some."""
     import inspect
 
     from torch.nn.parallel import DistributedDataParallel
 
     # Buffers need no broadcast: sync_batch_norm keeps them equal. Torch 2.13 has renamed the argument that says so
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(network, device_ids=[ranks.local_rank] if cuda else None, **{buffers: False})
+    names = inspect.signature(DistributedDataParallel).parameters
+    argument = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(network, device_ids=[ranks.local_rank] if cuda else None, **{argument: False})
