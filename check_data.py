@@ -72,12 +72,13 @@ def main(args: argparse.Namespace) -> None:
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
     for category, path in work.items():
         detector = load(path, device)
-        if scored_paths(args.data_dir, detector) is None:
-            count = len(train_paths(args.data_dir, category))
+        paths = train_paths(args.data_dir, category)
+        if scored_paths(paths, detector) is None:
+            count = len(paths)
             found = f"made from other images than the {count} of {Path(args.data_dir, category, 'train/good')}"
             raise InputError(f"{path}: {found}; train it again")
-        where = (args.data_dir, category, detector.size, args.workers, storage(args))
-        images = load_train(*where)
+        where = (args.data_dir, category, detector.config.size, args.workers, storage(args), detector.fill_index)
+        images = load_train(*where).images
         test = load_test(*where) if Path(args.data_dir, category, "test").is_dir() else None
         files = check_duplicates(args.data_dir, category, images, test)
         files |= check_suspicious(args.data_dir, detector, images)
@@ -188,7 +189,7 @@ def check_suspicious(data_dir: str, detector: Detector, images: Tensor) -> dict[
     from reporting import figures
 
     config, scores = detector.config, detector.calibration_scores.cpu()
-    rows = normal_table(data_dir, detector, scored_paths(data_dir, detector))
+    rows = normal_table(data_dir, detector, scored_paths(train_paths(data_dir, detector.config.category), detector))
     order = scores.argsort(descending=True)
     p = leave_one_out_p_values(scores)[order].tolist()
     rows = [row | {"p_value": value} for row, value in zip(rows, p)]
@@ -219,8 +220,10 @@ def unseen_map(detector: Detector, image: torch.Tensor, number: int) -> np.ndarr
     """Map (H, W) float32 of normal image ``number`` (1, 3, H, W) uint8 by the member that has not seen it."""
     member = detector.members[number % len(detector.members)]  # as member.unseen_by has it
     image = image.to(detector.device)
-    _, maps = member(image) if detector.config.patches else member.grad_cam(image)
-    return maps[0].cpu().numpy()
+    prepared = detector.prepare(image)
+    if detector.config.patches:
+        return member(prepared)[1][0].cpu().numpy()
+    return member.grad_cam(member.features(prepared, detector.config.levels))[0].cpu().numpy()
 
 
 LEAST, MOST_HALVINGS = 3, 5  # images in the smallest subset; how often the images are halved
@@ -249,8 +252,10 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
     new = unseen_by(config, len(images), 0)
     new = new if len(new) else torch.arange(0, len(images), FOLDS)
     most = DENSITY_IMAGES if config.patches is None else PATCH_DENSITY_IMAGES
-    known, unknown = (projected(member, images, most, numbers) for numbers in (all_but(new, len(images)), new))
-    tested = None if test_images is None else projected(member, test_images, len(test_images))
+    known, unknown = (
+        projected(detector, member, images, most, numbers) for numbers in (all_but(new, len(images)), new)
+    )
+    tested = None if test_images is None else projected(detector, member, test_images, len(test_images))
     shared = [level.shared for level in member.levels]
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
     found = []
@@ -262,7 +267,7 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
                     level.density = fit_density(level.kind, x[chosen], one)
             except DensityError as error:
                 raise InputError(f"{config.category}: no density of {count} images can be fitted: {error}") from error
-            parts = [None if x is None else scores(member, x) for x in (unknown, tested)]
+            parts = [None if x is None else scores(member, x, detector.batch_size) for x in (unknown, tested)]
             found.append(Fitted(count, *parts))
     return found
 
@@ -274,19 +279,21 @@ def sizes(count: int) -> list[int]:
     return found[::-1] if len(found) > 1 else []
 
 
-def projected(member: EnsembleMember, images: Tensor, most: int, numbers: Tensor | None = None) -> list[Tensor]:
+def projected(
+    detector: Detector, member: EnsembleMember, images: Tensor, most: int, numbers: Tensor | None = None
+) -> list[Tensor]:
     """Embeddings (n, L, d) of each level as its density takes them, of those of the images that ``stream`` chooses."""
 
     def project(block: Tensor) -> list[Tensor]:
         return [level.project(x) for level, x in zip(member.levels, member.embed(block))]
 
-    return [torch.cat(parts) for parts in zip(*stream(member, images, project, most, numbers))]
+    return [torch.cat(parts) for parts in zip(*stream(detector, images, project, most, numbers))]
 
 
 @torch.inference_mode()
-def scores(member: EnsembleMember, levels: list[Tensor]) -> np.ndarray:
+def scores(member: EnsembleMember, levels: list[Tensor], batch_size: int) -> np.ndarray:
     """Scores (n,) of projected embeddings of each level, not standardized."""
-    blocks = zip(*(x.split(member.batch_size) for x in levels))
+    blocks = zip(*(x.split(batch_size) for x in levels))
     parts = [member.aggregate([level.distances(x) for level, x in zip(member.levels, block)])[0] for block in blocks]
     return torch.cat(parts).cpu().numpy()
 

@@ -251,6 +251,16 @@ class Config:
             raise SettingError("density", f"{self.density} is no density for the windows of a patch model")
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        return self.height, self.width
+
+    @property
+    def dense(self) -> bool:
+        """True if the network runs on whole images when it scores, False if on each window alone."""
+        return self.patches is None or self.patches.dense
+
+    @property
     def levels(self) -> tuple[int, ...]:
         """The stages that are embedded."""
         every = BACKBONES[self.backbone].levels

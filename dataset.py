@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from image_ops import NOTHING_IGNORED, fill_index_of
+from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of
 from runtime import cache
 from runtime.cache import IN_MEMORY, Storage
 from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
@@ -33,12 +34,30 @@ AT_ONCE = 4096  # images that are given to the threads together: each that waits
 
 
 @dataclass(frozen=True)
+class TrainSet:
+    """The normal training images of a category, by name."""
+
+    images: Tensor  # (N, 3, H, W) uint8, ignored pixels filled
+    paths: list[Path]
+    fill_index: Tensor  # (H, W) int32, see image_ops.fill_ignored; empty if every pixel counts
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the images and of what is ignored in them: a saved state knows by it what it was trained on."""
+        ignored = cache.digest(self.fill_index[None]) if self.fill_index.numel() else ""
+        return cache.digest(self.images) + ignored
+
+
+@dataclass(frozen=True)
 class TestSet:
     """The test images of a category, normal ones first, then defect type by defect type."""
 
     __test__ = False  # not a test for pytest to collect
 
-    images: Tensor  # (M, 3, H, W) uint8
+    images: Tensor  # (M, 3, H, W) uint8, ignored pixels filled
     labels: np.ndarray  # (M,) int64, 0 normal, 1 anomalous
     defect_types: list[str]  # M names of folders
     paths: list[Path]
@@ -86,19 +105,35 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
 
 
 def load_train(
-    data_dir: str | Path, category: str, size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY
-) -> Tensor:
-    """The normal training images of a category: (N, 3, H, W) uint8. size: (H, W)."""
-    return load_images(train_paths(data_dir, category), size, workers, storage)
+    data_dir: str | Path,
+    category: str,
+    size: tuple[int, int],
+    workers: int,
+    storage: Storage = IN_MEMORY,
+    ignored: str | Tensor | None = None,
+) -> TrainSet:
+    """Return the normal training images of a category at ``size`` (H, W).
+
+    ignored: what does not count, the text of --ignore or the fill index of a finished detector. Raises InputError if
+    there are fewer than two images, one is bad, or what is ignored cannot be.
+    """
+    paths = train_paths(data_dir, category)
+    fill_index = load_fill_index(ignored, category, size, paths[0])
+    return TrainSet(load_images(paths, size, workers, storage, fill_index=fill_index), paths, fill_index)
 
 
 def load_test(
-    data_dir: str | Path, category: str, size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY
+    data_dir: str | Path,
+    category: str,
+    size: tuple[int, int],
+    workers: int,
+    storage: Storage = IN_MEMORY,
+    ignored: str | Tensor | None = None,
 ) -> TestSet:
-    """The test images of a category. size: (H, W). Masks are paired and their sizes compared, not decoded.
+    """Return the test images of a category at ``size`` (H, W). Masks are paired and their sizes compared, not decoded.
 
-    Raises InputError if the test folder is missing or empty, an image is bad, or a mask has another size than its
-    image.
+    ignored: as ``load_train`` takes it. Raises InputError if the test folder is missing or empty, an image is bad, or a
+    mask has another size than its image.
     """
     folder = Path(data_dir) / category / "test"
     if not folder.is_dir():
@@ -116,7 +151,8 @@ def load_test(
             )
     types = [path.parent.name for path in paths]
     labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
-    return TestSet(load_images(paths, size, workers, storage, folder), labels, types, paths, masks)
+    fill_index = load_fill_index(ignored, category, size, paths[0])
+    return TestSet(load_images(paths, size, workers, storage, folder, fill_index), labels, types, paths, masks)
 
 
 def find_mask(path: Path) -> Path | None:
@@ -130,21 +166,29 @@ def find_mask(path: Path) -> Path | None:
 
 
 def load_images(
-    paths: Sequence[Path], size: tuple[int, int], workers: int, storage: Storage = IN_MEMORY, folder: Path | None = None
+    paths: Sequence[Path],
+    size: tuple[int, int],
+    workers: int,
+    storage: Storage = IN_MEMORY,
+    folder: Path | None = None,
+    fill_index: Tensor = NOTHING_IGNORED,
 ) -> Tensor:
-    """Decode and resize in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of ``paths``.
+    """Decode, resize and fill images in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of
+    ``paths``.
 
-    ``storage`` says whether they are kept for the next run and how many stay in memory, ``folder`` what they are
-    called there (see cache.load); images beyond the memory are mapped from a file and must not be written to.
+    storage: says whether they are kept for the next run and how many stay in memory; images beyond the memory are
+    mapped from a file and must not be written to. folder: what they are called in the cache, see cache.load.
     """
 
     def decode_into(first: int, images: Tensor) -> None:
         def work(index: int) -> None:
-            images[index] = torch.from_numpy(decode(paths[first + index], size)).permute(2, 0, 1)
+            pixels = torch.from_numpy(decode(paths[first + index], size)).permute(2, 0, 1)
+            images[index] = fill_ignored(pixels[None], fill_index)[0]
 
         _for_each(work, len(images), workers)
 
-    return cache.load(paths, size, decode_into, DECODER, storage, folder)
+    decoder = DECODER + (f", filled {cache.digest(fill_index[None])}" if fill_index.numel() else "")
+    return cache.load(paths, size, decode_into, decoder, storage, folder)
 
 
 def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
@@ -233,10 +277,13 @@ def load_ignored(path: Path, size: tuple[int, int], file_size: tuple[int, int] |
     return ignored
 
 
-def load_fill_index(where: str | None, category: str, size: tuple[int, int], example: Path) -> Tensor:
-    """``fill_index_of`` the mask of a category, see ``ignored_path``; NOTHING_IGNORED without one.
+def load_fill_index(ignored: str | Tensor | None, category: str, size: tuple[int, int], example: Path) -> Tensor:
+    """Return the fill index (H, W) of what is ignored in a category, see image_ops.fill_index_of.
 
-    example: one of its images.
+    ignored: a fill index, or the text of --ignore: a mask or a folder of <category>.png; NOTHING_IGNORED comes of None
+    and of a folder without one. example: one of the images. Raises InputError for a mask that cannot be.
     """
-    path = ignored_path(where, category) if where else None
+    if isinstance(ignored, Tensor):
+        return ignored.cpu()
+    path = ignored_path(ignored, category) if ignored else None
     return NOTHING_IGNORED if path is None else fill_index_of(load_ignored(path, size, read_size(example)))

@@ -1,8 +1,8 @@
 """A finished detector: one or several networks with their densities, decisions, and the file of it.
 
-Owns how a network begins from its Config and which normal images it sees, how densities are fitted, the average of
-several networks, the threshold, the file format with its earlier versions, and which detectors belong to which images.
-Knows nothing of flags or of training.
+Owns how a network begins from its Config and which normal images it sees, how images are prepared and densities fitted,
+the average of several networks, the threshold, the file format with its earlier versions, and which detectors belong to
+which images. Knows nothing of flags or of training.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from config import EACH_DIMS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
-from dataset import choose_categories, train_paths
+from dataset import choose_categories
 from density import DensityError
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
@@ -31,7 +31,7 @@ from runtime.image_files import decode, resized
 FORMAT = "cutpaste-detector"
 VERSION = 5  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
-MOST = 4096  # images that are remembered, of the normal ones and of the new ones
+APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
 DENSITY_IMAGES = 10_000
 PATCH_DENSITY_IMAGES = 1000  # of which all windows are held
@@ -40,18 +40,24 @@ PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = 4, 4096  # of a patch model, and their w
 
 
 class BatchPrediction(NamedTuple):
-    """What a detector says of images: scores (B,) float64, higher is more anomalous; p-values (B,), see
-    conformal.p_values; anomaly maps (B, H, W) float32, or None."""
+    """What a detector says of B images.
+
+    scores: (B,) float64, higher is more anomalous. p_values: (B,), see conformal.p_values. maps: (B, H, W) float32 of a
+    patch model, else None. features: what an explanation needs, see ``Detector.predict_batch``; else empty.
+    """
 
     scores: Tensor
     p_values: Tensor
     maps: Tensor | None
+    features: tuple[dict[int, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """``BatchPrediction`` of images as arrays, and the decision: anomalous (N,) bool, where p <= the detector's
-    ``guarantee.rate``."""
+    """What a detector says of N images, as arrays.
+
+    scores, p_values: (N,); anomalous: (N,) bool, where p <= the detector's ``guarantee.rate``; maps: (N, H, W) or None.
+    """
 
     scores: np.ndarray
     p_values: np.ndarray
@@ -62,15 +68,16 @@ class Prediction:
 class Detector(nn.Module):
     """Images in, anomaly scores and maps out. ``Detector.load(path).predict(images)`` is all that a program needs.
 
-    The score of its only member, a distance; or, of ``--folds K``, the mean of the scores of K members, each
+    The score is that of its only member, a distance; or, with ``--folds K``, the mean of the scores of K members, each
     standardized by the normal images of fold k, which member k has not seen.
 
-    metadata: plain values that say how it was made. threshold: score above which an image is called anomalous, NaN
-    before ``fit``. normal_scores: the held-out scores (n,) of normal images that it and p-values follow from. Of one
-    member they are by densities that have not seen the image, though the network has; with ``--holdout`` those of the
-    images held out; of several members, by a network that has not seen it either. sources: (H, W), what takes the place
-    of pixels that do not count, see ignore.py. appearance: how normal images look, (n, 3), see drift.measure; (0, 3) if
-    it is not known.
+    metadata: plain values that say how it was made. Buffers:
+    threshold (): the score above which an image is called anomalous, NaN before ``fit``.
+    calibration_scores (n,): scores of normal images, which the threshold and p-values follow from. Of one member they
+        are by densities that have not seen the image, though the network has; with ``--holdout`` they are those of the
+        images held out; of several members, each is by a network that has not seen the image either.
+    fill_index (H, W): where each pixel is taken from, see image_ops.fill_ignored; empty if every pixel counts.
+    appearance (n, 3): how normal images look, see image_ops.image_statistics; (0, 3) if it is not known.
     """
 
     def __init__(
@@ -80,39 +87,24 @@ class Detector(nn.Module):
         self.config = config
         self.metadata: dict = {}
         networks = networks or [build_network(config) for _ in range(config.folds)]
-        self.members = nn.ModuleList(EnsembleMember(config, network, fill_index) for network in networks)
+        hidden = ignored_pixels(fill_index)
+        self.members = nn.ModuleList(EnsembleMember(config, network, hidden) for network in networks)
+        self.register_buffer("fill_index", fill_index)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("calibration_scores", torch.empty(0, dtype=torch.float64))
         self.register_buffer("appearance", torch.empty(0, 3))
 
     @property
-    def network(self) -> CutPasteNet:
-        """The first member's network."""
-        return self.members[0].network
-
-    @property
-    def levels(self) -> Sequence[StageDensity]:
-        """The first member's levels."""
-        return self.members[0].levels
-
-    @property
-    def fill_index(self) -> Tensor:
-        """What takes the place of pixels that do not count, (H, W); empty if all do."""
-        return self.members[0].fill_index
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the images it takes."""
-        return self.members[0].size
-
-    @property
     def device(self) -> torch.device:
-        return self.members[0].device
+        return next(self.members[0].network.parameters()).device
 
     @property
     def batch_size(self) -> int:
         """Images that go through it together."""
-        return self.members[0].batch_size
+        if self.config.patches is None:
+            return IMAGES_AT_ONCE
+        windows = max(math.prod(level.grid.shape) for level in self.members[0].levels)
+        return max(1, min(PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE // windows))
 
     @property
     def unit(self) -> str:
@@ -120,182 +112,233 @@ class Detector(nn.Module):
         unit = self.members[0].unit
         return unit if len(self.members) == 1 else f"standardized {unit}, mean of {len(self.members)} networks"
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Anomaly scores (B,) float64 and anomaly maps (B, H, W) float32 of images (B, 3, H, W), uint8 or float in
-        [0, 1], on the detector's device; None for the maps of an image-level model.
-
-        Higher is more anomalous; the unit is ``unit``. An image's score does not depend on the others of its batch. The
-        detector must be in evaluation mode, as ``fit`` and ``load`` leave it.
-        """
-        return self.average([member(images) for member in self.members])
-
-    def predict_batch(self, images: Tensor, grad_cam: bool = False) -> BatchPrediction:
-        """The same with p-values. grad_cam: maps of an image-level model too, see Member.grad_cam."""
-        found = [member.grad_cam(images) if grad_cam else member(images) for member in self.members]
-        folds = len(self.members)
-        p = p_values(
-            torch.stack([scores for scores, _ in found]), [self.calibration_scores[k::folds] for k in range(folds)]
-        )
-        scores, maps = self.average(found)
-        return BatchPrediction(scores, p, maps)
-
-    def average(self, results: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-        """The mean over members of scores (B,) and of maps (B, H, W) or None. Where hidden, not even an image that is
-        anomalous everywhere glows, see overlays.overlay."""
-        scores, maps = (None if parts[0] is None else torch.stack(parts).mean(0) for parts in zip(*results))
-        if maps is not None and (hidden := self.members[0].hidden).numel():
-            dark = (self.threshold - self.threshold.abs() / 2).to(maps.dtype)
-            maps = torch.where(hidden, torch.fmin(maps, dark), maps)  # fmin: a threshold may be NaN
-        return scores, maps
-
-    def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (B,) and maps (B, H, W) of an image-level model, see Member.grad_cam."""
-        scores, _, maps = self.predict_batch(images, grad_cam=True)
-        return scores, maps
-
-    @torch.inference_mode()
-    def predict(self, images: Iterable[str | Path | np.ndarray]) -> Prediction:
-        """Scores, p-values, decisions and maps of N images: paths of image files, or arrays (H, W, 3) uint8 of any
-        size. They are read block by block; all maps are held. Raises InputError, with the path, for no image."""
-        found, rest = [], iter(images)
-        while block := list(islice(rest, self.batch_size)):
-            arrays = [resized(x, self.size) if isinstance(x, np.ndarray) else decode(x, self.size) for x in block]
-            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)
-            found.append([None if part is None else part.cpu().numpy() for part in self.predict_batch(pixels)])
-        scores, p, maps = zip(*found) if found else ([np.empty(0)], [np.empty(0)], [None])
-        p = np.concatenate(p)
-        maps = None if maps[0] is None else np.concatenate(maps)
-        return Prediction(np.concatenate(scores), p, p <= self.guarantee.rate, maps)
-
-    @staticmethod
-    def load(path: str | Path, device: torch.device | str = "cpu") -> "Detector":
-        """The detector of a file, see ``load`` of this module."""
-        return load(path, device)
-
     @property
     def guarantee(self) -> FalseAlarmGuarantee:
         """What its false-alarm rate promises."""
         kind = "cross" if len(self.members) > 1 else "split" if self.config.holdout else "seen"
         return FalseAlarmGuarantee(kind, len(self.calibration_scores), self.config.false_alarm_rate)
 
-    def fit(self, images: Tensor, threshold: bool = True) -> "Detector":
-        """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on; with
-        ``threshold``, choose that too, from them alone. Raises InputError if no density can be fitted, SettingError for
-        too few images.
+    @property
+    def comparison_level(self) -> int:
+        """The stage whose features tell which normal image is nearest: the last one of stride 16."""
+        return self.members[0].network.spec.middle[-1]
+
+    # Scoring ------------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return anomaly scores (B,) float64 and anomaly maps (B, H, W) float32, None of an image-level model.
+
+        images: (B, 3, H, W), uint8 or float in [0, 1], on the detector's device. Higher is more anomalous; the unit is
+        ``unit``. An image's score does not depend on the others of its batch. The detector must be in evaluation mode,
+        as ``fit`` and ``load`` leave it.
         """
-        config, count = self.config, len(images)
+        return self.score_prepared(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W), uint8 or float in [0, 1], as the members take them, all alike: ignored pixels
+        filled, float32, channels_last, normalized."""
+        images = to_float(self.fill(images)).contiguous(memory_format=torch.channels_last)
+        return self.members[0].network.normalized(images)
+
+    def fill(self, images: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) with ignored pixels filled, as the detector sees them."""
+        return fill_ignored(images, self.fill_index)
+
+    def score_prepared(self, prepared: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what ``forward`` does of images as ``prepare`` gives them."""
+        scores, maps = zip(*(member(prepared) for member in self.members))
+        return torch.stack(scores).mean(0), self._mean_map(maps)
+
+    def predict_batch(self, images: Tensor, explain: bool = False) -> BatchPrediction:
+        """Return scores, p-values and maps of images as ``forward`` takes them.
+
+        explain: keep the features that ``heat`` and normals.compared need, so that no network runs again.
+        """
+        return self.predict_prepared(self.prepare(images), explain)
+
+    def predict_prepared(self, prepared: Tensor, explain: bool = False) -> BatchPrediction:
+        """Return what ``predict_batch`` does of images as ``prepare`` gives them."""
+        features: list[dict[int, Tensor]] = []
+        if explain:
+            levels = {*self.config.levels} if self.config.dense else set()
+            features = [member.features(prepared, levels) for member in self.members[1:]]
+            features.insert(0, self.members[0].features(prepared, {*levels, self.comparison_level}))
+        members = zip(self.members, features or [None] * len(self.members))
+        scores, maps = zip(*(member(prepared, computed) for member, computed in members))
+        scores, folds = torch.stack(scores), len(self.members)
+        p = p_values(scores, [self.calibration_scores[fold::folds] for fold in range(folds)])
+        return BatchPrediction(scores.mean(0), p, self._mean_map(maps), tuple(features))
+
+    def heat(self, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> Tensor:
+        """Return the maps (n, H, W) float32 of the ``chosen`` images of a batch: those of a patch model, else Grad-CAM
+        of the score, from the features that ``predict_batch(explain=True)`` has kept. Raises InputError for a density
+        whose score has no gradient."""
+        if prediction.maps is not None:
+            return prediction.maps[chosen]
+        maps = []
+        for member, features in zip(self.members, prediction.features, strict=True):
+            maps.append(member.grad_cam({level: x[chosen] for level, x in features.items()}))
+        return self._mean_map(maps)
+
+    def _mean_map(self, maps: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the mean over members of maps (B, H, W). Where hidden, not even an image that is anomalous everywhere
+        glows, see reporting/overlays.py."""
+        if maps[0] is None:
+            return None
+        mean, hidden = torch.stack(tuple(maps)).mean(0), self.members[0].hidden
+        if not hidden.numel():
+            return mean
+        dark = (self.threshold - self.threshold.abs() / 2).to(mean.dtype)
+        return torch.where(hidden, torch.fmin(mean, dark), mean)  # fmin: a threshold may be NaN
+
+    @torch.inference_mode()
+    def predict(self, images: Iterable[str | Path | np.ndarray]) -> Prediction:
+        """Return scores, p-values, decisions and maps of N images: paths of image files, or arrays (H, W, 3) uint8 of
+        any size. They are read batch by batch; all maps are held. Raises InputError, with the path, for no image."""
+        batches, rest, size = [], iter(images), self.config.size
+        while block := list(islice(rest, self.batch_size)):
+            arrays = [resized(x, size) if isinstance(x, np.ndarray) else decode(x, size) for x in block]
+            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)
+            batches.append([None if part is None else part.cpu().numpy() for part in self.predict_batch(pixels)[:3]])
+        scores, p, maps = zip(*batches) if batches else ([np.empty(0)], [np.empty(0)], [None])
+        p = np.concatenate(p)
+        maps = None if maps[0] is None else np.concatenate(maps)
+        return Prediction(np.concatenate(scores), p, p <= self.guarantee.rate, maps)
+
+    def standardized_scores(self, scores: np.ndarray) -> np.ndarray:
+        """Return scores in deviations from the mean of the calibration scores, so that those of detectors with other
+        seeds can be averaged."""
+        several = int(len(self.calibration_scores) > 1)  # one image held out has no deviation
+        scale, center = (part.item() for part in torch.std_mean(self.calibration_scores, correction=several))
+        return (scores - center) / max(scale, 1e-9)
+
+    # Making one, and changing it ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str = "cpu") -> "Detector":
+        """Return the detector of a file, see ``load`` of this module."""
+        return load(path, device)
+
+    def fit(self, images: Tensor, threshold: bool = True, numbers: Tensor | None = None) -> "Detector":
+        """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on, and return itself.
+
+        threshold: choose that too, from these images alone. numbers: of the images that are meant; default: all. Raises
+        InputError if no density can be fitted, SettingError for too few images.
+        """
+        numbers = torch.arange(len(images)) if numbers is None else numbers
+        config, count = self.config, len(numbers)
         check_enough(config, count)
-        held_out = torch.empty(count, dtype=torch.float64, device=self.device)
-        for number, member in enumerate(self.members):
-            unseen = unseen_by(config, count, number)
+        held_out_scores = torch.empty(count, dtype=torch.float64, device=self.device)
+        for fold, member in enumerate(self.members):
+            unseen = unseen_by(config, count, fold)
             if not len(unseen):
-                held_out = member.fit(images, threshold)
+                held_out_scores = self._fit_member(member, images, numbers, held_out=threshold)
                 break
-            member.fit(images, held_out=False, seen=all_but(unseen, count))
-            scores = torch.cat([batch for batch, _ in stream(member, images, numbers=unseen)])
+            self._fit_member(member, images, numbers[all_but(unseen, count)], held_out=False)
+            scores = torch.cat([scores for scores, _ in stream(self, images, member, numbers=numbers[unseen])])
             if config.holdout:
-                held_out = scores
+                held_out_scores = scores
                 break
             scale, member.center = torch.std_mean(scores)
             member.scale = scale.clamp(min=1e-9)  # copies of one image have none
-            held_out[unseen.to(self.device)] = member.standardized(scores, None)[0]
+            held_out_scores[unseen.to(self.device)] = member.standardized(scores, None)[0]
         if threshold:
-            self.calibration_scores = held_out
-            self.threshold, _ = conformal_threshold(self.calibration_scores, self.config.false_alarm_rate)
-            looks = stream(self, images, lambda block: image_statistics(fill_ignored(block, self.fill_index)), MOST)
-            self.appearance = torch.cat(list(looks))
+            self.calibration_scores = held_out_scores
+            self.threshold, _ = conformal_threshold(held_out_scores, config.false_alarm_rate)
+            blocks = batches_of(self, images, APPEARANCE_IMAGES, numbers)
+            looks = [image_statistics(self.fill(block)) for block in blocks]
+            self.appearance = torch.cat(looks)
         return self
 
+    def _fit_member(self, member: "EnsembleMember", images: Tensor, numbers: Tensor, held_out: bool) -> Tensor | None:
+        """Fit a member's densities to the images of these numbers, and return what ``EnsembleMember.fit`` does. The
+        network runs once over them. Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model
+        PATCH_DENSITY_IMAGES."""
+        limit = DENSITY_IMAGES if self.config.patches is None else PATCH_DENSITY_IMAGES
+        self.eval()
+        try:
+            if any(level.dims is not None for level in member.levels):
+                member.choose_axes(stream(self, images, member.embed, AXES_IMAGES, numbers))
+            embeddings = stream(self, images, member.embed, limit, numbers)
+            return member.fit(embeddings, min(len(numbers), limit), held_out, self.batch_size)
+        except DensityError as error:
+            raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
+
     def set_false_alarm_rate(self, rate: float) -> "Detector":
-        """Itself, deciding at another false-alarm rate in [0, 1] from now on."""
+        """Decide at another false-alarm rate in [0, 1] from now on; return itself."""
         self.config = replace(self.config, false_alarm_rate=rate)
         self.threshold, _ = conformal_threshold(self.calibration_scores, rate)
         return self
 
     def ignore_region(self, ignored: Tensor) -> "Detector":
-        """Itself, with maps that show nothing, from now on, where the mask (H, W) bool is set, beside what does not
-        count anyway; a patch model's scores follow. Normal scores stay, so that p-values only grow. Raises
-        InputError if nothing is left."""
+        """Let maps show nothing, from now on, where ``ignored`` (H, W) bool is set, and return itself.
+
+        That is beside what it ignores anyway. A patch model's scores follow; calibration scores stay, so that p-values
+        only grow. Raises InputError if nothing is left.
+        """
+        ignored = ignored.to(self.device)
         for member in self.members:
-            hidden = ignored.to(self.device)
-            member.hidden = hidden | member.hidden if member.hidden.numel() else hidden
+            member.hidden = ignored | member.hidden if member.hidden.numel() else ignored
             if member.hidden.all():
                 raise InputError(f"{self.config.category}: every pixel is ignored, by the detector or by --ignore")
         return self
 
     def refit(self, images: Tensor, **changes) -> "Detector":
-        """The same networks with other densities, fitted to ``images``, those they were trained on, where ``changes``
-        are other settings; this detector stays as it is."""
+        """Return a detector of the same networks with other densities, fitted to ``images``, those they were trained
+        on. changes: other settings. This detector stays as it is."""
         config = Config.from_dict(self.config.to_dict() | changes)
         other = Detector(config, [member.network for member in self.members], self.fill_index)
         other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
-        """The untrained baseline: networks as training found them, with the same kinds of density, not yet fitted."""
+        """Return the untrained baseline: networks as training found them, the same kinds of density, not yet fitted."""
         networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
         other = Detector(self.config, [network.to(self.device) for network in networks], self.fill_index)
-        for new, member in zip(other.members, self.members):
-            for own, level in zip(new.levels, member.levels):
-                own.location = "shared" if level.shared else "each"
+        for new_member, member in zip(other.members, self.members):
+            for new_level, level in zip(new_member.levels, member.levels):
+                new_level.location = "shared" if level.shared else "each"
         return other
 
     def notes(self) -> Iterator[str]:
-        """What a person should know of how it was fitted."""
+        """Yield what a person should know of how it was fitted."""
         if self.config.patches:
-            yield from (level.choice for level in self.levels)
+            yield from (level.choice for level in self.members[0].levels)
         if not self.guarantee.holds:
             needed = self.guarantee.needed if self.config.false_alarm_rate else "infinitely many"
             count, rate = len(self.calibration_scores), self.config.false_alarm_rate
-            found = f"the threshold is the largest of their scores, for a rate of {self.guarantee.rate:.2g}"
-            yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {found}"
+            instead = f"the threshold is the largest of their scores, for a rate of {self.guarantee.rate:.2g}"
+            yield f"a false-alarm rate of {rate:g} needs {needed} normal images, not {count}; {instead}"
 
 
 class EnsembleMember(nn.Module):
-    """The way: stages of the network -> embeddings (B, L, D) of L windows, one of an image-level model -> densities,
-    one for all windows or one for each -> distances (B, L) of each level -> standardized and added, if there are
-    several levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
+    """One network with the densities of its stages: prepared images in, standardized scores and maps out.
+
+    The way: stages of the network -> embeddings (B, L, D) of L windows, one of an image-level model -> densities, one
+    for all windows or one for each -> distances (B, L) of each level -> standardized and added, if there are several
+    levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
 
     Buffers: center, scale (), float64: the scores' mean and standard deviation on normal images that this member has
-    not seen, 0 and 1 of a detector's only member. sources (H, W): what takes the place of pixels that do not count, see
-    ignore.py; hidden (H, W) bool: where maps are to show nothing, those pixels at least; both may be empty.
+    not seen, 0 and 1 of a detector's only member. hidden (H, W) bool: where maps show nothing; may be empty.
     """
 
-    def __init__(self, config: Config, network: CutPasteNet, fill_index: Tensor = NOTHING_IGNORED) -> None:
+    def __init__(self, config: Config, network: CutPasteNet, hidden: Tensor) -> None:
         super().__init__()
         self.config, self.network = config, network
         self.levels = nn.ModuleList(self._new_level(level) for level in config.levels)
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("fill_index", fill_index)
-        self.register_buffer("hidden", ignored_pixels(fill_index))
+        self.register_buffer("hidden", hidden)
 
     def _new_level(self, level: int) -> StageDensity:
         config, patches = self.config, self.config.patches
         if patches is None:
-            return StageDensity(Grid(*self.size), config.density, config.l2, "shared", None)
+            return StageDensity(Grid(*config.size), config.density, config.l2, "shared", None)
         stride, width = (table[level - 1] for table in (self.network.spec.strides, self.network.spec.widths))
-        unit = stride if patches.dense else 1
-        grid = Grid(*self.size, max(patches.window, unit), max(patches.stride, unit), unit)
+        step = stride if patches.dense else 1
+        grid = Grid(*config.size, max(patches.window, step), max(patches.stride, step), step)
         dims = patches.most_dims if patches.most_dims < width else None
         return StageDensity(grid, config.density, config.l2, patches.location, dims)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the images it takes."""
-        return self.config.height, self.config.width
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
-    def batch_size(self) -> int:
-        """Images that go through it together."""
-        if self.config.patches is None:
-            return IMAGES_AT_ONCE
-        windows = max(math.prod(level.grid.shape) for level in self.levels)
-        return max(1, min(PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE // windows))
 
     @property
     def unit(self) -> str:
@@ -303,125 +346,138 @@ class EnsembleMember(nn.Module):
         unit = self.levels[0].density.unit
         return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized {unit}s"
 
-    # Scoring ------------------------------------------------------------------------------------------------------
+    def forward(self, prepared: Tensor, features: dict[int, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return standardized scores (B,) float64 and maps (B, H, W) float32 or None.
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Standardized scores (B,) float64 and maps (B, H, W) float32 or None, as Detector.forward gives them."""
-        embeddings = self.embed(images)
+        prepared: as Detector.prepare gives them. features: of them, if they are there already.
+        """
+        embeddings = self.embed(prepared, features)
         return self.standardized(
             *self.aggregate([level.distances(level.project(x)) for level, x in zip(self.levels, embeddings)])
         )
 
-    def embed(self, images: Tensor) -> list[Tensor]:
-        """Embeddings of all windows at each level, (B, L, D) float32 each, as the network gives them."""
-        images = to_float(fill_ignored(images, self.fill_index)).contiguous(memory_format=torch.channels_last)
-        dense = self.config.patches is None or self.config.patches.dense
-        return embed_windows(self.network, images, self.config.levels, [level.grid for level in self.levels], dense)
+    def features(self, prepared: Tensor, levels: Iterable[int]) -> dict[int, Tensor]:
+        """Return the network's features (B, D, h, w) of whole images at these stages, by stage, in one pass."""
+        levels = sorted({*levels})
+        return dict(zip(levels, self.network.features(prepared, levels))) if levels else {}
+
+    def embed(self, prepared: Tensor, features: dict[int, Tensor] | None = None) -> list[Tensor]:
+        """Return the embeddings of all windows at each level, (B, L, D) float32, as the network gives them."""
+        config, grids = self.config, [level.grid for level in self.levels]
+        if features and config.dense:
+            return [grid.pool(features[level]).float() for grid, level in zip(grids, config.levels)]
+        return embed_windows(self.network, prepared, config.levels, grids, config.dense)
 
     def aggregate(self, distances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Scores (B,) and maps (B, H, W) or None of each level's distances (B, L)."""
-        distances = [level.standardized(each) for level, each in zip(self.levels, distances)]
+        """Return scores (B,) and maps (B, H, W) or None of each level's distances (B, L)."""
+        distances = [level.standardized(x) for level, x in zip(self.levels, distances)]
         if self.config.patches is None:
             return sum(distances)[:, 0].double(), None
         sigma = self.config.patches.sigma
-        maps = self.lower_ignored(
-            sum(upsample(each, level.grid, sigma) for level, each in zip(self.levels, distances)).float()
-        )
+        maps = sum(upsample(x, level.grid, sigma) for level, x in zip(self.levels, distances))
+        maps = self.lower_hidden(maps.float())
         return maps.amax((1, 2)).double(), maps
 
-    def lower_ignored(self, maps: Tensor) -> Tensor:
-        """Maps (B, H, W) that are, where hidden, as low as anywhere."""
+    def lower_hidden(self, maps: Tensor) -> Tensor:
+        """Return maps (B, H, W) that are, where hidden, as low as anywhere."""
         return torch.where(self.hidden, maps.amin((1, 2), keepdim=True), maps) if self.hidden.numel() else maps
 
     def standardized(self, scores: Tensor, maps: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The same in deviations from what normal images have."""
+        """Return both in deviations from what normal images have."""
         if maps is not None:
             maps = ((maps - self.center) / self.scale).to(maps.dtype)
         return (scores - self.center) / self.scale, maps
 
-    def grad_cam(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Standardized scores (B,) and Grad-CAM maps (B, H, W) of an image-level model, see gradcam.py; of several
-        levels the sum of their maps. Raises InputError with a density whose score has no gradient."""
+    def grad_cam(self, features: dict[int, Tensor]) -> Tensor:
+        """Return Grad-CAM maps (B, H, W) of an image-level model from its features; of several levels the sum of their
+        maps. Raises InputError with a density whose score has no gradient."""
         if not self.levels[0].density.has_gradient:
             raise InputError(f"Grad-CAM needs the gradient of the score, which the density {self.config.density} lacks")
-        images = to_float(fill_ignored(images, self.fill_index)).contiguous(memory_format=torch.channels_last)
-        found = []
-        for level, features in zip(
-            self.levels, self.network.features(self.network.normalized(images), self.config.levels)
-        ):
+        maps = []
+        for number, level in zip(self.config.levels, self.levels):
             score = lambda x, level=level: level.standardized(  # noqa: E731
                 level.distances(level.project(level.grid.pool(x).float()))[:, 0]
             )
-            found.append(grad_cam(features, score, self.size))
-        scores, maps = (sum(each) for each in zip(*found))
-        return self.standardized(scores, None)[0], self.lower_ignored(maps) / self.scale.float()
+            maps.append(grad_cam(features[number], score, self.config.size)[1])
+        return self.lower_hidden(sum(maps)) / self.scale.float()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
-    def fit(self, images: Tensor, held_out: bool, seen: Tensor | None = None) -> Tensor | None:
-        """Fit the densities to normal images (N, 3, H, W) uint8. The network runs once over them, in evaluation mode,
-        which it is left in. Of more than DENSITY_IMAGES, that many are taken, evenly spaced; of a patch model
-        PATCH_DENSITY_IMAGES.
+    def choose_axes(self, embeddings: Iterable[list[Tensor]]) -> None:
+        """Choose the directions that each level keeps, by batches of its embeddings of normal images."""
+        for level, batches in zip(self.levels, zip(*embeddings)):
+            if level.dims is not None:
+                level.choose_axes(torch.cat(batches))
 
-        seen: the numbers of the images to fit to; default: all. held_out: return what new normal images would score
-        (n,), by densities fitted to the other folds of these; the network has seen them all. Raises InputError if no
-        density can be fitted.
+    def fit(self, embeddings: Iterable[list[Tensor]], count: int, held_out: bool, batch_size: int) -> Tensor | None:
+        """Fit the densities to batches of each level's embeddings, of ``count`` normal images in all.
+
+        held_out: return what new normal images would score (count,), by densities fitted to the other folds of these,
+        ``batch_size`` of them at a time; the network has seen them all. Raises DensityError if none can be fitted.
         """
         several = len(self.levels) > 1
-        try:
-            projected = self.eval().embed_normal(images, seen)
-            found = [level.fit(x, held_out or several) for level, x in zip(self.levels, projected)]
-        except DensityError as error:
-            raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
+        projected = self._project_all(embeddings, count)
+        distances = [level.fit(x, held_out or several) for level, x in zip(self.levels, projected)]
         if several:
-            for level, distances in zip(self.levels, found):
-                level.scale, level.center = torch.std_mean(distances)
+            for level, normal in zip(self.levels, distances):
+                level.scale, level.center = torch.std_mean(normal)
         if not held_out:
             return None
-        blocks = zip(*(distances.split(self.batch_size) for distances in found))
-        return torch.cat([self.aggregate(list(block))[0] for block in blocks])
+        batches = zip(*(x.split(batch_size) for x in distances))
+        return torch.cat([self.aggregate(list(batch))[0] for batch in batches])
 
     @torch.inference_mode()
-    def embed_normal(self, images: Tensor, seen: Tensor | None = None) -> list[Tensor]:
-        """Projected embeddings (n, L, d) of an even sample of images at each level, whose axes it chooses."""
-        most = DENSITY_IMAGES if self.config.patches is None else PATCH_DENSITY_IMAGES
-        if any(level.dims is not None for level in self.levels):
-            first = list(stream(self, images, self.embed, AXES_IMAGES, seen))
-            for level, blocks in zip(self.levels, zip(*first)):
-                if level.dims is not None:
-                    level.choose_axes(torch.cat(blocks))
-        held: list[Tensor] = []
-        done, count = 0, min(len(images if seen is None else seen), most)
-        for embeddings in stream(self, images, self.embed, most, seen):
-            projected = [level.project(x) for level, x in zip(self.levels, embeddings)]
-            held = held or [x.new_empty((count, *x.shape[1:])) for x in projected]
-            part = slice(done, done := done + len(projected[0]))
-            for own, x in zip(held, projected):
-                own[part] = x
-        return held
+    def _project_all(self, embeddings: Iterable[list[Tensor]], count: int) -> list[Tensor]:
+        """Return the projected embeddings (count, L, d) of each level, each held once."""
+        projected: list[Tensor] = []
+        done = 0
+        for batch in embeddings:
+            new = [level.project(x) for level, x in zip(self.levels, batch)]
+            projected = projected or [x.new_empty((count, *x.shape[1:])) for x in new]
+            part = slice(done, done := done + len(new[0]))
+            for held, x in zip(projected, new):
+                held[part] = x
+        return projected
+
+
+# Passes over images -----------------------------------------------------------------------------------------------
+
+
+def evenly_spaced(count: int, limit: int | None) -> Tensor:
+    """Return the numbers 0 ... count - 1, or ``limit`` of them, evenly spaced, if they are more."""
+    return torch.arange(count) if limit is None or count <= limit else torch.arange(limit) * count // limit
+
+
+def batches_of(
+    detector: Detector, images: Tensor, limit: int | None = None, numbers: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield the images (M, 3, H, W), batch by batch, brought to the detector's device.
+
+    numbers: of the images that are taken, in this order; default: all. limit: of more images than that, as many, evenly
+    spaced.
+    """
+    if tuple(images.shape[1:]) != (3, *detector.config.size):
+        raise ValueError(f"images must be (M, 3, {', '.join(map(str, detector.config.size))}), got {(*images.shape,)}")
+    numbers = torch.arange(len(images)) if numbers is None else numbers
+    numbers = numbers[evenly_spaced(len(numbers), limit)]
+    for part in numbers.split(detector.batch_size) if len(numbers) else ():
+        yield images.index_select(0, part.to(images.device)).to(detector.device)
 
 
 @torch.inference_mode()
 def stream(
-    scorer: nn.Module,
+    detector: Detector,
     images: Tensor,
     function: Callable[[Tensor], object] | None = None,
-    most: int | None = None,
+    limit: int | None = None,
     numbers: Tensor | None = None,
 ) -> Iterator:
-    """Yield what ``function`` (default: the scorer, a detector or a member, so scores and maps) gives for images
-    (M, 3, H, W), batch by batch, each brought to the scorer's device.
+    """Yield what ``function`` (default: scores and maps, as of ``forward``) makes of prepared batches of images.
 
-    numbers: of the images that are taken, in this order; default: all. most: of more images than that, as many, evenly
-    spaced.
+    images, limit, numbers: as ``batches_of`` takes them.
     """
-    if tuple(images.shape[1:]) != (3, *scorer.size):
-        raise ValueError(f"images must be (M, 3, {scorer.size[0]}, {scorer.size[1]}), got {tuple(images.shape)}")
-    numbers = torch.arange(len(images)) if numbers is None else numbers
-    if most is not None and len(numbers) > most:
-        numbers = numbers[torch.arange(most) * len(numbers) // most]
-    for part in numbers.split(scorer.batch_size) if len(numbers) else ():
-        yield (function or scorer)(images.index_select(0, part.to(images.device)).to(scorer.device))
+    for block in batches_of(detector, images, limit, numbers):
+        yield (function or detector.score_prepared)(detector.prepare(block))
 
 
 # What a member sees --------------------------------------------------------------------------------------------------
@@ -524,12 +580,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     try:
         with torch.random.fork_rng(devices=[]):
             detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED))
-        if tuple(detector.fill_index.shape) not in ((0,), detector.size):
-            raise ValueError(f"a mask of {tuple(detector.fill_index.shape)} for images of {detector.size}")
+        if tuple(detector.fill_index.shape) not in ((0,), detector.config.size):
+            raise ValueError(f"a fill index of {tuple(detector.fill_index.shape)} for images of {detector.config.size}")
         if len(content["members"]) != len(detector.members):
             raise ValueError(f"{len(content['members'])} networks for {len(detector.members)} folds")
         for member, part in zip(detector.members, content["members"]):
-            fill(member, part)
+            load_member(member, part)
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
         detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
         detector.metadata = dict(content["metadata"])
@@ -539,7 +595,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
         raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
 
 
-def fill(member: EnsembleMember, content: dict) -> None:
+def load_member(member: EnsembleMember, content: dict) -> None:
     """Set a member to what a file holds of it. Raises ValueError or RuntimeError if that does not fit."""
     member.network.load_state_dict(content["network"])
     if content["levels"].keys() != member.levels.state_dict().keys():
@@ -642,18 +698,17 @@ def find_categories(folder: Path, data_dir: str, names: list[str], tell: bool) -
 
 
 def scored_images(detector: Detector, count: int) -> Tensor:
-    """The numbers (n,) of the normal images, of ``count``, that a detector's normal_scores are of, in their order: all,
-    those that are held out, or the even sample that its only member's densities were fitted to."""
+    """Return the numbers (n,) of the normal images, of ``count``, that a detector's calibration scores are of, in their
+    order: all, those that are held out, or the even sample that its only member's densities were fitted to."""
     config = detector.config
     if config.holdout:
         return unseen_by(config, count, 0)
-    most = DENSITY_IMAGES if config.patches is None else PATCH_DENSITY_IMAGES
-    return torch.arange(most) * count // most if config.folds == 1 and count > most else torch.arange(count)
+    limit = DENSITY_IMAGES if config.patches is None else PATCH_DENSITY_IMAGES
+    return evenly_spaced(count, limit if config.folds == 1 else None)
 
 
-def scored_paths(data_dir: str | Path, detector: Detector) -> list[Path] | None:
-    """The training images that a detector's normal_scores are of; None if their number says that it was made from
-    others."""
-    paths = train_paths(data_dir, detector.config.category)
-    paths = [paths[i] for i in scored_images(detector, len(paths)).tolist()]
-    return paths if len(paths) == len(detector.calibration_scores) else None
+def scored_paths(paths: Sequence[Path], detector: Detector) -> list[Path] | None:
+    """Return those of a category's training images that the calibration scores are of; None if their number says that
+    the detector was made from others."""
+    scored = [paths[number] for number in scored_images(detector, len(paths)).tolist()]
+    return scored if len(scored) == len(detector.calibration_scores) else None

@@ -14,7 +14,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from config import (
     PATCH_SETTINGS,
@@ -26,7 +25,7 @@ from config import (
     storage,
     with_flag,
 )
-from dataset import TestSet, check_maps_folder, load_masks, load_test, load_train, save_maps
+from dataset import TestSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
 from detector import Detector, find_work, load, load_config, scored_paths
 from model import WeightsError
 from reporting.gallery import gallery_page
@@ -189,8 +188,8 @@ def zip_results(results: Iterator[Result]) -> tuple[list[dict], np.ndarray, list
 def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = "") -> Result:
     """Score and draw one category."""
     config, changed = detector.config, changes(args)
-    category, where = config.category, (detector.size, args.workers, storage(args))
-    train = load_train(args.data_dir, category, *where) if changed or args.control else None
+    category, where = config.category, (detector.config.size, args.workers, storage(args), detector.fill_index)
+    train = load_train(args.data_dir, category, *where).images if changed or args.control else None
     if changed:
         detector = detector.refit(train, **changed)
         for note in detector.notes():
@@ -199,7 +198,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
         detector.set_false_alarm_rate(args.false_alarm_rate)
     test = load_test(args.data_dir, category, *where)
     with_maps = config.patches is not None or args.heatmaps or args.save_maps
-    masks = load_masks(test, detector.size, args.workers).numpy() if with_maps else None
+    masks = load_masks(test, detector.config.size, args.workers).numpy() if with_maps else None
     found = evaluate(detector, test, masks)
     scores, p, maps, metrics = found
     untrained = None
@@ -214,10 +213,7 @@ def evaluate_category(args: argparse.Namespace, detector: Detector, seed: str = 
     say(f"{category}: {decision_line(row)}")
     plots = draw(detector, test, scores, untrained, masks, maps) if args.save_plots else {}
     score_rows = score_table(args.data_dir, category, test, scores, p, seed)
-    normal = detector.calibration_scores
-    several = int(len(normal) > 1)  # one image held out has no deviation
-    scale, center = (each.item() for each in torch.std_mean(normal, correction=several))
-    standardized = (scores - center) / max(scale, 1e-9)
+    standardized = detector.standardized_scores(scores)
     page = gallery_page(detector, test, found, seed) if args.report else None
     return Result(seed, row, score_rows, normal_rows(args, detector), page, test.labels, standardized, plots)
 
@@ -226,7 +222,7 @@ def normal_rows(args: argparse.Namespace, detector: Detector) -> list[dict]:
     """Rows of normal_scores.csv, if networks have judged images that they had not seen."""
     if detector.guarantee.kind == "seen":
         return []
-    paths = scored_paths(args.data_dir, detector)
+    paths = scored_paths(train_paths(args.data_dir, detector.config.category), detector)
     if paths is None:
         found = "other training images than the detector's, so none of them in normal_scores.csv"
         say(f"{detector.config.category}: {found}")

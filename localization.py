@@ -83,14 +83,12 @@ class Grid:
 
 
 def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], grids: Sequence[Grid], dense: bool):
-    """Embeddings of every window of images (B, 3, H, W), float in [0, 1], at each stage of ``levels``, a grid for each:
-    a list of (B, L, D) float32.
+    """Return the embeddings of every window of images at each stage of ``levels``: a list of (B, L, D) float32.
 
-    dense: the network runs once over the whole image, so that a feature near a window's border has seen beyond it;
-    else on each window alone, as in the paper. The image is normalized as a whole, as in training. The network must be
-    in evaluation mode.
+    images: (B, 3, H, W), normalized as a whole, as in training, see CutPasteNet.normalized. grids: one for each level.
+    dense: run the network once over the whole image, so that a feature near a window's border has seen beyond it; else
+    on each window alone, as in the paper. The network must be in evaluation mode.
     """
-    images = network.normalized(images)
     if dense:
         return [grid.pool(features).float() for grid, features in zip(grids, network.features(images, levels))]
     parts = [

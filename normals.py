@@ -1,11 +1,10 @@
 """The normal images kept beside a detector, and which of them is nearest to a new one.
 
-<model_dir>/<category>.normals      at most MOST training images as JPEG files, their names, embeddings
+<model_dir>/<category>.normals      at most KEPT training images as JPEG files, their names, embeddings
 """
 
 import hashlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from detector import Detector, stream
-from image_ops import fill_ignored, to_float
-from model import CutPasteNet
+from dataset import TrainSet
+from detector import Detector, batches_of, evenly_spaced
 from runtime.files import InputError, load_tensors, save_tensors
 
 FORMAT = "cutpaste-normals"
 VERSION = 1
 SUFFIX = ".normals"  # not that of detectors, which are found by theirs
-MOST = 1000  # normal images that are kept
+KEPT = 1000  # normal images that are kept
 ANEW = "train anew with --explain 1 --overwrite"
 QUALITY = 85  # of their JPEG files
 CELLS = 4  # an embedding is a map of so many features down and across
@@ -54,31 +52,31 @@ class Normals:
         return (embeddings.cpu() @ self.embeddings.T).argmax(1).tolist()
 
 
-@torch.inference_mode()
-def embedded(network: CutPasteNet, images: Tensor) -> Tensor:
-    """What images (B, 3, H, W) are compared by: features of the last stage of stride 16, averaged to CELLS x CELLS,
-    (B, D) float32 of unit length.
+def compared(features: Tensor) -> Tensor:
+    """Return what images are compared by, (B, D) float32 of unit length: their features (B, C, h, w) at the detector's
+    ``comparison_level``, averaged to CELLS x CELLS.
 
     They keep where things are, so that a part is found in the same pose; means over the image do not. And they know a
     grid turned the same way whose wires lie elsewhere, which pixels do not.
     """
-    images = network.normalized(to_float(images).contiguous(memory_format=torch.channels_last))
-    (features,) = network.features(images, network.spec.middle[-1:])
     return functional.normalize(functional.adaptive_avg_pool2d(features.float(), CELLS).flatten(1), dim=1)
 
 
-def save_normals(detector: Detector, images: Tensor, names: Sequence[str], path: str | Path) -> None:
-    """Write the file of a fitted detector, whole or not at all: of its training images (N, 3, H, W) uint8, called
-    ``names``, at most MOST, evenly spaced. Raises OSError if it cannot be written."""
-    jpegs, embeddings = [], []
-    for block in stream(detector, images, lambda block: fill_ignored(block, detector.fill_index), MOST):
-        embeddings.append(embedded(detector.network, block).half().cpu())
+@torch.inference_mode()
+def save_normals(detector: Detector, train: TrainSet, path: str | Path) -> None:
+    """Write the file of a fitted detector, whole or not at all: at most KEPT of its training images, evenly spaced.
+    Raises OSError if it cannot be written."""
+    jpegs, embeddings, level = [], [], detector.comparison_level
+    numbers = evenly_spaced(len(train), KEPT)
+    for block in batches_of(detector, train.images, numbers=numbers):
+        features = detector.members[0].features(detector.prepare(block), [level])
+        embeddings.append(compared(features[level]).half().cpu())
         jpegs += [encoded(image) for image in block.permute(0, 2, 3, 1).cpu().numpy()]
     content = {
         "format": FORMAT,
         "version": VERSION,
         "detector": digest(detector),
-        "names": [str(names[i * len(images) // len(jpegs)]) for i in range(len(jpegs))],
+        "names": [train.paths[number].name for number in numbers.tolist()],
         "lengths": [len(jpeg) for jpeg in jpegs],
         "jpegs": torch.from_numpy(np.frombuffer(b"".join(jpegs), np.uint8).copy()),
         "embeddings": torch.cat(embeddings),

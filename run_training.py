@@ -28,10 +28,9 @@ from config import (
     storage,
     with_flag,
 )
-from dataset import TestSet, choose_categories, load_images, load_test, train_paths
+from dataset import TestSet, choose_categories, load_fill_index, load_images, load_test, train_paths
 from density import NotFiniteError
 from detector import Detector
-from image_ops import fill_ignored
 from model import BACKBONES, WeightsError
 from runtime.cli import (
     PRECISIONS,
@@ -51,7 +50,6 @@ from training.jobs import (
     RunOptions,
     check_settings,
     check_writable,
-    load_job_fill_index,
     train_networks,
     write_detector,
 )
@@ -96,9 +94,10 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args.cuda, here.local_rank)
     categories = choose_categories(args.data_dir, args.type)
     jobs = list(make_jobs(args, settings, categories))
-    for category in categories:
-        train_paths(args.data_dir, category)  # a missing folder now, not after hours of another category
-    if settings.ignore and not any([load_job_fill_index(job.config, args.data_dir).numel() for job in jobs]):
+    # A missing folder or a bad mask now, not after hours of another category
+    paths = {category: train_paths(args.data_dir, category) for category in categories}
+    masks = [load_fill_index(settings.ignore, category, settings.size, paths[category][0]) for category in categories]
+    if settings.ignore and not any([fill_index.numel() for fill_index in masks]):
         raise InputError(f"--ignore: {settings.ignore} has no <category>.png for any of {', '.join(categories)}")
     if args.preview:
         if here.is_main:
@@ -218,8 +217,8 @@ def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
     images, names = [], []
     for config in configs:
         paths = train_paths(args.data_dir, config.category)[:rows]
-        own = load_images(paths, (config.height, config.width), args.workers)
-        images.append(fill_ignored(own, load_job_fill_index(config, args.data_dir)))
+        fill_index = load_fill_index(config.ignore, config.category, config.size, paths[0])
+        images.append(load_images(paths, config.size, args.workers, fill_index=fill_index))
         names += [f"{config.category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
     sheet = figures.preview(shown, names, configs[0], invisible_shares(configs[0], shown))
@@ -244,12 +243,12 @@ def test_auroc(detector: Detector, test: TestSet) -> float:
 
 def load_watched_test(args: argparse.Namespace, config: Config) -> TestSet | None:
     """The test images to look at while training, if there are both normal and anomalous ones."""
-    category, size = config.category, (config.height, config.width)
+    category = config.category
     folder = Path(args.data_dir) / category / "test"
     if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
         say(f"{category}: no test images, so no AUROC while training")
         return None
-    test = load_test(args.data_dir, category, size, args.workers, storage(args))
+    test = load_test(args.data_dir, category, config.size, args.workers, storage(args), config.ignore)
     if 0 < test.labels.sum() < len(test.labels):
         return test
     say(f"{category}: test images of one kind only, so no AUROC while training")

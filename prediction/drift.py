@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from conformal import FalseAlarmGuarantee
-from detector import MOST
 from image_ops import STATISTICS, image_statistics
 from runtime.files import say
 
 LEVEL = 0.01  # probability that images like the normal ones are warned about, in a stream without end
+REMEMBERED = 4096  # new images that are compared, the latest
 FIRST, LEAST = 32, 8  # images until the first comparison; at the end of the files these are enough
 
 
@@ -35,15 +35,16 @@ class Drift:
     guarantee: the detector's; p-values are compared unless its network has seen the normal images, as they mean nothing
     then.
 
-    Images are compared when 32, 64, 128, ... have come, from MOST on each time that as many have, the last MOST of
-    them; and at the end. The j-th comparison spends 1 / (j (j + 1)) of LEVEL, in equal parts on its tests.
+    Images are compared when 32, 64, 128, ... have come, from REMEMBERED on each time that as many have, the last
+    REMEMBERED of them; and at the end. The j-th comparison spends 1 / (j (j + 1)) of LEVEL, in equal parts on its
+    tests.
     """
 
     def __init__(self, category: str, known: Tensor, guarantee: FalseAlarmGuarantee) -> None:
         self.category, self.known, self.guarantee = category, known.cpu().numpy(), guarantee
         self.rank = round(guarantee.rate * (guarantee.count + 1))  # normal images that are called anomalous, and one
         self.tests = (len(STATISTICS) if len(known) else 0) + (guarantee.kind != "seen")
-        self.recent: deque[tuple[float, ...]] = deque(maxlen=MOST)  # looks, p-value
+        self.recent: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)  # looks, p-value
         self.count, self.compared, self.comparisons, self.due = 0, 0, 0, FIRST
         self.warned = False
 
@@ -63,7 +64,7 @@ class Drift:
 
     def compare(self) -> None:
         self.comparisons += 1
-        self.compared, self.due = self.count, min(2 * self.count, self.count + MOST)
+        self.compared, self.due = self.count, min(2 * self.count, self.count + REMEMBERED)
         level = LEVEL / (self.comparisons * (self.comparisons + 1)) / self.tests
         *looks, p = np.array(self.recent).T
         found = [

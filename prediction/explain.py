@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detector import BatchPrediction, Detector
-from normals import Normals, embedded
+from normals import Normals, compared
 from reporting import overlays
 from runtime.files import InputError, say, write_file
 from runtime.image_files import read_size
@@ -36,6 +36,8 @@ class Explainer:
     pool: draws several at once.
     """
 
+    needs_features = True
+
     def __init__(self, detector: Detector, normals: Normals, target: Callable[[str], str], pool: Executor) -> None:
         self.detector, self.normals, self.target, self.pool = detector, normals, target, pool
         self.has_maps = detector.config.patches is not None
@@ -47,20 +49,18 @@ class Explainer:
         chosen = (prediction.p_values <= self.rate).nonzero()[:, 0]
         if not len(chosen):
             return
-        pixels, maps = pixels[chosen], prediction.maps
-        if maps is not None:
-            maps = maps[chosen]
-        elif self.detector.config.has_gradient:
-            _, maps = self.detector.grad_cam(pixels)
+        has_heat = self.has_maps or self.detector.config.has_gradient
+        maps = self.detector.heat(prediction, chosen) if has_heat else None
+        features = prediction.features[0][self.detector.comparison_level][chosen]
         list(
             self.pool.map(
                 self.draw,
                 [paths[i] for i in chosen.tolist()],
-                pixels.permute(0, 2, 3, 1).cpu().numpy(),
+                pixels[chosen].permute(0, 2, 3, 1).cpu().numpy(),
                 prediction.scores[chosen].tolist(),
                 prediction.p_values[chosen].tolist(),
                 [None] * len(chosen) if maps is None else maps.cpu().numpy(),
-                self.normals.nearest(embedded(self.detector.network, pixels)),
+                self.normals.nearest(compared(features)),
             )
         )
 

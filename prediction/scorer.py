@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from detector import BatchPrediction, Detector
-from image_ops import fill_ignored
 from prediction.outputs import COLUMNS, Drawings, RowsFile
 from reporting import overlays
 from runtime.files import InputError
@@ -67,6 +66,8 @@ class Scorer:
         self.ahead, self.callbacks = detector.batch_size + ahead, callbacks
         self.has_maps = detector.config.patches is not None
         self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
+        needs_features = any(getattr(callback, "needs_features", False) for callback in callbacks)
+        self.explains = needs_features or (bool(drawings) and not self.has_maps)
 
     def score(self, paths: Sequence[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
         """Add a row for each path that has none; as many as go through the detector together are written at once, then
@@ -102,7 +103,7 @@ class Scorer:
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise InputError("no file, or a folder that cannot be listed")
-            return Read(path, decode(path, self.detector.size), read_size(path) if self.has_maps else None)
+            return Read(path, decode(path, self.detector.config.size), read_size(path) if self.has_maps else None)
         except InputError as error:
             return Read(path, error=reason(error, path))
 
@@ -115,12 +116,11 @@ class Scorer:
         if not good:
             return list(rows.values())
         pixels = torch.from_numpy(np.stack([each.pixels for each in good])).permute(0, 3, 1, 2)
-        pixels = fill_ignored(
-            pixels.to(self.detector.device), self.detector.fill_index
-        )  # as all followers shall see them
-        prediction = self.detector.predict_batch(pixels, grad_cam=bool(self.drawings) and not self.has_maps)
+        pixels = self.detector.fill(pixels.to(self.detector.device))  # as callbacks shall see them
+        prediction = self.detector.predict_batch(pixels, explain=self.explains)
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
-        maps = [None] * len(good) if prediction.maps is None else list(prediction.maps.cpu().numpy())
+        drawn = self.has_maps or self.drawings
+        maps = list(self.detector.heat(prediction).cpu().numpy()) if drawn else [None] * len(good)
         faults = [None] * len(good)
         if self.drawings:
             faults = list(pool.map(self.draw, [each.path for each in good], scores, maps))

@@ -15,7 +15,7 @@ from config import Config
 from cutpaste import VARIANTS, VIEWS, make_views
 from dataset import GOOD, TestSet
 from detector import Detector, category_seed, stream
-from image_ops import fill_ignored, to_float
+from image_ops import to_float
 from runtime.files import MARK
 
 NORMAL_COLOR = VIEWS["image"].color
@@ -222,15 +222,14 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
     """Embeddings of the test images and of augmented views of the normal ones, which the network has never seen, and
     the group of each: normal, anomalous, or the name of a view."""
 
-    def embed(images: torch.Tensor) -> torch.Tensor:
+    def embed(prepared: torch.Tensor) -> torch.Tensor:
         member = detector.members[0]  # each network has an embedding of its own
-        return member.levels[-1].project(member.embed(images)[-1])[:, 0].cpu()
+        return member.levels[-1].project(member.embed(prepared)[-1])[:, 0].cpu()
 
     parts = list(stream(detector, test.images, embed))
     groups = ["anomalous" if label else "normal" for label in test.labels]
     normal = test.images[torch.from_numpy(np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS])]
     if len(normal):
-        normal = fill_ignored(normal, detector.fill_index.cpu())
         views, labels = make_views(normal, detector.config.sample_params(len(normal), torch.Generator().manual_seed(0)))
         parts += stream(detector, views[labels > 0], embed)
         groups += [VARIANTS[detector.config.variant].views[label] for label in labels[labels > 0].tolist()]

@@ -3,7 +3,6 @@
 Higher scores mean more anomalous; label 1 is anomalous. Figures of images come from scikit-learn's curves.
 """
 
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -136,14 +135,14 @@ class Evaluation(NamedTuple):
 def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
     """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
     there are both normal and anomalous ones, of pixels only if a mask marks some."""
-    predict_batch = partial(detector.predict_batch, grad_cam=masks is not None and detector.config.patches is None)
+    explain = masks is not None and detector.config.patches is None
     scores, p, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
     maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
-    for found in stream(detector, test.images, predict_batch):
+    for found in stream(detector, test.images, lambda prepared: detector.predict_prepared(prepared, explain)):
         part = slice(done, done := done + len(found.scores))
         scores[part], p[part] = found.scores.cpu().numpy(), found.p_values.cpu().numpy()
         if maps is not None:
-            maps[part] = found.maps.cpu().numpy()
+            maps[part] = detector.heat(found).cpu().numpy()
     metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
     if masks is not None:
         known = test.with_truth

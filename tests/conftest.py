@@ -148,6 +148,11 @@ def wait_for_step(process, checkpoint, step):
     raise AssertionError("no state was saved")
 
 
+def network_of(detector):
+    """The network of a detector's first member."""
+    return detector.members[0].network
+
+
 def one_line(done: SimpleNamespace, *words: str) -> None:
     """Assert that a script failed with exit code 1 and one last line on stderr that has the words, no traceback."""
     assert done.code == 1, (done.code, done.err)

@@ -263,7 +263,7 @@ def test_find_categories(category):
 def test_load_train_is_in_the_order_of_names(category):
     save_flat(category / "train" / "good" / "0005.PNG", 99)
     (category / "train" / "good" / "._000.png").write_bytes(b"macOS")
-    images = load_train(category.parent, "nut", (6, 8), 0)
+    images = load_train(category.parent, "nut", (6, 8), 0).images
     assert images.shape == (4, 3, 6, 8)
     assert images[:, 0, 0, 0].tolist() == [10, 99, 11, 12]
     assert (images == images[:, :1, :1, :1]).all()

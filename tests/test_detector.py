@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import network_of
 
 import detector
 import detector as member
@@ -22,6 +23,12 @@ CONFIG = Config("brick", height=32, width=48, false_alarm_rate=0.2, seed=3, pret
 
 def scores_of(made, images):
     return torch.cat([scores for scores, _ in stream(made, images)])
+
+
+def projected(made, images):
+    """Embeddings (N, L, d) of the first level as its density takes them."""
+    member = made.members[0]
+    return member.levels[0].project(torch.cat([levels[0] for levels in stream(made, images, member.embed)]))
 
 
 def maps_of(made, images):
@@ -58,7 +65,7 @@ def test_round_trip(tmp_path, fitted, images, density):
     assert torch.equal(one.calibration_scores, other.calibration_scores)
     assert other.config == replace(CONFIG, density=density)
     assert other.metadata == fitted.metadata
-    assert other.size == (32, 48)
+    assert other.config.size == (32, 48)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -72,15 +79,15 @@ def test_scores_do_not_depend_on_the_batch(fitted, images):
 def test_l2_normalizes_embeddings(fitted, images):
     plain = fitted.refit(images, l2=False)
     for made, deviation in ((fitted, 0), (plain, 1)):
-        (level,) = made.levels
-        lengths = level.project(made.members[0].embed(images)[0]).norm(dim=2)
+        (level,) = made.members[0].levels
+        lengths = level.project(made.members[0].embed(made.prepare(images))[0]).norm(dim=2)
         assert (lengths.std() > 1e-9) == deviation
         assert made.config.l2 == (not deviation)
 
 
 def test_threshold_is_the_conformal_one_of_held_out_normal_scores(fitted, images):
-    (level,) = fitted.levels
-    scores, _ = held_out("torch", level.project(fitted.members[0].embed(images)[0]), True)
+    (level,) = fitted.members[0].levels
+    scores, _ = held_out("torch", level.project(fitted.members[0].embed(fitted.prepare(images))[0]), True)
     assert torch.allclose(fitted.calibration_scores, scores[:, 0])
     assert fitted.threshold == conformal_threshold(fitted.calibration_scores, 0.2)[0]
     assert list(fitted.notes()) == []
@@ -96,8 +103,8 @@ def test_density_is_fitted_to_an_even_sample_of_many_images(images, monkeypatch)
     assert len(set(chosen)) == 70
     network = initial_network(CONFIG)
     fitted, expected = Detector(CONFIG, [network]).fit(many), Detector(CONFIG, [network]).fit(many[chosen])
-    for name, value in expected.levels.state_dict().items():
-        assert torch.allclose(fitted.levels.state_dict()[name], value, rtol=1e-4)
+    for name, value in expected.members[0].levels.state_dict().items():
+        assert torch.allclose(fitted.members[0].levels.state_dict()[name], value, rtol=1e-4)
     assert torch.allclose(fitted.calibration_scores, expected.calibration_scores, rtol=1e-4)
     assert len(fitted.calibration_scores) == 70
 
@@ -122,7 +129,7 @@ def test_wrong_image_size_is_refused(fitted):
 
 def test_untrained_is_the_network_training_starts_from(fitted):
     start = initial_network(CONFIG).state_dict()
-    assert all(torch.equal(value, start[name]) for name, value in fitted.untrained().network.state_dict().items())
+    assert all(torch.equal(value, start[name]) for name, value in network_of(fitted.untrained()).state_dict().items())
 
 
 def test_initial_network_depends_on_seed_and_category_and_leaves_the_global_generator_alone():
@@ -205,17 +212,17 @@ def test_a_patch_model_of_version_2_scores_the_same(tmp_path):
 def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, images, kind):
     """As version 2 wrote it: a mean and an inverse covariance, or points and a bandwidth, and the distance by them."""
     made = fitted.refit(images, density=kind)
-    (level,) = made.levels
+    (level,) = made.members[0].levels
     density = dict(level.density.state_dict())
     if kind == "torch":
         precision = density["factor"][0].T @ density["factor"][0]
         density = {"mean": density["mean"][0], "precision": precision, "shrinkage": torch.tensor(0.1)}
-        x = level.project(made.members[0].embed(images)[0])[:, 0] - density["mean"]
+        x = level.project(made.members[0].embed(made.prepare(images))[0])[:, 0] - density["mean"]
         assert torch.allclose(((x @ precision) * x).sum(1).sqrt(), made(images)[0])
     config = {name: value for name, value in made.config.to_dict().items() if name != "dims"}
     content = {"format": detector.FORMAT, "version": 2, "config": config, "made": {}, "density": density}
     content |= {
-        "network": made.network.state_dict(),
+        "network": network_of(made).state_dict(),
         "threshold": made.threshold,
         "normal_scores": made.calibration_scores,
     }
@@ -300,9 +307,9 @@ def test_levels_are_standardized_by_held_out_normal_distances_and_added(patch_mo
     train, images = pictures(20), pictures(4, seed=1)
     both = patch_model.refit(train, **TWO_LEVELS)
     expected = 0
-    for number, level in enumerate(both.levels):
+    for number, level in enumerate(both.members[0].levels):
         alone = patch_model.refit(train, **TWO_LEVELS | {"level": str(2 + number)})
-        distances = held_out("torch", alone.members[0].embed_normal(train)[0], False)[0]
+        distances = held_out("torch", projected(alone, train), False)[0]
         assert level.center == pytest.approx(distances.mean().item(), rel=1e-4)
         assert level.scale == pytest.approx(distances.std().item(), rel=1e-4)
         expected = expected + (alone(images)[1] - level.center) / level.scale
@@ -320,7 +327,7 @@ def test_round_trip_of_a_patch_model(tmp_path, patch_model, changes):
     images = pictures(6, seed=1)
     assert torch.equal(scores_of(one, images), scores_of(other, images))
     assert other.config == one.config == Config.from_dict(PATCHES.to_dict() | changes)
-    assert [level.shared for level in other.levels] == [level.shared for level in one.levels]
+    assert [level.shared for level in other.members[0].levels] == [level.shared for level in one.members[0].levels]
     assert torch.equal(one.calibration_scores, other.calibration_scores)
 
 
@@ -370,45 +377,50 @@ def test_the_papers_grid_fits_into_a_file(tmp_path):
     """One Gaussian for each of 57 x 57 locations: 512 dimensions would make gigabytes of them."""
     patches = PatchConfig(32, dense=False, window=32, stride=4)
     made = Detector(replace(PATCHES, height=256, width=256, level=(4,), patches=patches))
-    (level,) = made.levels
+    (level,) = made.members[0].levels
     assert level.grid.shape == (57, 57)
     level.axes, level.density.mean = torch.zeros(512, level.dims), torch.zeros(57 * 57, level.dims)
     level.density.factor = torch.zeros(57 * 57, level.dims, level.dims)
     save(made, tmp_path / "brick.pt")
-    assert not load(tmp_path / "brick.pt").levels[0].shared
+    assert not load(tmp_path / "brick.pt").members[0].levels[0].shared
     assert (tmp_path / "brick.pt").stat().st_size < 200e6
 
 
 def test_the_untrained_baseline_has_the_kind_of_density(patch_model):
     """Also where "auto" would choose the other one for it."""
     made = patch_model.refit(pictures(20), location="auto")
-    (level,) = made.levels
+    (level,) = made.members[0].levels
     other = not level.shared
-    level.density = fit_density("torch", made.members[0].embed_normal(pictures(20))[0], other)
-    assert made.untrained().fit(pictures(20), threshold=False).levels[0].shared == other
+    level.density = fit_density("torch", projected(made, pictures(20)), other)
+    assert made.untrained().fit(pictures(20), threshold=False).members[0].levels[0].shared == other
 
 
 def test_too_few_or_equal_images(patch_model):
     with pytest.raises(SettingError, match=r"brick: 5 training images, .*needs 8; take shared or auto"):
-        Detector(PATCHES, [patch_model.network]).fit(pictures(5))
+        Detector(PATCHES, [network_of(patch_model)]).fit(pictures(5))
     flat = torch.full((9, 3, 64, 96), 128, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"brick: no density can be fitted: all embeddings are equal"):
-        Detector(PATCHES, [patch_model.network]).fit(flat)
+        Detector(PATCHES, [network_of(patch_model)]).fit(flat)
     with pytest.raises(InputError, match=r"brick: no density can be fitted: .*at least 2 .*, got 1$"):
         Detector(CONFIG).fit(flat[:1, :, :32, :48])
 
 
 def test_grad_cam_has_the_scores_of_the_detector(fitted, images):
-    scores, maps = (torch.cat(parts) for parts in zip(*stream(fitted, images, fitted.grad_cam)))
+    cam = lambda prepared: fitted.predict_prepared(prepared, explain=True)  # noqa: E731
+    predictions = list(stream(fitted, images, cam))
+    scores = torch.cat([prediction.scores for prediction in predictions])
+    maps = torch.cat([fitted.heat(prediction) for prediction in predictions])
     assert torch.allclose(scores, scores_of(fitted, images), rtol=1e-4)
     assert maps.shape == (12, 32, 48)
+    kde = fitted.refit(images, density="kde")
+    prediction = kde.predict_batch(images, explain=True)
     with pytest.raises(InputError, match="kde"):
-        fitted.refit(images, density="kde").grad_cam(images)
+        kde.heat(prediction)
 
 
 def test_a_detector_trained_by_the_script_scores_the_test_images(data, models):
     made = load(models / "brick.pt")
-    test, train = load_test(data, "brick", made.size, 0), load_train(data, "brick", made.size, 0)
+    test, train = load_test(data, "brick", made.config.size, 0), load_train(data, "brick", made.config.size, 0).images
     scores = scores_of(made, test.images)
     assert scores.shape == (12,)
     assert torch.isfinite(scores).all()

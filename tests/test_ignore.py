@@ -4,7 +4,6 @@ import csv
 import io
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +14,14 @@ from test_detector import CONFIG, PATCHES, pictures
 
 import run_training
 from cutpaste import VIEWS
-from dataset import load_fill_index, load_ignored, load_train
+from dataset import load_fill_index, load_ignored, load_test, load_train
 from detector import Detector, initial_network, load, save
 from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of, ignored_pixels
+from runtime.cache import Storage
 from runtime.files import InputError
 from runtime.image_files import decode, find_images
 from training import trainer as log
-from training.trainer import Precision, Trainer, invisible_shares, log_start
+from training.trainer import Precision
 
 NUMERICS = Precision(1, "off", False)
 BOX = (slice(4, 15), slice(20, 40))  # rows, columns
@@ -130,27 +130,28 @@ def test_what_is_ignored_changes_no_score_and_no_map(config, tmp_path):
     mask, networks = box_of(32, 48), [initial_network(config, member=number) for number in range(config.folds)]
     made = Detector(config, networks, fill_index_of(mask)).fit(normal)
     before = test.clone()
-    judged = made.predict_batch(test, grad_cam=config.patches is None)
+    judged = made.predict_batch(test, explain=True)
     assert torch.equal(test, before)
     save(made, tmp_path / "brick.pt")
     again = load(tmp_path / "brick.pt")
     refitted = again.refit(painted(normal))
+    heat = made.heat(judged)
     for other in (again, refitted):
         assert torch.equal(other.calibration_scores, made.calibration_scores)
-        found = other.predict_batch(painted(test), grad_cam=config.patches is None)
+        found = other.predict_batch(painted(test), explain=True)
         assert torch.equal(found.scores, judged.scores)
-        assert torch.equal(found.maps, judged.maps)
+        assert torch.equal(other.heat(found), heat)
     arrays = [image.permute(1, 2, 0).numpy() for image in painted(test)]
     assert np.allclose(again.predict(arrays).scores, judged.scores, rtol=1e-4, atol=1e-4)
     assert torch.equal(again.untrained().fill_index, made.fill_index)
-    hidden, counts = judged.maps[:, mask], judged.maps[:, ~mask]
+    hidden, counts = heat[:, mask], heat[:, ~mask]
     assert (hidden.amax(1) <= counts.amin(1)).all()
     assert (hidden < made.threshold).all()
     bare = Detector(config, networks).fit(normal)
     assert not torch.equal(bare.predict_batch(painted(test)).scores, bare.predict_batch(test).scores)
     if config.folds == 1 and config.patches:
         assert torch.equal(judged.scores, counts.amax(1).double())
-        assert torch.equal(made.levels[0].density.mean, refitted.levels[0].density.mean)
+        assert torch.equal(made.members[0].levels[0].density.mean, refitted.members[0].levels[0].density.mean)
 
 
 @torch.no_grad()
@@ -198,28 +199,18 @@ def two(data, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("config", [replace(WHOLE, invisible="drop"), SMALL], ids=["whole", "patches"])
-def test_no_step_depends_on_it(config):
-    images, sources, found = pictures(8)[..., :32, :48], fill_index_of(box_of(32, 48)), []
-    for own, filled_from in ((images, sources), (painted(images), sources), (painted(images), NOTHING_IGNORED)):
-        run = Trainer(replace(config, batch_size=4), own, "", torch.device("cpu"), NUMERICS, fill_index=filled_from)
-        run.train_step()
-        found.append(torch.cat([weight.detach().flatten() for weight in run.network.parameters()]))
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[1], found[2])
-
-
-def test_what_is_logged_is_of_filled_images(monkeypatch):
-    monkeypatch.setattr(log, "LOOKED_AT", 16)
-    images, sources = pictures(8)[..., :32, :48], fill_index_of(box_of(32, 48))
-    shares = invisible_shares(WHOLE, fill_ignored(images, sources))
-    assert invisible_shares(WHOLE, painted(images), sources) == shares
-    logged = []
-    writer = SimpleNamespace(add_text=lambda *_: None, add_figure=lambda name, figure, step: logged.append(figure))
-    for own in (images, painted(images)):
-        log_start(writer, WHOLE, own, sources)
-    sheets = [np.concatenate([axes.images[0].get_array() for axes in figure.axes if axes.images]) for figure in logged]
-    assert (sheets[0] == sheets[1]).all()
+def test_images_come_out_filled(two, monkeypatch):
+    """Training and test images, from the cache too; what they were made from decides which a saved state goes with."""
+    monkeypatch.chdir(two)
+    storage, where = Storage(two / "cache"), ("brick", (32, 32), 0)
+    bare = load_train(two / "one", *where, storage)
+    for _ in range(2):
+        one, other = (load_train(two / name, *where, storage, "mask.png") for name in ("one", "other"))
+        assert torch.equal(one.images, fill_ignored(bare.images, fill_index_of(box_of(32, 32))))
+        assert torch.equal(one.images, other.images)
+        assert one.digest == other.digest != bare.digest
+    tests = [load_test(two / name, *where, storage, one.fill_index).images for name in ("one", "other")]
+    assert torch.equal(*tests)
 
 
 def test_training_and_evaluation_do_not_depend_on_it(two, script, monkeypatch):
@@ -240,7 +231,8 @@ def test_training_and_evaluation_do_not_depend_on_it(two, script, monkeypatch):
     one, other = (load(two / f"models_{name}/brick.pt") for name in ("one", "other"))
     assert torch.equal(ignored_pixels(one.fill_index), box_of(32, 32))
     assert torch.equal(one.calibration_scores, other.calibration_scores)
-    assert not torch.equal(load_train("one", "brick", (32, 32), 0), load_train("other", "brick", (32, 32), 0))
+    one, other = (load_train(name, "brick", (32, 32), 0).images for name in ("one", "other"))
+    assert not torch.equal(one, other)
 
 
 def test_another_mask_does_not_continue_what_is_there(two, script, monkeypatch):
@@ -283,7 +275,7 @@ def test_the_preview_is_of_filled_images(two, script, monkeypatch):
     )
     done = again(script, "other", two / "models", "--ignore", "mask.png", "--preview", "sheet.png")
     assert done.code == 0, done.err
-    expected = load_train("one", "brick", (32, 32), 0)[:6]
+    expected = load_train("one", "brick", (32, 32), 0).images[:6]
     assert torch.equal(shown[0], fill_ignored(expected, fill_index_of(box_of(32, 32))))
 
 
@@ -297,7 +289,7 @@ def detectors(data, tmp_path, monkeypatch):
     (tmp_path / "photos/brick").mkdir(parents=True)
     for path in find_images(data / "brick/test/hole"):
         Image.open(path).resize((64, 64)).save(tmp_path / "photos/brick" / path.name)
-    train = load_train(data, "brick", (32, 32), 0)
+    train = load_train(data, "brick", (32, 32), 0).images
     sides = {"height": 32, "width": 32}
     for kind, config in (("patches", replace(SMALL, **sides)), ("whole", replace(WHOLE, **sides))):
         save(Detector(config, [initial_network(config)]).fit(train), tmp_path / kind / "brick.pt")

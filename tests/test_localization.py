@@ -71,7 +71,7 @@ def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, 
 @pytest.mark.parametrize("normalize", ["image", "imagenet"])
 def test_windows_alone_against_a_loop(normalize):
     net, images, grid = network(normalize), torch.rand(2, 3, 50, 71, generator=seeded(1)), Grid(50, 71, 32, 8)
-    early, last = embed_windows(net, images, (2, 4), [grid, grid], dense=False)
+    early, last = embed_windows(net, net.normalized(images), (2, 4), [grid, grid], dense=False)
     whole = net.normalized(images)
     assert (early.shape, last.shape) == ((2, 3 * 5, 128), (2, 3 * 5, 512))
     for image, (row, y), (col, x) in itertools.product(
@@ -91,7 +91,7 @@ def test_dense_windows_against_a_loop(level, height, width):
     net, images = network(), torch.rand(2, 3, height, width, generator=seeded(2))
     feature_stride = net.spec.strides[level - 1]
     grid = Grid(height, width, 32, 16, feature_stride)
-    (found,) = embed_windows(net, images, (level,), [grid], dense=True)
+    (found,) = embed_windows(net, net.normalized(images), (level,), [grid], dense=True)
     (features,) = net.features(net.normalized(images), (level,))
     for row, col in itertools.product(*map(range, grid.shape)):
         top, left = (corner + 16 * n for corner, n in zip(grid.corner, (row, col)))
@@ -108,7 +108,7 @@ def test_dense_windows_against_a_loop(level, height, width):
 @torch.no_grad()
 def test_a_whole_image_is_the_grid_with_one_window():
     net, images = network(), torch.rand(2, 3, 50, 71, generator=seeded(3))
-    (found,) = embed_windows(net, images, (4,), [Grid(50, 71)], dense=True)
+    (found,) = embed_windows(net, net.normalized(images), (4,), [Grid(50, 71)], dense=True)
     assert torch.equal(found, net.embed(images)[:, None])
 
 
@@ -126,7 +126,7 @@ def test_centers_are_in_the_middle_of_what_dense_windows_see(level, window, stri
             module.reset_parameters()
     net.backbone.maxpool = nn.AvgPool2d(3, 2, 1)  # of equal pixels the largest is the first
     images = torch.full((1, 3, 160, 192), 0.9, requires_grad=True)
-    (embeddings,) = embed_windows(net, images, (level,), [grid], dense=True)
+    (embeddings,) = embed_windows(net, net.normalized(images), (level,), [grid], dense=True)
     row, col = grid.shape[0] // 2, grid.shape[1] // 2
     embeddings[0, row * grid.shape[1] + col].sum().backward()
     seen = images.grad[0].sum(0).double()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, resume
-from dataset import load_fill_index, load_train, train_paths
+from dataset import TrainSet, load_train
 from detector import Detector, build_network, check_enough, detector_path, load_config, save
 from normals import normals_path, save_normals
 from runtime import cache
@@ -81,7 +81,7 @@ class RunOptions:
     watcher: Callable[[Config], Callable[[Detector], float] | None]
 
 
-def train_networks(job: Job, numbers: list[int], running: RunOptions) -> Tensor | None:
+def train_networks(job: Job, numbers: list[int], running: RunOptions) -> TrainSet | None:
     """Train those of a detector's networks up to their last saved state. Returns all training images; None if the
     detector is there already."""
     config, category, ranks = job.config, job.config.category, running.ranks
@@ -89,21 +89,21 @@ def train_networks(job: Job, numbers: list[int], running: RunOptions) -> Tensor 
         if ranks.is_main:
             say(f"{category}: {job.path} is finished; skipped (--overwrite trains it anew, as after adding images)")
         return None
-    images = load_normal(config, running)
+    train = load_normal(config, running)
+    images = train.images
     if len(images) < config.batch_size and ranks.is_main:
         say(f"{category}: {len(images)} training images, so {len(images)} per step (--batch_size)")
     watch = running.watcher(config) if running.test_epochs > 0 and ranks.is_main else None
-    fill_index = load_job_fill_index(config, running.data_dir)
-    digest, now = cache.digest(images), f"{running.data_dir}/{category} holds now"
-    if fill_index.numel():
-        digest, now = digest + cache.digest(fill_index[None]), f"{now}, or under another mask than {config.ignore}"
+    now = f"{running.data_dir}/{category} holds now" + (
+        f", or under another mask than {config.ignore}" * bool(config.ignore)
+    )
     if running.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
     # On the device for the whole run, unless they are too many
     placed = images if running.storage.maps(images.shape) else images.to(running.device)
     for number in numbers:
         path = job.states[number]
-        state = ranks.broadcast(lambda path=path: saved_state(path, digest, now))
+        state = ranks.broadcast(lambda path=path: saved_state(path, train.digest, now))
         precision = precision_of(path, state, running)
         if running.precision["amp"] is None and state is None and ranks.is_main and number == numbers[0]:
             amp, reason = suitable_precision(running.device)
@@ -111,8 +111,10 @@ def train_networks(job: Job, numbers: list[int], running: RunOptions) -> Tensor 
         torch.set_num_threads(precision.threads)
         with torch.random.fork_rng(devices=[]):
             if config.minutes and number == numbers[0]:
-                config = state["config"] if state else timed(config, placed, precision, running, fill_index)
-            run = Trainer(config, placed, digest, running.device, precision, state, ranks, number, fill_index)
+                config = state["config"] if state else timed(config, placed, precision, running)
+            run = Trainer(
+                config, placed, train.digest, running.device, precision, state, ranks, number, train.fill_index
+            )
             run.train(
                 job.logs if config.folds == 1 else job.logs / f"network{number}",
                 path,
@@ -122,7 +124,7 @@ def train_networks(job: Job, numbers: list[int], running: RunOptions) -> Tensor 
                 running.bar,
                 "the same command without --overwrite" if running.overwrite else "the same command",
             )
-    return images
+    return train
 
 
 def precision_of(path: Path, state: dict | None, running: RunOptions) -> Precision:
@@ -134,10 +136,10 @@ def precision_of(path: Path, state: dict | None, running: RunOptions) -> Precisi
         raise InputError(f"--{error}{saved}") from error
 
 
-def timed(config: Config, images: Tensor, precision: Precision, running: RunOptions, fill_index: Tensor) -> Config:
+def timed(config: Config, images: Tensor, precision: Precision, running: RunOptions) -> Config:
     """The settings with as many steps as ``minutes``, shared by the detector's networks, allow on this machine."""
     whole = replace(config, freeze_resnet=0)  # steps with the backbone frozen cost less
-    run = Trainer(whole, images, "", running.device, precision, None, running.ranks, fill_index=fill_index)
+    run = Trainer(whole, images, "", running.device, precision, None, running.ranks)
     minutes = config.minutes / config.folds
     steps = steps_within(60 * minutes, run)
     steps = running.ranks.broadcast(lambda: steps)
@@ -146,45 +148,39 @@ def timed(config: Config, images: Tensor, precision: Precision, running: RunOpti
     return replace(config, epochs=steps)
 
 
-def load_normal(config: Config, running: RunOptions) -> Tensor:
-    """The training images of a category. Raises InputError or SettingError if nothing can be learned from them."""
-    category, size = config.category, (config.height, config.width)
-    images = load_train(running.data_dir, category, size, running.workers, running.storage)
-    if cache.all_equal(images):
+def load_normal(config: Config, running: RunOptions) -> TrainSet:
+    """Return the training images of a category. Raises InputError or SettingError if they teach nothing."""
+    category, where = config.category, (running.workers, running.storage, config.ignore)
+    train = load_train(running.data_dir, category, config.size, *where)
+    if cache.all_equal(train.images):
         raise InputError(f"{Path(running.data_dir) / category}: all training images are equal; nothing can be learned")
-    if len(images) < running.ranks.world_size:
-        ranks_here = f"{len(images)} training images for {running.ranks.world_size} ranks"
+    if len(train) < running.ranks.world_size:
+        ranks_here = f"{len(train)} training images for {running.ranks.world_size} ranks"
         raise InputError(f"{category}: {ranks_here}; start fewer of them")
-    check_enough(config, len(images))
-    return images
+    check_enough(config, len(train))
+    return train
 
 
-def load_job_fill_index(config: Config, data_dir: str) -> Tensor:
-    """What takes the place of pixels that do not count, see ignore.load_sources. Raises InputError for a bad mask."""
-    size, paths = (config.height, config.width), train_paths(data_dir, config.category)
-    return load_fill_index(config.ignore, config.category, size, paths[0])
-
-
-def write_detector(job: Job, running: RunOptions, images: Tensor | None = None) -> None:
+def write_detector(job: Job, running: RunOptions, train: TrainSet | None = None) -> None:
     """Fit the detector of trained networks to all training images, write it, and remove their saved states; nothing if
-    it is there already. images: those that are loaded already."""
+    it is there already. train: its images, if they are loaded already."""
     category, folds = job.config.category, job.config.folds
     if not running.ranks.is_main or job.finished:
         return
     states = [load_checkpoint(path) for path in job.states]
-    if images is None:
-        images = load_normal(job.config, replace(running, ranks=Ranks()))
+    if train is None:
+        train = load_normal(job.config, replace(running, ranks=Ranks()))
     config, precision = states[0]["config"], Precision(**states[0]["numerics"])
     torch.set_num_threads(precision.threads)
     with torch.random.fork_rng(devices=[]):
         networks = [build_network(config) for _ in states]
     for network, state in zip(networks, states):
         network.load_state_dict(state["network"])
-    fill_index = load_job_fill_index(config, running.data_dir).to(running.device)
-    detector = Detector(config, [network.to(running.device) for network in networks], fill_index).fit(images)
+    fill_index = train.fill_index.to(running.device)
+    detector = Detector(config, [network.to(running.device) for network in networks], fill_index).fit(train.images)
     detector.metadata = {
         "command": command_line(),
-        "train_images": len(images),
+        "train_images": len(train),
         "train_seconds": round(sum(state["seconds"] for state in states), 1),
         "device": device_name(running.device),
         **asdict(precision),
@@ -194,24 +190,20 @@ def write_detector(job: Job, running: RunOptions, images: Tensor | None = None) 
     for note in detector.notes():
         say(f"{category}: {note}")
     if folds > 1:
-        say(f"{category}: {most_unusual(detector.calibration_scores, train_paths(running.data_dir, category))}")
-    keep_normals(job, running, detector, images)  # before the detector: there is none without them
+        say(f"{category}: {most_unusual(detector.calibration_scores, train.paths)}")
+    keep_normals(job, running, detector, train)  # before the detector: there is none without them
     save(detector, job.path)
     remove_checkpoints(job.folder, category)
     say(f"{category}: wrote {job.path}")
 
 
-def keep_normals(job: Job, running: RunOptions, detector: Detector, images: Tensor) -> None:
+def keep_normals(job: Job, running: RunOptions, detector: Detector, train: TrainSet) -> None:
     """Write the file of normal images of a detector, if that is asked for; else remove that of an earlier one."""
     path = normals_path(job.path)
     if not running.explain:
         remove_file(path)
         return
-    names = [path.name for path in train_paths(running.data_dir, job.config.category)]
-    if len(names) != len(images):
-        found = f"{len(names)} training images, {len(images)} when training began"
-        raise InputError(f"{job.config.category}: {found}; put them back, or start anew with --overwrite")
-    save_normals(detector, images, names, path)
+    save_normals(detector, train, path)
 
 
 def most_unusual(scores: Tensor, paths: list[Path]) -> str:

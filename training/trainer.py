@@ -21,7 +21,7 @@ from torch.nn import functional
 from config import Config, SettingError, resume
 from cutpaste import VARIANTS, ViewParams, make_views_and_sample, rows, visible
 from detector import Detector, all_but, category_seed, initial_network, unseen_by
-from image_ops import NOTHING_IGNORED, fill_ignored
+from image_ops import NOTHING_IGNORED
 from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
 from runtime.files import InputError, load_tensors, remove_file, save_tensors, say
@@ -175,7 +175,7 @@ class Trainer:
         batch = self.images.index_select(0, chosen.to(self.images.device, non_blocking=True))
         if batch.device != self.device:
             batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return fill_ignored(batch, self.fill_index)
+        return batch
 
     def make_views(self, images: Tensor, params: ViewParams) -> Batch:
         """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
@@ -238,7 +238,7 @@ class Trainer:
             interrupts = stack.enter_context(Interrupts())
             progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
             if self.step == 0 and is_main:
-                log_start(writer, self.config, self.images, self.fill_index, self.seen)
+                log_start(writer, self.config, self.images, self.seen)
             log = Log(self.config, self.step, self.batch_size, self.ranks, writer, progress)
             saved, began = time.monotonic(), time.monotonic() - self.seconds
             while self.step < steps:
@@ -250,8 +250,7 @@ class Trainer:
                     looked = time.monotonic()
                     alone = replace(self.config, folds=1, holdout=0.0)
                     detector = Detector(alone, [self.network], self.fill_index)
-                    detector.members[0].fit(self.images, held_out=False, seen=self.seen)
-                    auroc = watch(detector)
+                    auroc = watch(detector.fit(self.images, threshold=False, numbers=self.seen))
                     self.network.train()
                     log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
                 self.seconds = time.monotonic() - began
@@ -377,18 +376,19 @@ def log_start(
     writer: "SummaryWriter",
     config: Config,
     images: Tensor,
-    fill_index: Tensor = NOTHING_IGNORED,
     seen: Tensor | None = None,
 ) -> None:
-    """Write settings, a sheet of samples and a warning of views that show nothing, once at the start; of images filled
-    where they do not count. seen: the numbers of the images that are meant; default: all."""
+    """Write settings, a sheet of samples and a warning of views that show nothing, once at the start.
+
+    seen: the numbers of the images that are meant; default: all.
+    """
     from reporting import figures
 
     seen = torch.arange(len(images)) if seen is None else seen
-    invisible = invisible_shares(config, images, fill_index, seen)
+    invisible = invisible_shares(config, images, seen)
     rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
     writer.add_text("settings", "\n".join(rows), 0)
-    samples = fill_ignored(images[seen[:PREVIEW_IMAGES]], fill_index)
+    samples = images[seen[:PREVIEW_IMAGES]]
     figure = figures.preview(samples, [f"image {i}" for i in range(len(samples))], config, invisible)
     figure.set_dpi(80)
     writer.add_figure("views", figure, 0)
@@ -399,9 +399,7 @@ def log_start(
         say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
 
 
-def invisible_shares(
-    config: Config, images: Tensor, fill_index: Tensor = NOTHING_IGNORED, seen: Tensor | None = None
-) -> dict[str, float]:
+def invisible_shares(config: Config, images: Tensor, seen: Tensor | None = None) -> dict[str, float]:
     """Return for each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
     cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced among those whose numbers
     are ``seen`` (default: all)."""
@@ -409,7 +407,7 @@ def invisible_shares(
     generator, found = torch.Generator().manual_seed(config.seed), []
     for part in seen[torch.arange(LOOKED_AT) * len(seen) // LOOKED_AT].split(AT_ONCE):
         params = config.sample_params(len(part), generator)
-        views, _, whole = make_views_and_sample(fill_ignored(images[part], fill_index), params)
+        views, _, whole = make_views_and_sample(images[part], params)
         found.append(visible(views, params, whole).view(-1, len(part)))
     shares = 1 - torch.cat(found, 1).float().mean(1)
     return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))

@@ -12,7 +12,8 @@ from scipy.stats import ks_2samp, mannwhitneyu
 from config import Config
 from conformal import FalseAlarmGuarantee, p_values
 from dataset import load_train
-from detector import MOST, Detector, initial_network, load, save
+from detector import APPEARANCE_IMAGES as MOST
+from detector import Detector, initial_network, load, save
 from image_ops import image_statistics
 from prediction.drift import Drift, difference, same_probability
 from runtime.files import load_tensors, save_tensors
@@ -26,7 +27,7 @@ CHANGED = "brick: the pictures have changed ("
 def detector(data):
     """Of brick, with images held out; its network is as it begins."""
     config = Config("brick", height=32, width=32, pretrained=False, false_alarm_rate=0.2, holdout=0.5)
-    return Detector(config, [initial_network(config)]).fit(load_train(data, "brick", (32, 32), 0))
+    return Detector(config, [initial_network(config)]).fit(load_train(data, "brick", (32, 32), 0).images)
 
 
 def pictures(count, generator, bright=128.0):
@@ -171,7 +172,7 @@ def test_through_the_script(detector, data, tmp_path, script):
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / folder / f"{number}.png")
     save(detector, tmp_path / "brick.pt")
     known = load(tmp_path / "brick.pt").appearance
-    assert torch.equal(known, image_statistics(load_train(data, "brick", (32, 32), 0)))
+    assert torch.equal(known, image_statistics(load_train(data, "brick", (32, 32), 0).images))
     assert known.shape == (8, 3)
     assert not script("predict", tmp_path / "brick.pt", tmp_path / "same").err.count(CHANGED)
     done = script("predict", tmp_path / "brick.pt", tmp_path / "dark")

@@ -5,18 +5,20 @@ import io
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, one_line
+from conftest import TINY, network_of, one_line
 from PIL import Image
 
 import normals as explain
 from config import Config, PatchConfig
-from dataset import load_train, train_paths
+from dataset import TrainSet, load_train, train_paths
 from detector import Detector, initial_network, load, save
-from normals import embedded, load_normals, normals_path, save_normals
+from image_ops import NOTHING_IGNORED
+from normals import compared, load_normals, normals_path, save_normals
 from prediction.explain import Explainer, crop
 from prediction.outputs import RowsFile
 from reporting.overlays import region
@@ -26,15 +28,24 @@ from runtime.image_files import find_images
 NAMES = [f"{i}.png" for i in range(8)]
 
 
+def train_set(images):
+    return TrainSet(images, [Path(name) for name in NAMES], NOTHING_IGNORED)
+
+
+def embedded(made, images):
+    prediction = made.predict_batch(images, explain=True)
+    return compared(prediction.features[0][made.comparison_level])
+
+
 @pytest.fixture(scope="module")
 def patch(data, tmp_path_factory):
     """A patch model of brick at 64 pixels with its file of normal images; detector, normals, images (8, 3, 64, 64)."""
     patches = PatchConfig(patch_size=32, window=8, stride=4, sigma=2.0)
     config = Config("brick", height=64, width=64, pretrained=False, patches=patches)
-    images = load_train(data, "brick", (64, 64), 0)
+    images = load_train(data, "brick", (64, 64), 0).images
     made = Detector(config, [initial_network(config)]).fit(images)
     path = tmp_path_factory.mktemp("patch") / "brick.pt"
-    save_normals(made, images, NAMES, normals_path(path))
+    save_normals(made, train_set(images), normals_path(path))
     save(made, path)
     made = load(path)
     return made, load_normals(normals_path(path), made), images
@@ -55,10 +66,10 @@ def here(models, data, tmp_path, monkeypatch):
 def keep_untrained(data, folder, **settings):
     """An untrained detector of brick with its normal images, in the place of the one in a folder."""
     config = Config("brick", pretrained=False, **settings)
-    images = load_train(data, "brick", (config.height, config.width), 0)
+    images = load_train(data, "brick", (config.height, config.width), 0).images
     made = Detector(config, [initial_network(config)]).fit(images)
     save(made, folder / "brick.pt")
-    save_normals(made, images, NAMES, folder / "brick.normals")
+    save_normals(made, train_set(images), folder / "brick.normals")
 
 
 def rows_of(done):
@@ -79,7 +90,12 @@ def test_the_nearest_is_that_of_a_slow_loop(patch):
 
     def features(image):  # 4 x 4 of stride 16
         with torch.inference_mode():
-            return made.network.features(made.network.normalized(image[None] / 255), (3,))[0][0].flatten().tolist()
+            return (
+                made.members[0]
+                .network.features(network_of(made).normalized(image[None] / 255), (3,))[0][0]
+                .flatten()
+                .tolist()
+            )
 
     def angle(a, b):
         lengths = [math.sqrt(sum(x * x for x in one)) for one in (a, b)]
@@ -90,9 +106,9 @@ def test_the_nearest_is_that_of_a_slow_loop(patch):
     for query in queries:
         angles = [angle(features(query), own) for own in known]
         expected.append(angles.index(min(angles)))
-    assert normals.nearest(embedded(made.network, queries)) == expected
+    assert normals.nearest(embedded(made, queries)) == expected
     assert len(set(expected)) > 1
-    assert normals.nearest(embedded(made.network, images)) == list(range(8))
+    assert normals.nearest(embedded(made, images)) == list(range(8))
 
 
 def test_many_images_are_thinned_out_and_keep_their_colors(patch, tmp_path, monkeypatch):
@@ -100,12 +116,12 @@ def test_many_images_are_thinned_out_and_keep_their_colors(patch, tmp_path, monk
     ramp = torch.linspace(0, 255, 64)
     images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), 255 - ramp.expand(64, 64)])
     images = torch.stack([(images * (1 - 0.1 * i)).byte() for i in range(8)])
-    monkeypatch.setattr(explain, "MOST", 5)
-    save_normals(made, images, NAMES, tmp_path / "brick.normals")
+    monkeypatch.setattr(explain, "KEPT", 5)
+    save_normals(made, train_set(images), tmp_path / "brick.normals")
     found = load_normals(tmp_path / "brick.normals", made)
     kept = [0, 1, 3, 4, 6]
     assert found.names == [NAMES[i] for i in kept]
-    assert torch.allclose(found.embeddings, embedded(made.network, images[kept]), atol=1e-3)
+    assert torch.allclose(found.embeddings, embedded(made, images[kept]), atol=1e-3)
     for number, i in enumerate(kept):
         expected = images[i].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found.image(number) - expected).mean() < 2
@@ -143,7 +159,7 @@ def test_a_painted_defect_is_shown_next_to_the_image_without_it(patch, tmp_path)
     made.set_false_alarm_rate(0.2)
     with torch.inference_mode():
         judged = made.predict_batch(painted)
-    assert normals.nearest(embedded(made.network, painted)) == [5]
+    assert normals.nearest(embedded(made, painted)) == [5]
     left, top, right, bottom = crop(judged.maps[0].numpy(), made.threshold.item())
     assert left <= 10 < 18 <= right
     assert top <= 40 < 48 <= bottom
@@ -182,9 +198,9 @@ def test_training_keeps_the_normal_images(models, data):
     made = load(models / "brick.pt")
     found = load_normals(models / "brick.normals", made)
     assert found.names == [path.name for path in train_paths(data, "brick")]
-    images = load_train(data, "brick", (32, 32), 0)
+    images = load_train(data, "brick", (32, 32), 0).images
     assert np.abs(found.image(7) - images[7].permute(1, 2, 0).numpy().astype(int)).mean() < 12
-    assert found.nearest(embedded(made.network, images)) == list(range(8))
+    assert found.nearest(embedded(made, images)) == list(range(8))
 
 
 def test_each_anomalous_image_has_a_panel(here, data, script):

@@ -335,7 +335,7 @@ def test_the_benchmark_of_maps_runs(script, data, tmp_path):
     models, table = tmp_path / "models", tmp_path / "maps.csv"
     for category, patches in (("brick", PatchConfig(32, window=8)), ("grass", None)):
         config = Config(category, height=32, width=32, pretrained=False, patches=patches)
-        made = Detector(config, [initial_network(config)]).fit(load_train(data, category, (32, 32), 0))
+        made = Detector(config, [initial_network(config)]).fit(load_train(data, category, (32, 32), 0).images)
         made.metadata = {"command": "python run_training.py"}
         models.mkdir(exist_ok=True)
         save(made, models / f"{category}.pt")
@@ -395,7 +395,7 @@ def test_members_are_measured_beside_their_detector(script, data, tmp_path):
     for category, folds in (("brick", 3), ("grass", 1)):
         config = Config(category, height=32, width=32, pretrained=False, folds=folds)
         networks = [initial_network(config, member=number) for number in range(folds)]
-        made[category] = Detector(config, networks).fit(load_train(data, category, (32, 32), 0))
+        made[category] = Detector(config, networks).fit(load_train(data, category, (32, 32), 0).images)
         made[category].metadata = {"command": "python run_training.py", "device": "x", "amp": "off", "torch": "3"}
         save(made[category], models / f"{category}.pt")
     flags = [models, "--data_dir", data, "--results", table, "--note", "a note", "--type"]

@@ -87,7 +87,7 @@ def test_densities_of_subsets_are_those_of_a_refit(config, monkeypatch):
     for which in (-1, -2):
         chosen = [known[i] for i in sorted(drawn[which][: found[which].images].tolist())]
         alone = replace(config, folds=1, holdout=0.0)
-        other = Detector(alone, [detector.network]).fit(images[chosen], threshold=False)
+        other = Detector(alone, [detector.members[0].network]).fit(images[chosen], threshold=False)
         for own, expected in ((found[which].scores, images[sorted(new)]), (found[which].test_scores, test)):
             expected = torch.cat([scores for scores, _ in stream(other, expected)]).numpy()
             assert own == pytest.approx(expected, rel=1e-4)
@@ -157,7 +157,10 @@ def checked(data, tmp_path_factory):
     config = replace(PATCHES, category="brick", height=32, width=32, folds=2, patches=PatchConfig(32))
     networks = [initial_network(config, member=number) for number in range(2)]
     (folder / "two").mkdir()
-    save(Detector(config, networks).fit(load_train(folder / "Data", "brick", (32, 32), 0)), folder / "two/brick.pt")
+    save(
+        Detector(config, networks).fit(load_train(folder / "Data", "brick", (32, 32), 0).images),
+        folder / "two/brick.pt",
+    )
     return folder
 
 
@@ -191,7 +194,7 @@ def test_the_script(checked, tmp_path, script):
 def test_maps_are_of_the_network_that_has_not_seen_the_image(checked):
     from check_data import unseen_map
 
-    made, images = load(checked / "two/brick.pt"), load_train(checked / "Data", "brick", (32, 32), 0)
+    made, images = load(checked / "two/brick.pt"), load_train(checked / "Data", "brick", (32, 32), 0).images
     for number in range(len(images)):
         heat = unseen_map(made, images[number : number + 1], number)
         assert heat.max() == pytest.approx(made.calibration_scores[number].item(), abs=1e-4)
@@ -199,7 +202,7 @@ def test_maps_are_of_the_network_that_has_not_seen_the_image(checked):
 
 def test_image_models_without_test_images_and_other_densities(data, models, tmp_path, script):
     shutil.copytree(data / "brick/train", tmp_path / "Data/brick/train")
-    images = load_train(data, "brick", (32, 32), 0)
+    images = load_train(data, "brick", (32, 32), 0).images
     where = ["--data_dir", tmp_path / "Data", "--model_dir", tmp_path / "kde", "--eval_dir", tmp_path]
     (tmp_path / "kde").mkdir()
     save(load(models / "brick.pt").refit(images, density="kde"), tmp_path / "kde/brick.pt")

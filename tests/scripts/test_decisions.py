@@ -22,7 +22,7 @@ CONFIG = Config("brick", height=32, width=32, false_alarm_rate=0.2, pretrained=F
 
 @pytest.fixture(scope="module")
 def images(data):
-    return load_train(data, "brick", (32, 32), 0)
+    return load_train(data, "brick", (32, 32), 0).images
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def test_p_values_of_folds_compare_with_each_member_s_own(images):
     new = images[:5].flip(-1)
     count = torch.zeros(5)
     for number, member in enumerate(made.members):
-        unseen = torch.cat([some for some, _ in stream(member, images[number::3])])
-        own = torch.cat([some for some, _ in stream(member, new)])
+        unseen = torch.cat([some for some, _ in stream(made, images[number::3], member)])
+        own = torch.cat([some for some, _ in stream(made, new, member)])
         count += (unseen[:, None] >= own).sum(0)
     with torch.inference_mode():
         assert made.predict_batch(new).p_values.tolist() == pytest.approx(((1 + count) / 9).tolist())
@@ -88,7 +88,7 @@ def test_tables_have_p_values_and_what_deciding_by_them_comes_to(held, data, tmp
     assert len(normal) == 3
     expected = [(1 + (normal >= score).sum()) / 4 for score in scores.score]
     assert scores.p_value.tolist() == pytest.approx(expected)
-    assert (row.calibration_scores, row.promised_rate) == ("split", 0.25)
+    assert (row.normal_scores, row.promised_rate) == ("split", 0.25)
     assert [row.promised_low, row.promised_high] == pytest.approx(beta.ppf([0.05, 0.95], 1, 3))
     called = scores.p_value <= 0.25
     assert row.false_alarms == (called & (scores.label == 0)).sum()

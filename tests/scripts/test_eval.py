@@ -308,7 +308,7 @@ def test_a_patch_model_prints_pixel_lines_beside_the_auc(mapped, patch_models):
     columns = ["image_auroc", "pixel_auroc", "aupro", "control_auroc", "control_pixel_auroc"]
     for name in ("brick", "grass"):
         assert results.loc[name, columns].astype(float).tolist() == [values[name, metric] for metric in metrics]
-    chosen = {name: load(patch_models / f"{name}.pt").levels[0].shared for name in ("brick", "grass")}
+    chosen = {name: load(patch_models / f"{name}.pt").members[0].levels[0].shared for name in ("brick", "grass")}
     assert {name: kind == "shared" for name, kind in results.location_chosen.items()} == chosen
     assert {p.name for p in folder.rglob("*.png")} == {"roc.png", "histogram.png", "heatmaps.png", "summary.png"}
 

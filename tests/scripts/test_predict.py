@@ -42,7 +42,7 @@ def detectors(data, tmp_path_factory):
     patches = PatchConfig(patch_size=32, window=8, stride=4, sigma=2.0)
     for kind, name, part in (("whole", "brick", None), ("patch", "brick", patches), ("patch", "grass", patches)):
         config = Config(name, height=32, width=48, pretrained=False, false_alarm_rate=0.2, patches=part)
-        made = Detector(config, [initial_network(config)]).fit(load_train(data, name, SIZE, 0))
+        made = Detector(config, [initial_network(config)]).fit(load_train(data, name, SIZE, 0).images)
         save(made, folder / kind / f"{name}.pt")
     return folder
 

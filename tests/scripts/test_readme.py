@@ -162,7 +162,7 @@ def test_the_way_of_the_data_runs(data, tmp_path):
 assert views.shape == (12, 3, 32, 32) and embedded.shape == (8, 1, 512) and distances.shape == (1, 8)
 assert torch.equal(scores, Detector(config, [network]).fit(images)(test.images)[0]) and scores.shape == (12,)
 assert maps.shape == cam_maps.shape == (2, 32, 32) and torch.equal(map_scores, maps.amax((1, 2)).double())
-assert [level.density.count for level in patch_model.levels] == [9, 9]
+assert [level.density.count for level in patch_model.members[0].levels] == [9, 9]
 assert shaded.shape == (8, 3, 32, 32) and (shaded[4:] <= shaded[:4]).all() and (shaded[4:] < shaded[:4]).any()
 assert larger.eval()(views)[1].shape == (12, 2048)
 assert nearest.shape == (1, 8)

@@ -7,7 +7,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import again, fork, one_line, same_weights, start, train, wait_for_step
+from conftest import again, fork, network_of, one_line, same_weights, start, train, wait_for_step
 from test_detector import CONFIG, PATCHES, pictures
 
 import run_training
@@ -88,11 +88,15 @@ def test_maps_are_averaged(tmp_path):
 
 
 def test_grad_cam_has_the_scores_of_the_detector(fitted, images):
-    scores, maps = (torch.cat(parts) for parts in zip(*stream(fitted, images, fitted.grad_cam)))
+    cam = lambda prepared: fitted.predict_prepared(prepared, explain=True)  # noqa: E731
+    predictions = list(stream(fitted, images, cam))
+    scores = torch.cat([prediction.scores for prediction in predictions])
+    maps = torch.cat([fitted.heat(prediction) for prediction in predictions])
     assert torch.allclose(scores, scores_of(fitted, images), rtol=1e-4, atol=1e-4)
     assert maps.shape == (13, 32, 48)
     every = Detector(replace(CONFIG, features="all")).fit(images)
-    scores, maps = every.grad_cam(images)
+    prediction = every.predict_batch(images, explain=True)
+    scores, maps = prediction.scores, every.heat(prediction)
     assert torch.allclose(scores, every(images)[0], rtol=1e-4, atol=1e-4)
     assert maps.min() >= 0
     assert maps.max() > 0
@@ -121,7 +125,7 @@ def test_training_names_the_most_unusual_images_and_leaves_one_file(three, data)
     made = load(folder / "brick.pt")
     worst = f"{made.calibration_scores.argmax():03}.png {made.calibration_scores.max():.1f}, "
     assert f"least like the others, by networks that have not seen them: {worst}" in err
-    again = made.refit(load_train(data, "brick", made.size, 0))
+    again = made.refit(load_train(data, "brick", made.config.size, 0).images)
     assert torch.equal(again.calibration_scores, made.calibration_scores)
     logs = sorted(path.name for path in (folder.parent / "logdirs/models/brick").iterdir())
     assert logs == ["network0", "network1", "network2"]
@@ -257,8 +261,8 @@ def test_the_network_as_it_is(data, tmp_path, script):
     done = train(data, tmp_path / "models", "--type", "brick", "--epochs", 0)
     assert done.code == 0, done.err
     made = load(tmp_path / "models/brick.pt")
-    start = made.untrained().network.state_dict()
-    assert all(torch.equal(value, start[name]) for name, value in made.network.state_dict().items())
+    start = network_of(made.untrained()).state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in network_of(made).state_dict().items())
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["brick.normals", "brick.pt"]
     done = script("eval", "--data_dir", data, "--model_dir", tmp_path / "models", "--control", 1, "--save_plots", 0)
     auc, control = (float(line.rsplit(": ", 1)[1]) for line in done.out.splitlines()[:2])

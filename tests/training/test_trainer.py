@@ -11,7 +11,7 @@ from functools import partial
 import matplotlib.image
 import pytest
 import torch
-from conftest import ROOT, TINY, again, one_line, same_weights, start, train, wait_for_step
+from conftest import ROOT, TINY, again, network_of, one_line, same_weights, start, train, wait_for_step
 from forked import Forked
 from PIL import Image
 from torch.nn import functional
@@ -141,15 +141,17 @@ def test_efficientnet_b4_is_fine_tuned_bit_for_bit(data, tmp_path, script):
     more += ["--freeze_resnet", 2, "--features", "level"]
     assert script("run_training", *flags(data, tmp_path, *more)).code == 0
     made = load(tmp_path / "models/brick.pt")
-    assert made.levels[0].density.mean.shape[-1] == 448
+    assert made.members[0].levels[0].density.mean.shape[-1] == 448
     assert (made.config.recipe, made.config.lr, made.config.lr_unfrozen) == ("finetune", 0.001, 0.0001)
-    start = made.untrained().network.state_dict()
-    norms = [f"backbone.{name}." for name, m in made.network.backbone.named_modules() if "BatchNorm" in str(type(m))]
-    for name, value in made.network.state_dict().items():
+    start = network_of(made.untrained()).state_dict()
+    norms = [
+        f"backbone.{name}." for name, m in network_of(made).backbone.named_modules() if "BatchNorm" in str(type(m))
+    ]
+    for name, value in network_of(made).state_dict().items():
         same = torch.equal(value, start[name])
         assert same == name.startswith(tuple(norms)), name
         assert not name.startswith("backbone.") or torch.equal(start[name], weights[name.removeprefix("backbone.")])
-    images, numerics = load_train(data, "brick", (32, 32), 0), Precision(1, "off", False)
+    images, numerics = load_train(data, "brick", (32, 32), 0).images, Precision(1, "off", False)
     run = Trainer(made.config, images, "digest", torch.device("cpu"), numerics)
     rates = []
     for step in range(4):
@@ -161,7 +163,7 @@ def test_efficientnet_b4_is_fine_tuned_bit_for_bit(data, tmp_path, script):
         rates.append(run.optimizer.param_groups[0]["lr"])
         run.train_step()
     assert rates == pytest.approx([0.001, 0.0005, 0.0001, 0.00005])  # a cosine for each phase
-    assert all(torch.equal(v, made.network.state_dict()[name]) for name, v in run.network.state_dict().items())
+    assert all(torch.equal(v, network_of(made).state_dict()[name]) for name, v in run.network.state_dict().items())
 
 
 # What the result depends on ---------------------------------------------------------------------------------------
@@ -188,26 +190,26 @@ def test_variants_and_optimizers_train(data, tmp_path, script, more):
     done = script("run_training", *flags(data, tmp_path, "--epochs", 3, "--batch_size", 64, "--size", "48x32", *more))
     assert done.code == 0, done.err
     made = load(tmp_path / "models/brick.pt")
-    assert made.size == (32, 48)
+    assert made.config.size == (32, 48)
     assert made.config.variant == more[1]
-    assert made.network.head[-1].out_features == 2
+    assert network_of(made).head[-1].out_features == 2
     assert made.config.lr == (0.001 if "adam" in more else 0.03)
 
 
 def test_frozen_steps_leave_the_backbone_as_it_was(data, tmp_path, script):
     assert script("run_training", *flags(data, tmp_path, "--epochs", 3, "--freeze_resnet", 3)).code == 0
     made = load(tmp_path / "models/brick.pt")
-    start = made.untrained().network.state_dict()
-    for name, value in made.network.state_dict().items():
+    start = network_of(made.untrained()).state_dict()
+    for name, value in network_of(made).state_dict().items():
         assert torch.equal(value, start[name]) == name.startswith("backbone."), name
 
 
 def test_thawed_after_the_frozen_steps(data, tmp_path, script):
     assert script("run_training", *flags(data, tmp_path, "--epochs", 3, "--freeze_resnet", 2)).code == 0
     made = load(tmp_path / "models/brick.pt")
-    start = made.untrained().network.state_dict()
-    assert not torch.equal(made.network.state_dict()["backbone.conv1.weight"], start["backbone.conv1.weight"])
-    assert made.network.state_dict()["backbone.bn1.num_batches_tracked"] == 1
+    start = network_of(made.untrained()).state_dict()
+    assert not torch.equal(network_of(made).state_dict()["backbone.conv1.weight"], start["backbone.conv1.weight"])
+    assert network_of(made).state_dict()["backbone.bn1.num_batches_tracked"] == 1
 
 
 def test_pretrained_weights_from_a_file(data, tmp_path, script):
@@ -220,7 +222,9 @@ def test_pretrained_weights_from_a_file(data, tmp_path, script):
     assert script("run_training", *flags(data, tmp_path, *more)).code == 0
     made = load(tmp_path / "models/brick.pt")
     assert (made.config.recipe, made.config.frozen_steps) == ("finetune", 2)
-    assert torch.equal(made.network.backbone.conv1.weight, state["conv1.weight"])  # frozen for longer than it trained
+    assert torch.equal(
+        network_of(made).backbone.conv1.weight, state["conv1.weight"]
+    )  # frozen for longer than it trained
 
 
 # What it writes ---------------------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def test_a_patch_model_trains_and_continues_bit_for_bit(data, tmp_path, script):
     assert done.code == 0, done.err
     made = load(tmp_path / "whole/models/brick.pt")
     assert made.config.patches.patch_size == 32
-    assert made.levels[0].density.mean.shape == (6 * 6, 64)
+    assert made.members[0].levels[0].density.mean.shape == (6 * 6, 64)
     assert made.calibration_scores.shape == (8,)
     folder = tmp_path / "cut/models"
     process = start(data, folder, "--type", "brick", *more)
@@ -285,7 +289,7 @@ def test_location_auto_says_what_it_chose(data, tmp_path, script):
     each = float(found["each"]) > float(found["shared"])
     assert ("for each location" in line) == each
     made = load(tmp_path / "models/brick.pt")
-    assert made.levels[0].shared != each
+    assert made.members[0].levels[0].shared != each
     assert made.config.patches.location == "auto"
 
 
