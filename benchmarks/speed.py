@@ -11,7 +11,11 @@ photographs of textures, or those of --data_dir.
 import argparse
 import json
 import os
+import random
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -19,21 +23,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conventional import conventional_batches, steady
 from PIL import Image
-from record import add_record_flags, append, command, commit, peak_mb, wait
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
 from config import RECIPES, Config, SettingError, with_flag
-from cutpaste import VARIANTS, make_views
+from cutpaste import SCAR_IMAGE_SIZE, VARIANTS, VIEWS, make_views
 from dataset import load_images
 from detector import IMAGES_AT_ONCE, Detector, stream
-from image_ops import to_float
+from image_ops import paste_, to_float
 from model import CutPasteNet
 from runtime.cli import (
     PRECISIONS,
     choose_device,
+    command_line,
     device_name,
     int_at_least,
     new_parser,
@@ -47,8 +53,10 @@ from runtime.files import InputError, say
 from runtime.image_files import decode, find_images
 from training.trainer import LOG_EVERY, Log, Trainer, choose_precision, new_optimizer
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("scoring", "files", "step", "augmentation", "conventional")  # the one that needs the least memory first
 LAPS = LOG_EVERY  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone
+BOXES = 1024  # drawn beforehand for each conventional view: drawing one by one would slow its workers by 3 %
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -66,7 +74,11 @@ def get_parser() -> argparse.ArgumentParser:
     add("--amp", choices=("auto", *PRECISIONS), default="auto", help="precision, as of run_training.py")
     add("--compile", type=zero_or_one, default=False, metavar="0|1", help="torch.compile (default: 0)")
     add("--repeats", type=int_at_least(1), default=7, metavar="N", help="the median counts (default: 7)")
-    add_record_flags(parser, "speed.csv")
+    add = parser.add_argument_group("record").add_argument
+    results = ROOT / "results/speed.csv"
+    help = "CSV file that the row is added to (default: results/speed.csv)"
+    add("--results", default=results, type=Path, metavar="FILE", help=help)
+    add("--note", default="", metavar="TEXT", help="for the row: what else ran on the machine, say")
     return parser
 
 
@@ -87,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     if alone and set(args.only) != {"step"}:
         raise argparse.ArgumentTypeError("of a patch model or soft patches the step alone is measured: add --only step")
     row = {
-        "command": command(),
+        "command": command_line().replace("python ", "python benchmarks/", 1),
         "processor": device_name(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -117,6 +129,8 @@ def main(args: argparse.Namespace) -> None:
                 row |= work()
     row = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
     print(json.dumps(row, indent=2))
+    from tables import append  # and pandas with it: only now, for its memory is not to be measured
+
     append(row, args.results)
 
 
@@ -154,7 +168,7 @@ def augmentation(run: Trainer, repeats: int) -> dict:
         make_views(run.load_batch(chosen), params)
 
     ours = medians(repeats, run.device, work)[0]
-    theirs = steady(batches(run), lambda views: None, repeats)
+    theirs = steady(conventional_batches(run), lambda views: None, repeats)
     return {
         "augmentation_images_per_second": run.batch_size / ours,
         "conventional_augmentation_images_per_second": run.batch_size / theirs,
@@ -166,7 +180,7 @@ def conventional(run: Trainer, repeats: int) -> dict:
     """Our loop against per-image transforms in a DataLoader and a float32 network in torch's default layout."""
     bare = bare_step(run, "off", False, torch.contiguous_format)
     ours = medians(repeats, run.device, run.train_step)[0]
-    theirs = steady(batches(run), lambda views: (bare(views.to(run.device)), wait(run.device)), repeats)
+    theirs = steady(conventional_batches(run), lambda views: (bare(views.to(run.device)), wait(run.device)), repeats)
     return {"conventional_step_seconds": theirs, "conventional_over_ours": theirs / ours}
 
 
@@ -242,11 +256,6 @@ def bare_step(run: Trainer, amp: str, compile: bool, layout: torch.memory_format
     return work
 
 
-def batches(run: Trainer) -> Iterator[Tensor]:
-    """Batches of views made the conventional way."""
-    return conventional_batches(run.images.cpu(), run.config.variant, run.batch_size, run.device.type == "cuda")
-
-
 def score(detector: Detector, images: Tensor) -> None:
     for _ in stream(detector, images):
         pass
@@ -273,6 +282,81 @@ def medians(repeats: int, device: torch.device, *works: Callable[[], object]) ->
     return [statistics.median(found) for found in seconds]
 
 
+# The conventional way ---------------------------------------------------------------------------------------------
+
+
+class ConventionalViews(Dataset):
+    """Makes views (V, 3, H, W) in [0, 1] of one image at a time by torchvision and Pillow, as cutpaste.VIEWS has them.
+
+    Raises ValueError for a view that does anything else than paste a box.
+    """
+
+    def __init__(self, images: list[Image.Image], variant: str) -> None:
+        from torchvision.transforms import ColorJitter, RandomAffine, ToTensor
+
+        self.images, self.boxes = images, []
+        self.jitter, self.shift = ColorJitter(0.1, 0.1, 0.1, 0.1), RandomAffine(0, (0.04, 0.04))
+        self.to_tensor = ToTensor()
+        (width, height), generator = images[0].size, torch.Generator().manual_seed(0)
+        for name in VARIANTS[variant].views[1:]:
+            scale = min(height, width) / SCAR_IMAGE_SIZE
+            pasted = name in VIEWS and VIEWS[name].paste is paste_
+            drawn = VIEWS[name].draw(BOXES, height, width, scale, generator) if pasted else {}
+            if not pasted or "soft" in drawn:
+                raise ValueError(f"view {name!r}: the conventional way is written for views that paste a hard box")
+            columns = zip(*(values.tolist() for values in drawn.values()))
+            self.boxes.append([dict(zip(drawn, values)) for values in columns])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        base = self.jitter(self.shift(self.images[index]))
+        further = [self.paste(base, random.choice(boxes)) for boxes in self.boxes]
+        return torch.stack([self.to_tensor(view) for view in (base, *further)])
+
+    def paste(self, base: Image.Image, box: dict[str, float]) -> Image.Image:
+        """Return a copy of the image with its source box, colors jittered, in its target box (a row of PasteParams)."""
+        left, top, width, height = (int(box[name]) for name in ("source_x", "source_y", "width", "height"))
+        patch, mask = self.jitter(base.crop((left, top, left + width, top + height))), None
+        if box["angle"]:
+            turned = patch.convert("RGBA").rotate(-box["angle"], expand=True)  # Pillow turns counterclockwise
+            mask, patch = turned.getchannel("A"), turned.convert("RGB")
+        place = round(box["center_x"] - patch.width / 2), round(box["center_y"] - patch.height / 2)
+        result = base.copy()
+        result.paste(patch, place, mask)
+        return result
+
+
+def conventional_batches(run: Trainer) -> Iterator[Tensor]:
+    """Yield batches of views (V*B, 3, H, W), view after view, endlessly, from a DataLoader with a worker per core."""
+    images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in run.images.cpu()]
+    views = ConventionalViews(images, run.config.variant)
+    loader = DataLoader(
+        views,
+        run.batch_size,
+        sampler=RandomSampler(views, replacement=True, num_samples=10**9),
+        num_workers=os.cpu_count(),
+        collate_fn=lambda items: torch.stack(items, 1).flatten(0, 1),
+        pin_memory=run.device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def steady(batches: Iterator[Tensor], use: Callable[[Tensor], object], repeats: int) -> float:
+    """Return seconds per batch, once what the workers have made ahead is used up.
+
+    Whole rounds of the workers are measured, for they finish together.
+    """
+    for _ in range(2 * os.cpu_count() + 1):
+        use(next(batches))
+    began = time.perf_counter()
+    count = os.cpu_count() * max(4, repeats // os.cpu_count())
+    for _ in range(count):
+        use(next(batches))
+    return (time.perf_counter() - began) / count
+
+
 # Images -----------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +381,36 @@ def write_photographs(photographs: list[Image.Image], folder: Path, size: tuple[
         paths.append(folder / f"{number:04}.png")
         photograph.resize(size[::-1], Image.Resampling.BICUBIC, box).save(paths[-1])
     return paths
+
+
+# The machine ------------------------------------------------------------------------------------------------------
+
+
+def commit() -> str:
+    """Return the checkout's commit, "-dirty" if files outside results/ were changed since; "" outside a checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    try:
+        dirty = "-dirty" if git("status", "--porcelain", "-uno", "--", ".", ":!results") else ""
+        return git("rev-parse", "--short", "HEAD") + dirty
+    except OSError:  # no git
+        return ""
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mb(device: torch.device) -> float:
+    """Return the most memory held so far, in millions of bytes: the GPU's or, on a CPU, the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 if __name__ == "__main__":
