@@ -3,7 +3,7 @@
 #
 #     bash benchmarks/reproduce.sh [--dry_run] [--gpus N] [--data_dir DIR] [SECTION...]
 #
-# Sections, by what they cost (benchmarks/plan.py says how much); all of them, in this order, if none is named:
+# Sections, the cheapest first; all of them, in this order, if none is named:
 #
 #     frozen       ImageNet's networks as they are: no training
 #     patches      patch models of 64 px crops, 10,000 steps, five seeds

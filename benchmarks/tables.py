@@ -1,7 +1,7 @@
-"""Results -> documents: keeps results/*.csv and the tables that README.md and docs/*.md show of them.
+"""Keep results/*.csv, and the tables that README.md and docs/*.md show of them.
 
     python benchmarks/tables.py write
-    python benchmarks/tables.py add Eval/models/results.csv results/image.csv
+    python benchmarks/tables.py add Eval/models/results.csv results/paper.csv
 
 write brings what is between <!-- table: NAME --> and <!-- end of table --> up to date; check fails if a table is not,
 or is shown nowhere; add appends the rows that eval.py wrote. Reads and writes results/, README.md and docs/, nothing
@@ -9,27 +9,30 @@ else.
 """
 
 import argparse
+import csv
 import functools
+import io
 import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas
-from cells import markdown, newest, percent, spread, yes_or_no
-from deciding import DECIDING
-from pandas import DataFrame
-from paper import paper_made, paper_pixel_table, paper_runs_table, paper_table, published
-from record import ROOT, append, read
-from transfer import OTHERS, members_table, transfer_table, tuned_figures
-from trials import around_table, trials_table, ways_table
+from pandas import DataFrame, Series
 
-from config import RECIPES
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
+
+from config import RECIPES, Config, PatchConfig, settings_of
+from model import BACKBONES
 from runtime.cli import new_parser, run_script
-from runtime.files import InputError
+from runtime.files import InputError, write_file
 
-FITTING = ("streamed as moments", "held")  # notes of rows that say what fitting costs
-RESULT_MINUTES, RESULT_DEVICE = 10, "AMD EPYC"  # of the rows of the fast recipe that the README shows
-PAPER_SIZE = 256  # pixels
+ROOT = Path(__file__).resolve().parents[1]
 START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
+# What a table that does not show it must not mix; of "location" it is location_chosen that counts
+SETTINGS = [setting.name for part in (Config, PatchConfig) for setting in settings_of(part)]
+SETTINGS = [name for name in SETTINGS if name not in ("category", "weights", "false_alarm_rate", "location")]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -66,8 +69,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def filled(text: str, path: Path) -> str:
-    """A document with every table in it as results/ has it. Raises InputError for a name that is no table's, and for a
-    table without an end."""
+    """Return a document with every table in it as results/ has it.
+
+    Raises InputError for a name that is no table's, and for a table without an end.
+    """
     head, *parts = START.split(text)  # text, name, text, name, text ...
     for name, rest in zip(parts[::2], parts[1::2]):
         if name not in TABLES:
@@ -79,187 +84,243 @@ def filled(text: str, path: Path) -> str:
     return head
 
 
-# Tables -----------------------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------------
 
 
-def paper_pixels() -> dict[str, float]:
-    """The paper's pixel AUROC of its 3-way patch models, by category."""
-    return published("3way patches", "pixel_auroc")
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file as text, so that numbers keep their digits; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict, path: Path) -> None:
+    """Add a row at the end of a CSV file, unless the very same is in it.
+
+    Columns that only this row has become the last ones; None, and what a row has not, is empty. The file is replaced
+    as a whole or not at all.
+    """
+    rows = [*read(path), {name: "" if value is None else str(value) for name, value in row.items()}]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = dict.fromkeys(tuple(row.get(name, "") for name in names) for row in rows)
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([names, *cells])
+    write_file(text.getvalue().encode(), path)
+
+
+def newest(name: str, rows: DataFrame, shown: list[str], repeated: Sequence[str] = ()) -> DataFrame:
+    """Keep, of rows that agree in ``shown`` and ``repeated``, the last one, in the place of the first.
+
+    ``shown`` are the columns that a table shows, ``repeated`` those that it takes the mean over. Raises InputError
+    with the file's name if rows that agree in ``shown`` differ in another setting: the table would mix them. A row
+    without a value fits any.
+    """
+    hidden = [column for column in SETTINGS if column in rows and column not in (*shown, *repeated)]
+    differ = rows.groupby(shown, sort=False, dropna=False)[hidden].nunique() > 1
+    for key, settings in differ[differ.any(axis=1)].iterrows():
+        values = (key,) if len(shown) == 1 else key
+        words = ", ".join(f"{column} {value}" for column, value in zip(shown, values))
+        raise InputError(f"{name}: rows that differ in {settings.idxmax()}, which a table does not show: {words}")
+    place = rows.groupby([*shown, *repeated], sort=False, dropna=False).ngroup()
+    return rows.assign(place=place).drop_duplicates("place", keep="last").sort_values("place")
+
+
+def published(variant: str, measure: str = "image_auroc", source: str = "paper") -> dict[str, float]:
+    """Return fractions by category, in the paper's order; of some variants the average is all that is known."""
+    rows = pandas.read_csv(ROOT / "results/published.csv")
+    rows = rows[(rows.source == source) & (rows.variant == variant)]
+    return dict(zip(rows.category, rows[measure]))
+
+
+# Cells ------------------------------------------------------------------------------------------------------------
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def percent(value: float) -> str:
+    """Write a fraction in percent; nothing where there is none."""
+    return "" if pandas.isna(value) else f"{100 * value:.1f}"
+
+
+def spread(values: Series) -> str:
+    """Write mean and, of more than one, sample standard deviation of fractions, in percent."""
+    return percent(values.mean()) + (f" ± {percent(values.std())}" if values.count() > 1 else "")
+
+
+def with_error(values: Series) -> str:
+    """Write mean and, of more than one, standard error of fractions, in percent; behind them how many there are."""
+    values = values.dropna()
+    error = f" ± {percent(values.sem())}" if len(values) > 1 else ""
+    return f"{percent(values.mean())}{error} ({len(values)})" if len(values) else ""
+
+
+# Pretrained networks, and the fast recipe ---------------------------------------------------------------------------
+
+RESULT_MINUTES, RESULT_DEVICE = 10, "AMD EPYC"  # of the rows of the fast recipe that the README shows
+OTHER = "re-implementation"
+CROPS, IMAGE, STRIDES = "patch model, 64 px", "whole image", "strides 8, 16"
+TAKEN = {"pool": IMAGE, STRIDES: CROPS, "all": CROPS}  # features that the tables show, and of which models
+CATEGORIES = ("bottle", "screw", "grid", "ball_screw", "solar_mono", "solar_poly", "brick", "grass", "gravel")
+
+
+def transfer_rows() -> DataFrame:
+    """Return rows of results/transfer.csv: networks as they are, and fine-tuned as without further flags.
+
+    Whole images are of 128 px, where both were measured.
+    """
+    rows, recipe = pandas.read_csv(ROOT / "results/transfer.csv"), RECIPES["finetune"]
+    rows["model"] = rows.patch_size.map({64: CROPS}).fillna(IMAGE)
+    default = rows.backbone.map(lambda name: ",".join(map(str, BACKBONES[name].middle)))
+    rows["taken"] = rows.features.mask(rows.level == default, STRIDES)
+    rows = rows[rows.taken.map(TAKEN) == rows.model]
+    rows = rows[rows.pretrained & rows.freeze_bn & (rows.invisible == "keep")]
+    rows = rows[rows.epochs.isin((0, recipe["epochs"])) & (rows.batch_size == recipe["batch_size"])]
+    rows = rows[(rows.model == CROPS) | (rows.width == 128)].assign(level=None)  # STRIDES says it
+    return newest("results/transfer.csv", rows, ["model", "backbone", "taken", "epochs", "category"], ["seed"])
+
+
+def transfer_table(measure: str) -> str:
+    """Show a figure of each category, in percent: mean and deviation over the seeds."""
+    rows, cells = transfer_rows().dropna(subset=[measure]), []
+    categories = [category for category in CATEGORIES if category in set(rows.category)]
+    for (model, backbone, taken, epochs), runs in rows.groupby(["model", "backbone", "taken", "epochs"]):
+        figures = [spread(runs[runs.category == category][measure]) for category in categories]
+        cells.append([model, backbone, taken, f"{epochs} steps" if epochs else "as it is", *figures])
+    return markdown(["model", "backbone", "features", "training", *categories], cells)
 
 
 def results_table() -> str:
-    """The fast recipe, as it is, in ten minutes on each category, next to the paper."""
-    rows, fast = recipe_rows(), RECIPES["fast"]
-    rows = rows[(rows.recipe == "fast") & rows.note.isna() & (rows.budget == f"{RESULT_MINUTES} min")]
+    """Show pretrained patch models and the fast recipe after ten minutes on each category, next to the paper."""
+    rows, fast = pandas.read_csv(ROOT / "results/recipe.csv"), RECIPES["fast"]
+    rows = rows[(rows.recipe == "fast") & rows.note.isna() & (rows.minutes == RESULT_MINUTES)]
     rows = rows[(rows.patch_size == fast["patch_size"]) & (rows.batch_size == fast["batch_size"])]
-    rows = rows[rows.device == RESULT_DEVICE]
-    paper_image, paper_pixel, cells = published("3way"), paper_pixels(), []
-    other, tuned = published("3way", source="re-implementation"), tuned_figures()
-    for (category, *_), own in rows.groupby(TOLD, sort=False, dropna=False):
-        image, untrained, *pixel = figures(own)
-        papers = [percent(values.get(category)) for values in (paper_image, other, paper_pixel)]
-        cells.append([category, len(own), image, untrained, tuned.get(category, ""), *papers[:2]])
-        cells[-1] += [*pixel[:2], papers[2], *pixel[2:]]
-    head = ["category", "seeds", *FIGURES[:2], "fine-tuned", "paper", "re-impl.", *FIGURES[2:4], "paper", *FIGURES[4:]]
+    rows = rows[rows.device == RESULT_DEVICE].drop(columns="epochs")  # steps follow from minutes: seeds may differ
+    rows = newest("results/recipe.csv", rows, ["category"], ["seed"])
+    tuned = transfer_rows()
+    tuned = tuned[tuned.taken == STRIDES]
+    frozen = tuned[(tuned.backbone == "efficientnet_lite0") & (tuned.epochs == 0)]
+    tuned = tuned[(tuned.backbone == "mobilenet_v2") & (tuned.epochs > 0)]
+    image, other = published("3way"), published("3way", source=OTHER)
+    pixel, cells = published("3way patches", "pixel_auroc"), []
+    for category in CATEGORIES:
+        as_it_is, fine, fast = (part[part.category == category] for part in (frozen, tuned, rows))
+        cells.append([category, *(spread(part.image_auroc) for part in (as_it_is, fine, fast))])
+        cells[-1] += [spread(fast.control_auroc), *(percent(values.get(category)) for values in (image, other))]
+        cells[-1] += [*(spread(part.pixel_auroc) for part in (as_it_is, fine, fast))]
+        cells[-1] += [spread(fast.control_pixel_auroc), percent(pixel.get(category)), spread(fast.aupro)]
+    models = ["as it is", "fine-tuned", "from scratch", "untrained", "paper"]
+    head = ["category", *models, "re-impl.", *(f"pixel: {name}" for name in models), "AUPRO: from scratch"]
     return markdown(head, cells)
 
 
-def image_table() -> str:
-    """Image AUROC, one row a detector."""
-    rows = pandas.read_csv(ROOT / "results/image.csv")
-    head = (
-        "category, variant, size, steps, batch, seed, head, normalize, precision, processor, "
-        "image AUROC, untrained, AUPRC"
-    )
-    cells = []
-    for row in rows.itertuples():
-        size = row.width if row.width == row.height else f"{row.width}x{row.height}"
-        precision = "float32" if pandas.isna(row.amp) or row.amp == "off" else row.amp
-        setting = [row.category, row.variant, size, row.epochs, row.batch_size, row.seed, row.head_layer, row.normalize]
-        found = map(percent, (row.image_auroc, row.control_auroc, row.image_auprc))
-        cells.append([*setting, precision, row.device, *found])
-    return markdown(head.split(", "), cells)
+# Next to the paper ------------------------------------------------------------------------------------------------
+
+NEEDED = ["category", "seed", "image_auroc", "control_auroc", "pixel_auroc", "control_pixel_auroc", "aupro"]
+NEEDED += ["device", "torch", "train_seconds", "train_command", "eval_command", "eval_date"]
+LEVEL, POOL = "efficientnet_b4 level 7", "efficientnet_b4 pool"
+RUNS = {  # what follows --model_dir reproduce/ in eval.py's command: what it is; whose figure stands beside it
+    "10000_normal": ("CutPaste, 10,000 steps", "normal", "normal"),
+    "10000_scar": ("CutPaste-Scar, 10,000 steps", "scar", "scar"),
+    "10000_3way": ("3-way, 10,000 steps", "3way", "3way"),
+    "65536_3way": ("3-way, 65,536 steps", "3way", ""),
+    "ensemble": ("3-way, ensemble of five, 10,000 steps", "ensemble", ""),
+    "finetune_b4 --features pool": ("EfficientNet-B4 finetuned, pooled features", f"{POOL} finetuned", ""),
+    "finetune_b4": ("EfficientNet-B4 finetuned, level 7", f"{LEVEL} finetuned", ""),
+    "frozen_b4 --features pool": ("EfficientNet-B4 as it is, pooled features", f"{POOL} frozen", ""),
+    "frozen_b4": ("EfficientNet-B4 as it is, level 7", f"{LEVEL} frozen", ""),
+    "frozen_b4 --features all": ("EfficientNet-B4 as it is, all levels", "", ""),
+    "frozen_resnet18": ("ResNet-18 as it is, pooled features", "", ""),
+}
+COLUMNS = {  # a run and a measure
+    "10,000 steps": ("10000_3way", "image_auroc"),
+    "65,536 steps": ("65536_3way", "image_auroc"),
+    "ensemble": ("ensemble", "image_auroc"),
+    "finetuned B4": ("finetune_b4", "image_auroc"),
+    "frozen B4": ("frozen_b4", "image_auroc"),
+    "patch model": ("patches", "image_auroc"),
+}
+PIXEL_COLUMNS = {
+    "pixel AUROC": ("patches", "pixel_auroc"),
+    "untrained": ("patches", "control_pixel_auroc"),
+    "AUPRO": ("patches", "aupro"),
+}
 
 
-def density_table() -> str:
-    """Image AUROC of one network under each density, embeddings L2-normalized or not."""
-    rows = pandas.read_csv(ROOT / "results/density.csv")
-    rows["normalized"] = yes_or_no(rows.l2)
-    rows = newest("results/density.csv", rows, ["category", "normalized", "density"])
-    table = rows.pivot_table("image_auroc", ["category", "normalized"], "density", sort=False)
-    cells = ([*key, *(percent(value, 2) for value in values)] for key, values in table.iterrows())
-    return markdown(["category", "L2-normalized", *table.columns], cells)
+def paper_rows() -> DataFrame:
+    """Return rows of results/paper.csv, the newest of each run, category and seed; none if there is no file yet."""
+    path = ROOT / "results/paper.csv"
+    rows = pandas.read_csv(path) if read(path) else DataFrame()
+    rows = rows.reindex(columns=[*dict.fromkeys([*rows.columns, *NEEDED])])
+    rows["run"] = rows.eval_command.astype(str).str.extract(r"--model_dir reproduce/(.*?) --cuda ", expand=False)
+    return newest("results/paper.csv", rows[rows.run.notna()], ["run", "category"], ["seed"])
 
 
-PIXEL_SHOWN = ["category", "maps", "width", "epochs", "gaussian"]
-PIXEL_SETTINGS = [*PIXEL_SHOWN, "variant", "head_layer", "normalize", "batch_size", "l2"]
+def averages(rows: DataFrame, measure: str) -> Series:
+    """Return, of each seed that has all categories, their mean."""
+    table = rows.pivot(index="seed", columns="category", values=measure).reindex(columns=list(published("3way")))
+    return table.astype(float).mean(axis=1, skipna=False)
 
 
-def pixel_rows() -> DataFrame:
-    """results/pixel.csv, the newest row of each setting and seed."""
-    rows = pandas.read_csv(ROOT / "results/pixel.csv")
-    rows["maps"] = rows.patch_size.map(lambda side: "Grad-CAM" if pandas.isna(side) else f"patch model, {side:.0f} px")
-    rows["gaussian"] = rows.location_chosen.fillna("of images")
-    return newest("results/pixel.csv", rows, PIXEL_SETTINGS, ["seed"])
+def paper_table() -> str:
+    """Show published and own figures of each category and their average; no column of what is not measured yet."""
+    image, other = published("3way"), published("3way", source=OTHER)
+    columns = {"paper, 3-way": known(image), "re-impl., 3-way": known(other), **measured(COLUMNS)}
+    columns |= {"paper, pixel AUROC": known(published("3way patches", "pixel_auroc")), **measured(PIXEL_COLUMNS)}
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    return markdown(["category", *columns], zip([*image, "average"], *columns.values()))
 
 
-def pixel_table() -> str:
-    """Maps of patch models and by Grad-CAM: of detectors that only differ in their seed, mean and deviation."""
-    paper_pixel, cells = paper_pixels(), []
-    for key, own in pixel_rows().groupby(PIXEL_SETTINGS, sort=False, dropna=False):
-        key = key[: len(PIXEL_SHOWN)]
-        paper = percent(paper_pixel.get(key[0])) if key[1] != "Grad-CAM" else ""
-        pixels = [spread(own.pixel_auroc), spread(own.control_pixel_auroc), paper]
-        cells.append([*key, len(own), *pixels, spread(own.aupro), spread(own.image_auroc)])
-    head = "category, maps, size, steps, Gaussian, seeds, pixel AUROC, untrained, paper, AUPRO, image AUROC"
-    return markdown(head.split(", "), cells)
+def known(values: dict[str, float]) -> list[str]:
+    """Return a published figure of each category, and their mean."""
+    return [*map(percent, values.values()), percent(statistics.mean(values.values()))]
 
 
-def maps_table() -> str:
-    """What benchmarks/maps.py measured: pixel AUROC of each category under each combination of settings, and what it
-    costs, the median over the categories."""
-    rows = pandas.read_csv(ROOT / "results/maps.csv")
-    rows = rows[rows.note.isna()]
-    rows["network"] = rows.dense.map({True: "once", False: "per window"})
-    rows["normalized"] = yes_or_no(rows.l2)
-    settings = ["level", "network", "window", "stride", "location_chosen", "dims", "sigma", "normalized"]
-    rows = newest("results/maps.csv", rows, [*settings, "category"])
-    pixels = rows.pivot_table("pixel_auroc", settings, "category", sort=False)
-    costs = rows.groupby(settings, sort=False)[["seconds_per_image", "peak_mb", "file_mb"]].median()
-    categories = [name for name in paper_pixels() if name in pixels.columns]
-    head = ["stage", "network", "window", "stride", "Gaussian", "dims", "sigma", "L2-normalized"]
-    cells = []
-    for key, values in pixels.iterrows():
-        level, network, window, stride, location, dims, sigma, normalized = key
-        cost = costs.loc[key]
-        cells.append([level, network, window, stride, location, dims, f"{sigma:g}", normalized])
-        cells[-1] += [percent(values[name]) for name in categories]
-        cells[-1] += [f"{cost.seconds_per_image:.3g}", f"{cost.peak_mb:,.0f}", f"{cost.file_mb:,.0f}"]
-    return markdown([*head, *categories, "s per image", "peak MB", "file MB"], cells)
+def measured(columns: dict[str, tuple[str, str]]) -> dict[str, list[str]]:
+    """Return, for each column, our own figure of each category, and their mean."""
+    rows, cells = paper_rows(), {}
+    for title, (run, measure) in columns.items():
+        runs = rows[rows.run == run]
+        cells[title] = [with_error(runs[runs.category == category][measure]) for category in published("3way")]
+        cells[title].append(with_error(averages(runs, measure)))
+    return cells
 
 
-def fitting_table() -> str:
-    """What fitting a patch model costs, of two commits on one machine: the rows of results/maps.csv whose note says
-    what was done with the embeddings, of each the last."""
-    rows = pandas.read_csv(ROOT / "results/maps.csv")
-    rows = newest("results/maps.csv", rows[rows.note.isin(FITTING)], ["category", "note"])
-    cells = [
-        [
-            row.note,
-            row.category,
-            row.fit_seconds,
-            f"{row.peak_mb:,.0f}",
-            f"{row.file_mb:.1f}",
-            percent(row.pixel_auroc, 2),
-        ]
-        for row in rows.itertuples()
-    ]
-    return markdown(["embeddings", "category", "seconds to fit", "peak MB", "file MB", "pixel AUROC"], cells)
+def paper_runs_table() -> str:
+    """Show the average image AUROC of everything that reproduce.sh measures."""
+    rows, cells = paper_rows(), []
+    for run, (words, *variants) in RUNS.items():
+        runs = rows[rows.run == run]
+        figures = [published(variant, source=source) for variant, source in zip(variants, ("paper", OTHER))]
+        figures = [percent(statistics.mean(values.values())) if values else "" for values in figures]
+        ours = [with_error(averages(runs, measure)) for measure in ("image_auroc", "control_auroc")]
+        cells.append([words, *figures, *ours])
+    return markdown(["average over the 15 categories", "paper", "re-impl.", "here", "untrained"], cells)
 
 
-TOLD = ["category", "recipe", "budget", "width", "patch_size", "batch_size", "level", "location_chosen"]
-TOLD += ["device", "amp", "note"]
+def paper_made() -> str:
+    """Say on what, with what and when the rows of results/paper.csv were made."""
+    rows = paper_rows()
+    if rows.empty:
+        return "Nothing has been measured yet."
+    trained = rows.drop_duplicates(["category", "seed", "train_command"])
+    devices, versions = (", ".join(sorted(set(rows[name].dropna().astype(str)))) for name in ("device", "torch"))
+    hours = f"{trained.train_seconds.sum() / 3600:,.1f} hours of training"
+    dates = sorted(set(rows.eval_date.dropna().astype(str).str[:10]))
+    when = f"; evaluated {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}" if dates else ""
+    return f"Hardware: {devices}; torch {versions}; {hours}{when}."
 
 
-def recipe_rows() -> DataFrame:
-    """Detectors by recipes; those that agree in TOLD differ in seeds alone. Their budget is minutes or, else, steps."""
-    rows = pandas.read_csv(ROOT / "results/recipe.csv").rename(columns={"epochs": "steps"})
-    minutes = rows.minutes.map("{:g} min".format)
-    rows["budget"] = minutes.where(rows.minutes.notna(), rows.steps.map("{} steps".format))
-    return newest("results/recipe.csv", rows, TOLD, ["seed"])
-
-
-def recipe_table() -> str:
-    """Detectors by recipes within a budget of minutes or steps, mean and deviation over seeds."""
-    cells = []
-    for _, own in recipe_rows().groupby(TOLD, sort=False, dropna=False):
-        row = own.iloc[0]
-        recipe = row.recipe + ("" if pandas.isna(row.note) else f", {row.note}")
-        steps = " to ".join(map(str, sorted({own.steps.min(), own.steps.max()})))
-        steps += f" of {row.batch_size}, {row.patch_size} px"
-        minutes = "" if pandas.isna(row.minutes) else f"{row.minutes:g}"
-        size, stages = f"{row.width} x {row.height}", f"{row.level}, {row.location_chosen}"
-        cells.append([row.category, size, recipe, minutes, steps, stages, len(own)])
-        cells[-1] += [*figures(own), f"{row.device}, {row.amp.replace('off', 'float32')}"]
-    head = ["category", "size", "recipe", "minutes", "steps of images, crops", "stages, Gaussian", "seeds"]
-    return markdown([*head, *FIGURES, "processor"], cells)
-
-
-FIGURES = ("image AUROC", "untrained", "pixel AUROC", "untrained", "AUPRO")
-
-
-def figures(rows: DataFrame) -> list[str]:
-    """The cells under FIGURES."""
-    found = (rows.image_auroc, rows.control_auroc, rows.pixel_auroc, rows.control_pixel_auroc, rows.aupro)
-    return [spread(values) for values in found]
-
-
-def areas_table() -> str:
-    """Which defects are found: image AUROC by their area, and within groups."""
-    rows = newest("results/areas.csv", pandas.read_csv(ROOT / "results/areas.csv"), ["category", "width", "part"])
-    areas = rows.apply(
-        lambda r: "" if pandas.isna(r.least_area) else f"{r.least_area:.0f} to {r.most_area:.0f}", axis=1
-    )
-    told = zip(rows.category, rows.width, rows.height, rows.part, areas, rows.normal, rows.anomalous, rows.image_auroc)
-    cells = ([name, f"{w} x {h}", *counts, percent(auroc)] for name, w, h, *counts, auroc in told)
-    head = ["category", "size", "anomalous images", "area of the defect, pixels", "normal", "anomalous", "image AUROC"]
-    return markdown(head, cells)
-
-
-def invisible_table() -> str:
-    """The share of views that show nothing, of each kind of view."""
-    rows = pandas.read_csv(ROOT / "results/invisible.csv")
-    rows["view"] += rows.patch_size.map(lambda side: ", whole image" if pandas.isna(side) else ", crop")
-    rows = newest("results/invisible.csv", rows, ["category", "view", "size"])
-    table = rows.pivot_table("share", "category", "view", sort=False)
-    cells = ([name, *(percent(value, 0) for value in values)] for name, values in table.iterrows())
-    return markdown(["category", *table.columns], cells)
+# Speed ------------------------------------------------------------------------------------------------------------
 
 
 def speed_table() -> str:
-    """What benchmarks/speed.py measured, one column a row of the file."""
+    """Show what benchmarks/speed.py measured, one column a row of the file."""
     rows = pandas.read_csv(ROOT / "results/speed.csv")
-    shown = {
+    lines = {
         "device": lambda r: r.processor if pandas.isna(r.gpu) else r.gpu,
         "cores": lambda r: r.cores,
         "torch": lambda r: r.torch,
@@ -281,46 +342,20 @@ def speed_table() -> str:
         "peak memory of scoring, MB": lambda r: f"{r.scoring_peak_mb:.0f}",
     }
     cells = []
-    for name, cell in shown.items():
-        cells.append([name, *("" if (text := str(cell(row))) == "nan" else text for row in rows.itertuples())])
+    for title, cell in lines.items():
+        texts = [str(cell(row)) for row in rows.itertuples()]
+        cells.append([title, *("" if text == "nan" else text for text in texts)])
     return markdown([""] * (1 + len(rows)), cells)
 
 
-def memory_table() -> str:
-    """Peak memory (without the pages of mapped files, where that was measured) and speed of training, one row a run."""
-    rows = pandas.read_csv(ROOT / "results/memory.csv")
-    peaks = rows.anonymous_mb.fillna(rows.peak_mb) if "anonymous_mb" in rows else rows.peak_mb
-    cells = []
-    for row, peak in zip(rows.itertuples(), peaks):
-        held = "on disk" if row.decoded_mb > 1e3 * row.memory_gb else "in memory"
-        cells.append([f"{row.images:,}", f"{row.decoded_mb:,.0f}", held, f"{peak:,.0f}", f"{row.steps_per_second:.2f}"])
-    return markdown(["images", "decoded, MB", "held", "peak memory, MB", "steps per second"], cells)
-
-
 TABLES = {
+    "transfer": functools.partial(transfer_table, "image_auroc"),
+    "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
     "results": results_table,
     "paper": paper_table,
     "paper_runs": paper_runs_table,
-    "paper_pixel": paper_pixel_table,
     "paper_made": paper_made,
-    "image": image_table,
-    "density": density_table,
-    "pixel": pixel_table,
-    "maps": maps_table,
-    "fitting": fitting_table,
-    "recipe": recipe_table,
-    "trials": trials_table,
-    "around": around_table,
-    "ways": ways_table,
-    "areas": areas_table,
-    "invisible": invisible_table,
     "speed": speed_table,
-    "memory": memory_table,
-    "transfer": functools.partial(transfer_table, "image_auroc"),
-    "transfer_others": functools.partial(transfer_table, "image_auroc", OTHERS),
-    "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
-    "members": members_table,
-    **DECIDING,
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import ROOT, one_line, run
+from conftest import ROOT, one_line
 from PIL import Image
 
 import predict
@@ -810,13 +810,3 @@ def test_a_signal_ends_with_whole_rows(detectors, here, script, monkeypatch):
     monkeypatch.setattr(RowsFile, "add", add)
     assert script(*words).code == 0
     assert len(rows_in(here / "out.csv")) == 6
-
-
-def test_the_benchmark_runs(detectors, here):
-    words = ["--count", 100, "--workers", 1, "--results", here / "predict.csv", "--note", "small"]
-    done = run("benchmarks/predicting.py", detectors / "whole/brick.pt", "photos", *words)
-    assert done.code == 0, done.err
-    (row,) = rows_in(here / "predict.csv")
-    assert (row["images"], row["broken"], row["detector"], row["note"]) == ("100", "1", "brick", "small")
-    speeds = ("images_per_second", "decoded_per_second", "scored_per_second", "peak_mb")
-    assert all(float(row[name]) > 0 for name in speeds)

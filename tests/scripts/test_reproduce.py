@@ -1,4 +1,4 @@
-"""The commands that measure what stands next to the paper, what they cost, and the tables of what they found."""
+"""The commands that measure what stands next to the paper, and the tables of what they found."""
 
 import importlib
 import os
@@ -159,38 +159,6 @@ def test_a_failure_ends_it(copy):
     assert code == 3
 
 
-# Costs ------------------------------------------------------------------------------------------------------------
-
-
-def test_costs_by_hand(script, benchmarks, monkeypatch):
-    """Steps, networks, images, views and pixels of the reference, whose step takes 3.6 s: 1,000 of them are an hour."""
-    two_views = "python run_training.py --no-pretrained --variant normal --epochs 300 --batch_size 16 --seed 0,1"
-    crops = "torchrun --nproc_per_node 4 run_training.py --no-pretrained --patch_size 64 --epochs 1600 --folds 5"
-    frozen = "python run_training.py --recipe finetune --epochs 300 --freeze_resnet 90 --batch_size 32"
-    text = f"# one\n{two_views}\npython eval.py\n{crops}\n# two\n{frozen}\npython benchmarks/tables.py write\n"
-    monkeypatch.setattr(benchmarks("plan"), "dry_run", lambda: text)
-    done = script("plan", "--gpu_seconds_per_step", 3.6, "--categories", 10)
-    assert done.code == 0, done.err
-    found = dict(line.split() for line in done.out.splitlines()[1:])
-    one = 10 * (2 * 300 * (16 / 32) * (2 / 3) + 5 * 1600 / 16) / 1000
-    two = 10 * (300 - 60) / 1000  # a forward pass is a third of a step
-    assert found == {"one": f"{one:.1f}", "two": f"{two:.1f}", "total": f"{one + two:.1f}"} != {}
-
-
-def test_sections_come_in_the_order_of_their_costs(script, data):
-    costs = []
-    for where in ([], ["--data_dir", data]):
-        done = script("plan", "--gpu_seconds_per_step", 10, *where)
-        assert done.code == 0, done.err
-        rows = [line.split() for line in done.out.splitlines()[1:]]
-        assert [name for name, _ in rows] == [*SECTIONS, "total"]
-        costs.append([float(cost.replace(",", "")) for _, cost in rows])
-        assert costs[-1] == sorted(costs[-1])
-    assert costs[0][:2] == [0, pytest.approx(15 * 5 * 10000 / 16 * 10 / 3600, rel=0.01)]
-    assert costs[1][-1] == pytest.approx(costs[0][-1] * 3 / 15, rel=1e-3)  # three categories
-    assert script("plan").code == 2
-
-
 # Tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +167,7 @@ def paper(benchmarks, monkeypatch, tmp_path):
     """The module, on a folder of results with the published figures alone."""
     (tmp_path / "results").mkdir()
     shutil.copy(ROOT / "results/published.csv", tmp_path / "results")
-    module = benchmarks("paper")
+    module = benchmarks("tables")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
@@ -254,20 +222,21 @@ def test_means_errors_and_averages(paper, tmp_path):
     pandas.DataFrame(rows).to_csv(tmp_path / "results/paper.csv", index=False)
 
     table = cells_of(paper.paper_table())
+    assert "ensemble" not in table["carpet"]  # a column of nothing is left out
     assert list(table) == [*paper.published("3way"), "average"]
     assert table["carpet"]["10,000 steps"] == "92.0 ± 2.0 (2)"
     assert table["bottle"]["10,000 steps"] == "68.0 ± 24.0 (3)"
     assert table["average"]["10,000 steps"] == "92.0 ± 2.0 (2)"
     assert table["screw"]["frozen B4"] == "61.0 (1)"
-    assert table["average"]["frozen B4"] == table["bottle"]["frozen B4"] == table["average"]["ensemble"] == ""
+    assert table["average"]["frozen B4"] == table["bottle"]["frozen B4"] == ""
     assert (table["carpet"]["paper, 3-way"], table["average"]["re-impl., 3-way"]) == ("93.1", "91.0")
 
     runs = cells_of(paper.paper_runs_table())
     assert list(runs["3-way, 10,000 steps"].values()) == ["95.2", "91.0", "92.0 ± 2.0 (2)", "50.0 (1)"]
     assert list(runs["EfficientNet-B4 as it is, level 7"].values()) == ["96.8", "", "", ""]
-    pixels = cells_of(paper.paper_pixel_table())
     for category in ("zipper", "average"):
-        assert list(pixels[category].values())[1:] == ["97.0 (1)", "90.0 (1)", "91.0 (1)", "80.0 (1)"]
+        assert table[category]["patch model"] == "80.0 (1)"
+        assert list(table[category].values())[-3:] == ["97.0 (1)", "90.0 (1)", "91.0 (1)"]
     hours = (15 * 2 + 14 + 15 + 1 + 1) * 0.1  # of two evaluations of one training once
     made = f"Hardware: CPU, GPU; torch 2.9; {hours:.1f} hours of training; evaluated 2026-02-01 to 2026-03-02."
     assert paper.paper_made() == made
@@ -284,9 +253,8 @@ def test_runs_with_other_settings_are_not_mixed(paper, tmp_path):
 def test_nothing_is_measured_yet(paper, tmp_path, text):
     if text is not None:
         (tmp_path / "results/paper.csv").write_text(text)
-    for table in (paper.paper_table, paper.paper_pixel_table, paper.paper_runs_table):
-        for name, cells in cells_of(table()).items():
-            ours = {column: cell for column, cell in cells.items() if "paper" not in column and "re-impl" not in column}
-            assert set(ours.values()) == {""}, name
-            assert table != paper.paper_table or re.fullmatch(r"\d+\.\d", cells["paper, 3-way"])
+    for name, cells in cells_of(paper.paper_table()).items():
+        assert list(cells) == ["paper, 3-way", "re-impl., 3-way", "paper, pixel AUROC"], name
+        assert all(re.fullmatch(r"\d+\.\d", cell) for cell in cells.values())
+    assert {(cells["here"], cells["untrained"]) for cells in cells_of(paper.paper_runs_table()).values()} == {("", "")}
     assert paper.paper_made() == "Nothing has been measured yet."
