@@ -269,13 +269,8 @@ class Config:
         return self.height, self.width
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W) of the images."""
-        return self.height, self.width
-
-    @property
     def dense(self) -> bool:
-        """True if the network runs on whole images when it scores, False if on each window alone."""
+        """Return True if the network runs on whole images when it scores, False if on each window alone."""
         return self.patches is None or self.patches.dense
 
     @property
