@@ -179,15 +179,6 @@ def test_kde_score_equals_log_sum_exp():
     assert kde.score(new).tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_kde_score_by_hand():
-    """Two equal kernels of width 2 and one dimension: the density between them is theirs at distance 1."""
-    kde = KernelDensity()
-    kde.points = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
-    kde.bandwidth = torch.tensor(2.0, dtype=torch.float64)
-    expected = -math.log(math.exp(-1 / 8) / math.sqrt(2 * math.pi * 4))
-    assert kde.score(torch.tensor([[1.0]])).item() == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize(("count", "dim", "seed"), [(20, 2, 0), (13, 3, 1), (12, 1, 2), (3, 2, 3)])
 def test_kde_bandwidth_has_the_best_cross_validated_likelihood(count, dim, seed):
     """In the unit of the embeddings."""
@@ -350,9 +341,3 @@ def test_likelihoods_are_those_of_scipy():
         assert likelihood - 2 * math.log(2 * math.pi) == pytest.approx(total / (13 * 3), rel=1e-6)
     scores, likelihood = held_out("kde", torch.from_numpy(y[:, :1]), True)
     assert likelihood == pytest.approx(-scores.mean().item())
-
-
-def test_held_out_outlier_does_not_hide_itself():
-    x = embeddings(20, 4)
-    x[7] += 100 * x.std(0)
-    assert held_out("torch", x[:, None], True)[0][7] > 5 * GaussianTorch().fit(x).score(x)[7]
