@@ -1,6 +1,6 @@
 """Densities of normal embeddings: a Gaussian in torch, the same in scikit-learn, a kernel density estimate.
 
-Owns the estimators, the table ``DENSITIES`` and held-out distances. K densities are fitted in one batch: embeddings
+Owns the estimators, the table ``DENSITIES`` and held-out scores. K densities are fitted in one batch: embeddings
 (K, N, D) in, anomaly scores (K, N) out, higher is more anomalous; without the first axis it is one density. Knows
 nothing of images or networks.
 Sources: Rippel et al., ICPR 2020 (the Gaussian on deep features); Ledoit and Wolf, "A well-conditioned estimator for
@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-POOLED = 0.05  # share of the mean covariance in that of each of several Gaussians
-FOLDS = 5
-SHARED_BYTES = 48 * 2**20  # float64 embeddings that one density of all locations is fitted to, at most
-AT_ONCE = 64  # Gaussians whose embeddings are brought to float64 together
+POOLED = 0.05  # share of the mean covariance in the covariance of each of several Gaussians
+FOLDS = 5  # of held-out scores and of the cross-validation of KernelDensity
+SHARED_BYTES = 48 * 2**20  # largest size, as float64, of the embeddings that a shared density is fitted to
+GAUSSIANS_AT_ONCE = 64  # whose embeddings are converted to float64 together, to bound the memory
 
 
 class DensityError(ValueError):
@@ -29,14 +29,14 @@ class NotFiniteError(DensityError):
 class GaussianTorch(nn.Module):
     """Gaussians with Ledoit-Wolf covariance, computed in float64.
 
-    Of several, each covariance is (1 - POOLED) its own and POOLED the mean of all: where the training images are all
-    alike, a gray level more would else be infinitely unusual. Several are kept in float32, half the file; one in
-    float64.
+    If K > 1, each covariance is (1 - POOLED) times its own plus POOLED times the mean of all: without it, where all
+    training images are alike, one gray level more would be infinitely unusual. K > 1 Gaussians are kept in float32,
+    which halves the file; a single one in float64.
     Attributes (buffers): mean (K, D), factor (K, D, D) with |factor (x - mean)| the Mahalanobis distance.
     """
 
     unit = "Mahalanobis distance"
-    several = True  # K > 1 can be
+    several = True  # K may be more than 1
     has_gradient = True
 
     def __init__(self) -> None:
@@ -46,14 +46,14 @@ class GaussianTorch(nn.Module):
 
     @property
     def count(self) -> int:
-        """K."""
+        """Return K, the number of Gaussians."""
         return len(self.mean) if self.mean.ndim > 1 else 1
 
     def fit(self, embeddings: Tensor) -> "GaussianTorch":
         """Fit to embeddings (K, N, D), N >= 2. Raises DensityError if they are too few, not finite or all equal."""
-        x = _check(embeddings)
-        some = x.split(AT_ONCE) if x.ndim == 3 else [x]
-        mean, covariance = map(torch.cat, zip(*(self.estimate(part.double()) for part in some)))
+        x = _checked(embeddings)
+        parts = x.split(GAUSSIANS_AT_ONCE) if x.ndim == 3 else [x]
+        mean, covariance = map(torch.cat, zip(*(self.estimate(part.double()) for part in parts)))
         dtype = torch.float64
         if mean.ndim > 1 and len(mean) > 1:
             covariance, dtype = (1 - POOLED) * covariance + POOLED * covariance.mean(0), torch.float32
@@ -61,28 +61,29 @@ class GaussianTorch(nn.Module):
         return self
 
     def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (K, D) and covariances (K, D, D) of float64 embeddings (K, N, D)."""
+        """Return means (K, D) and covariances (K, D, D) of float64 embeddings (K, N, D)."""
         mean = x.mean(-2)
         return mean, ledoit_wolf(x - mean[..., None, :])[0]
 
     def score(self, embeddings: Tensor) -> Tensor:
-        """Mahalanobis distance (not squared, dimensionless) of embeddings (K, N, D): (K, N), in the buffers' dtype.
-        Each depends on its own embedding alone."""
+        """Return Mahalanobis distances (K, N), not squared, without a unit, of embeddings (K, N, D), in the dtype of
+        the buffers. A distance depends on its own embedding alone."""
         return ((embeddings.to(self.mean) - self.mean[..., None, :]) @ self.factor.mT).norm(dim=-1)
 
     def log_likelihood(self, scores: Tensor) -> float:
-        """Mean log likelihood of embeddings with these scores (K, N): natural logarithm, without the constant."""
+        """Return the mean log likelihood of embeddings with these scores (K, N): natural logarithm, without the
+        constant -D / 2 log(2 pi)."""
         logdet = torch.linalg.slogdet(self.factor.double())[1]
         return (logdet[..., None] - scores.double().square() / 2).mean().item()
 
 
 class GaussianSklearn(GaussianTorch):
-    """The same Gaussians, means and covariances estimated by scikit-learn's LedoitWolf on the CPU."""
+    """The same Gaussians, estimated by scikit-learn's LedoitWolf on the CPU."""
 
     def estimate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         from sklearn.covariance import LedoitWolf
 
-        fits = [LedoitWolf().fit(each) for each in x.reshape(-1, *x.shape[-2:]).cpu().numpy()]
+        fits = [LedoitWolf().fit(samples) for samples in x.reshape(-1, *x.shape[-2:]).cpu().numpy()]
         means, covariances = (
             torch.stack([torch.from_numpy(getattr(fit, name)) for fit in fits]).to(x.device)
             for name in ("location_", "covariance_")
@@ -91,16 +92,17 @@ class GaussianSklearn(GaussianTorch):
 
 
 class KernelDensity(nn.Module):
-    """scikit-learn's KernelDensity with a Gaussian kernel; the bandwidth by cross-validation on the normal embeddings.
+    """scikit-learn's KernelDensity with a Gaussian kernel, its bandwidth chosen by cross-validation on the normal
+    embeddings.
 
-    Attributes (buffers, float64): points (N, D), bandwidth () in units of the embedding.
+    Attributes (buffers, float64): points (N, D), bandwidth () in the unit of the embeddings.
     """
 
     unit = "negative log density"
     several = False
     has_gradient = False
     count = 1
-    candidates = 16  # bandwidths tried, in equal ratios around the typical distance of neighbors
+    candidates = 16  # bandwidths to try, in equal ratios around the typical distance between neighbors
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,11 +114,11 @@ class KernelDensity(nn.Module):
         from sklearn.model_selection import GridSearchCV
         from sklearn.neighbors import KernelDensity as SklearnKernelDensity
 
-        x = _check(embeddings).double().reshape(-1, embeddings.shape[-1])
-        # not by matrix products, whose rounding leaves a point at some distance from itself
+        x = _checked(embeddings).double().reshape(-1, embeddings.shape[-1])
+        # Not by matrix products: their rounding gives a point a distance to itself
         distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-        distance[distance == 0] = math.inf  # the point itself and copies of it are no neighbors
-        # The best bandwidth per dimension is near the neighbors' distance over sqrt(D).
+        distance[distance == 0] = math.inf  # a point and its copies are no neighbors
+        # The best bandwidth per dimension is near the distance between neighbors over sqrt(D)
         unit = distance.amin(1).median() / math.sqrt(x.shape[1])
         grid = (unit * torch.logspace(-1, 1, self.candidates, dtype=torch.float64, device=x.device)).tolist()
         search = GridSearchCV(SklearnKernelDensity(), {"bandwidth": grid}, cv=min(FOLDS, len(x)))
@@ -126,7 +128,8 @@ class KernelDensity(nn.Module):
         return self
 
     def score(self, embeddings: Tensor) -> Tensor:
-        """Negative log density (natural logarithm, may be negative) of embeddings (..., N, D): (..., N) float64."""
+        """Return negative log densities (..., N) float64 (natural logarithm, may be below 0) of embeddings
+        (..., N, D)."""
         from sklearn.neighbors import KernelDensity as SklearnKernelDensity
 
         estimator = SklearnKernelDensity(bandwidth=self.bandwidth.item()).fit(self.points.cpu().numpy())
@@ -134,7 +137,7 @@ class KernelDensity(nn.Module):
         return -torch.from_numpy(estimator.score_samples(x)).to(embeddings.device).view(embeddings.shape[:-1])
 
     def log_likelihood(self, scores: Tensor) -> float:
-        """Mean log likelihood of embeddings with these scores."""
+        """Return the mean log likelihood of embeddings with these scores."""
         return -scores.mean().item()
 
 
@@ -145,18 +148,18 @@ DENSITIES = {"torch": GaussianTorch, "sklearn": GaussianSklearn, "kde": KernelDe
 
 
 def ledoit_wolf(centered: Tensor) -> tuple[Tensor, Tensor]:
-    """Ledoit and Wolf's covariances (1 - s) S + s m I of centered data X (..., N, D), and their shrinkages s in [0, 1]:
-    (..., D, D) and (...,). S = X'X / N, m = tr(S) / D.
+    """Return Ledoit and Wolf's covariances (1 - s) S + s m I (..., D, D) of centered data X (..., N, D), and their
+    shrinkages s in [0, 1], (...,). S = X'X / N, m = tr(S) / D.
 
-    s = min(b, d) / d is their estimate of the best shrinkage: d = |S - m I|^2 is how far S is from the target,
-    b = sum_k |x_k x_k' - S|^2 / N^2 how much S itself is in error.
+    s = min(b, d) / d is their estimate of the best shrinkage: d = |S - m I|^2 is the distance of S from the target,
+    b = sum_k |x_k x_k' - S|^2 / N^2 the error of S itself.
     """
     n, dim = centered.shape[-2:]
     sample = centered.mT @ centered / n
     scale = (sample.diagonal(dim1=-2, dim2=-1).sum(-1) / dim)[..., None, None]
     eye = torch.eye(dim, dtype=sample.dtype, device=sample.device)
     distance = (sample - scale * eye).square().sum((-2, -1))
-    # sum_k |x_k x_k' - S|^2 = sum_k |x_k|^4 - n |S|^2, for the x_k x_k' average to S
+    # sum_k |x_k x_k' - S|^2 = sum_k |x_k|^4 - n |S|^2, because the mean of the x_k x_k' is S
     fourth = centered.square().sum(-1).square().sum(-1)
     error = ((fourth / n - sample.square().sum((-2, -1))) / n).clamp(min=0)
     shrinkage = torch.where(distance > 0, torch.minimum(error, distance) / distance, torch.ones_like(distance))
@@ -165,8 +168,8 @@ def ledoit_wolf(centered: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whitening(covariance: Tensor) -> Tensor:
-    """Factors W of covariances C (..., D, D) with W'W their inverse, or the pseudo-inverse of a singular one: two
-    images are not shrunk at all, and scikit-learn takes that too."""
+    """Return factors W (..., D, D) of covariances (..., D, D) such that W'W is the inverse, or the pseudo-inverse if
+    one is singular: the covariance of two images is not shrunk at all, and scikit-learn inverts it in the same way."""
     lower, failed = torch.linalg.cholesky_ex(covariance)
     if not failed.any():
         eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
@@ -178,26 +181,29 @@ def whitening(covariance: Tensor) -> Tensor:
 
 
 def group_by_density(embeddings: Tensor, shared: bool) -> Tensor:
-    """Embeddings (N, L, D) by the densities that they belong to: (1, N*L, D) shared by all locations, or (L, N, D)."""
+    """Return embeddings (N, L, D) as a density takes them: (1, N*L, D) if one is shared by all L locations, else
+    (L, N, D)."""
     return embeddings.flatten(0, 1)[None] if shared else embeddings.transpose(0, 1)
 
 
 def fit_density(kind: str, embeddings: Tensor, shared: bool) -> nn.Module:
-    """A density of embeddings (N, L, D): one shared by all L locations, of evenly spaced images if they are more than
-    SHARED_BYTES, or one for each location."""
+    """Fit a density of ``DENSITIES`` to embeddings (N, L, D): one shared by all L locations, or one for each.
+
+    A shared density is fitted to evenly spaced images if all of them would take more than SHARED_BYTES.
+    """
     count, locations, dims = embeddings.shape
-    most = max(2, SHARED_BYTES // (8 * locations * dims))
-    if shared and count > most:
-        embeddings = embeddings[torch.arange(most, device=embeddings.device) * count // most]
+    limit = max(2, SHARED_BYTES // (8 * locations * dims))
+    if shared and count > limit:
+        embeddings = embeddings[torch.arange(limit, device=embeddings.device) * count // limit]
     return DENSITIES[kind]().fit(group_by_density(embeddings, shared))
 
 
 def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float]:
-    """What new normal images would score, as far as the normal ones can tell.
+    """Estimate the scores of new normal images: score normal images by densities that were not fitted to them.
 
-    Scores (N, L) of embeddings (N, L, D), each under a density fitted to the other folds (image i is in fold i modulo
-    FOLDS), and their mean log likelihood. Fewer than four images are scored by a
-    density of all of them: the others of so few are no distribution.
+    Image i of embeddings (N, L, D) is in fold i modulo FOLDS; a fold is scored by the density of all other folds.
+    Returns the scores (N, L) float64, higher is more anomalous, and their mean log likelihood. Fewer than four images
+    are scored by the density of all of them, because one to two others are no distribution. Raises DensityError.
     """
     x, total, folds = embeddings, 0.0, min(FOLDS, len(embeddings))
     if len(x) < 2:
@@ -205,18 +211,18 @@ def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float
     fold = torch.arange(len(x), device=x.device) % folds
     scores = torch.empty(x.shape[:2], dtype=torch.float64, device=x.device)
     for k in range(folds):
-        own, others = x[fold == k], x[fold != k]
+        inside, others = x[fold == k], x[fold != k]
         if len(x) < 4 or (others == others[0]).all():  # copies of one image are no distribution either
             others = x
         density = fit_density(kind, others, shared)
-        found = density.score(group_by_density(own, shared))
-        scores[fold == k] = (found.view(len(own), -1) if shared else found.T).double()
-        total += density.log_likelihood(found) * len(own)
+        fold_scores = density.score(group_by_density(inside, shared))
+        scores[fold == k] = (fold_scores.view(len(inside), -1) if shared else fold_scores.T).double()
+        total += density.log_likelihood(fold_scores) * len(inside)
     return scores, total / len(x)
 
 
-def _check(embeddings: Tensor) -> Tensor:
-    """The embeddings, or a DensityError that says why no density can be fitted to them."""
+def _checked(embeddings: Tensor) -> Tensor:
+    """Return the embeddings without a gradient. Raises DensityError if no density can be fitted to them."""
     if embeddings.ndim not in (2, 3):
         raise DensityError(f"embeddings must be (K, N, D) or (N, D), got {tuple(embeddings.shape)}")
     if embeddings.shape[-2] < 2:

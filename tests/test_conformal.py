@@ -1,4 +1,4 @@
-"""p-values and what a false-alarm rate promises, against slow loops and simulated normal scores."""
+"""p-values and what a false-alarm rate guarantees, against slow loops and simulated calibration scores."""
 
 import math
 
@@ -7,7 +7,12 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from conformal import FalseAlarmGuarantee, conformal_threshold, p_values, proportion_interval
+from conformal import FalseAlarmGuarantee, conformal_threshold, leave_one_out_p_values, p_values, proportion_interval
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
 
 # p-values ---------------------------------------------------------------------------------------------------------
 
@@ -24,12 +29,14 @@ def slow_p_value(scores, normal):
 
 @pytest.mark.parametrize(("count", "members"), [(12, 1), (1, 1), (13, 3), (11, 11), (200, 5)])
 def test_p_values_are_those_of_a_slow_loop(count, members):
-    generator = torch.Generator().manual_seed(count)
-    every = torch.randint(0, 12, (count,), generator=generator).double()  # many ties
-    normal = [every[k::members] for k in range(members)]
-    scores = torch.randint(-2, 15, (members, 40), generator=generator).double()
+    calibration = torch.randint(0, 12, (count,), generator=seeded(count)).double()  # many ties
+    normal = [calibration[k::members] for k in range(members)]
+    scores = torch.randint(-2, 15, (members, 40), generator=seeded(1)).double()
     expected = [slow_p_value(scores[:, i].tolist(), [fold.tolist() for fold in normal]) for i in range(40)]
     assert p_values(scores, normal).tolist() == expected
+    others = [torch.cat([calibration[:i], calibration[i + 1 :]]).tolist() for i in range(count)]
+    alone = [slow_p_value([score], [rest]) for score, rest in zip(calibration.tolist(), others)]
+    assert leave_one_out_p_values(calibration).tolist() == alone
 
 
 def test_a_p_value_is_between_the_finest_and_one():
@@ -41,64 +48,49 @@ def test_a_p_value_is_between_the_finest_and_one():
 @pytest.mark.parametrize("rate", [0, 0.005, 0.01, 0.2, 0.35, 1])
 @pytest.mark.parametrize("count", [1, 9, 99, 100])
 def test_of_one_member_the_p_value_decides_as_the_threshold(count, rate):
-    normal = torch.rand(count, generator=torch.Generator().manual_seed(1)).double()
+    normal = torch.rand(count, generator=seeded(1)).double()
     scores = torch.cat([normal, torch.linspace(-0.1, 1.1, 301).double()])
     by_p = p_values(scores[None], [normal]) <= FalseAlarmGuarantee("split", count, rate).rate
-    threshold = conformal_threshold(normal, rate)[0]
     if rate < 1:  # then the threshold is the smallest score, which is itself not above
-        assert torch.equal(by_p, scores > threshold)
+        assert torch.equal(by_p, scores > conformal_threshold(normal, rate)[0])
     assert by_p.all() == (rate == 1)
 
 
-@pytest.mark.parametrize(
-    ("count", "rate", "rank", "enough"),
-    [
-        (99, 0.01, 99, True),
-        (98, 0.01, 98, False),
-        (209, 0.01, 208, True),
-        (9, 0.2, 8, True),
-        (9, 0, 9, False),
-        (9, 1, 1, True),
-    ],
-)
-def test_threshold_is_the_conformal_rank(count, rate, rank, enough):
-    scores = torch.arange(1.0, count + 1)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-    threshold, holds = conformal_threshold(scores, rate)
-    assert (threshold, holds) == (rank, enough)
-
-
-def test_the_false_alarm_rate_holds():
-    """The mean over many calibration sets of the chance that a new score lies above; a quantile between scores, as
-    NumPy takes it, gives more than was asked for."""
-    sets = torch.rand(4000, 60, generator=torch.Generator().manual_seed(0))
-    above = [1 - conformal_threshold(scores, 0.05)[0].item() for scores in sets]
-    assert np.mean(above) == pytest.approx(1 - 58 / 61, abs=2e-3)
-    assert np.mean(above) < 0.05 < 1 - sets.quantile(0.95, dim=1).mean()
-
-
-# What is promised -------------------------------------------------------------------------------------------------
+# The threshold, and what is guaranteed ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("count", "asked", "rate", "holds", "needed"),
+    ("count", "asked", "rank", "holds", "rate", "needed"),
     [
-        (99, 0.01, 0.01, True, 99),
-        (98, 0.01, 1 / 99, False, 99),
-        (209, 0.01, 2 / 210, True, 99),
-        (9, 0, 0.1, False, math.inf),
-        (19, 0.05, 0.05, True, 19),
-        (9, 1, 1, True, 0),
+        (99, 0.01, 99, True, 0.01, 99),
+        (98, 0.01, 98, False, 1 / 99, 99),
+        (209, 0.01, 208, True, 2 / 210, 99),
+        (9, 0.2, 8, True, 0.2, 4),
+        (9, 0, 9, False, 0.1, math.inf),
+        (9, 1, 1, True, 1, 0),
+        (19, 0.05, 19, True, 0.05, 19),
     ],
 )
-def test_the_rate_is_a_whole_number_of_steps(count, asked, rate, holds, needed):
+def test_threshold_and_rate_are_whole_numbers_of_ranks(count, asked, rank, holds, rate, needed):
+    scores = torch.arange(1.0, count + 1)[torch.randperm(count, generator=seeded(0))]
+    assert conformal_threshold(scores, asked) == (rank, holds)
     guarantee = FalseAlarmGuarantee("split", count, asked)
     assert (guarantee.rate, guarantee.holds, guarantee.needed) == (rate, holds, needed)
     assert guarantee.finest == 1 / (count + 1)
 
 
+def test_the_false_alarm_rate_holds():
+    """The mean over many calibration sets of the chance that a new score lies above; a quantile between scores, as
+    NumPy takes it, gives more than was asked for."""
+    sets = torch.rand(4000, 60, generator=seeded(0))
+    above = [1 - conformal_threshold(scores, 0.05)[0].item() for scores in sets]
+    assert np.mean(above) == pytest.approx(1 - 58 / 61, abs=2e-3)
+    assert np.mean(above) < 0.05 < 1 - sets.quantile(0.95, dim=1).mean()
+
+
 def test_the_interval_holds_nine_of_ten_calibration_sets():
     guarantee = FalseAlarmGuarantee("split", 59, 0.05)  # 3 of 60
-    sets = torch.rand(20_000, 59, generator=torch.Generator().manual_seed(0)).double()
+    sets = torch.rand(20_000, 59, generator=seeded(0)).double()
     rates = 1 - sets.sort(1).values[:, -3]  # of new uniform scores above the third largest
     low, high = guarantee.interval
     assert rates.mean() == pytest.approx(guarantee.rate, abs=1e-3)
@@ -106,22 +98,20 @@ def test_the_interval_holds_nine_of_ten_calibration_sets():
     assert FalseAlarmGuarantee("split", 9, 1).interval == (1, 1)
 
 
-def test_what_is_proven():
+def test_what_is_proven_and_its_words():
     assert FalseAlarmGuarantee("split", 99, 0.01).bound == 0.01
     assert FalseAlarmGuarantee("cross", 200, 0.05).bound == pytest.approx(2 * 10 / 201 + 0.1)
     assert FalseAlarmGuarantee("seen", 200, 0.05).bound is None
-
-
-def test_the_words_name_what_is_missing():
     text = FalseAlarmGuarantee("cross", 60, 0.01).words()
     assert "p <= 0.0164, from 60 normal images" in text
     assert "needs 99 normal images, not 60" in text
-    assert "nothing is promised" in FalseAlarmGuarantee("seen", 200, 0.01).words()
-    assert "needs" not in FalseAlarmGuarantee("seen", 200, 0.01).words()
+    seen = FalseAlarmGuarantee("seen", 200, 0.01).words()
+    assert "nothing is promised" in seen
+    assert "needs" not in seen
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 20), (3, 41), (20, 20)])
-def test_the_interval_of_a_share_is_clopper_and_pearsons(count, total):
+def test_the_interval_of_a_proportion_is_clopper_and_pearsons(count, total):
     low, high = proportion_interval(count, total)
     if count:  # at its ends, what was seen or more extreme is just as rare as one in forty
         assert binom.sf(count - 1, total, low) == pytest.approx(0.025)

@@ -1,4 +1,4 @@
-"""Windows, their embeddings, the densities of a level, and maps, against slow loops and networks made by hand."""
+"""Windows, their embeddings, the densities of a stage, maps and Grad-CAM, against loops and networks made by hand."""
 
 import itertools
 import math
@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from torch import nn
 from torch.nn import functional
 
 from density import NotFiniteError, fit_density, held_out
-from localization import Grid, StageDensity, embed_windows, principal_axes, upsample
+from localization import Grid, StageDensity, embed_windows, grad_cam, principal_axes, upsample
 from model import CutPasteNet
 
 
@@ -32,9 +33,6 @@ def network(normalize="image"):
 class MeanColor(nn.Module):
     """A network whose map is known: it hands pixels on, so that the embedding of a window is its mean color."""
 
-    def normalized(self, images):
-        return images
-
     def features(self, images, levels):
         return [functional.avg_pool2d(images, 4) for _ in levels]
 
@@ -45,9 +43,8 @@ class MeanColor(nn.Module):
 def test_the_papers_grid_and_the_grid_of_a_whole_image():
     grid = Grid(256, 256, 32, 4)
     assert grid.shape == (57, 57)
-    down, across = grid.centers
-    assert down[0] == across[0] == 16
-    assert down[-1] == across[-1] == 240
+    for centers in grid.centers:
+        assert (centers[0], centers[-1]) == (16, 240)
     assert Grid(256, 192).shape == (1, 1)
 
 
@@ -70,46 +67,33 @@ def test_windows_lie_inside_and_leave_less_than_a_stride(height, width, window, 
 @torch.no_grad()
 @pytest.mark.parametrize("normalize", ["image", "imagenet"])
 def test_windows_alone_against_a_loop(normalize):
-    net, images, grid = network(normalize), torch.rand(2, 3, 50, 71, generator=seeded(1)), Grid(50, 71, 32, 8)
-    early, last = embed_windows(net, net.normalized(images), (2, 4), [grid, grid], dense=False)
-    whole = net.normalized(images)
-    assert (early.shape, last.shape) == ((2, 3 * 5, 128), (2, 3 * 5, 512))
-    for image, (row, y), (col, x) in itertools.product(
-        range(2), enumerate(grid.centers[0]), enumerate(grid.centers[1])
-    ):
-        top, left = int(y) - 16, int(x) - 16
-        window = whole[image : image + 1, :, top : top + 32, left : left + 32]
-        assert window.shape == (1, 3, 32, 32)
-        for found, features in zip((early, last), net.features(window, (2, 4))):
-            assert torch.allclose(found[image, row * 5 + col], features[0].mean((1, 2)), rtol=1e-3, atol=1e-5)
+    net, grid = network(normalize), Grid(50, 71, 32, 16)
+    images = net.normalized(torch.rand(2, 3, 50, 71, generator=seeded(1)))
+    embeddings = embed_windows(net, images, (2, 4), [grid, grid], dense=False)
+    assert [tuple(x.shape) for x in embeddings] == [(2, 2 * 3, 128), (2, 2 * 3, 512)]
+    for number, (y, x) in enumerate(itertools.product(*grid.centers)):
+        window = images[:, :, int(y) - 16 : int(y) + 16, int(x) - 16 : int(x) + 16]
+        assert window.shape == (2, 3, 32, 32)
+        for stage, features in zip(embeddings, net.features(window, (2, 4))):
+            assert torch.allclose(stage[:, number], features.mean((2, 3)), rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize(("height", "width"), [(64, 97), (80, 64)])
-def test_dense_windows_against_a_loop(level, height, width):
-    net, images = network(), torch.rand(2, 3, height, width, generator=seeded(2))
-    feature_stride = net.spec.strides[level - 1]
-    grid = Grid(height, width, 32, 16, feature_stride)
-    (found,) = embed_windows(net, net.normalized(images), (level,), [grid], dense=True)
-    (features,) = net.features(net.normalized(images), (level,))
-    for row, col in itertools.product(*map(range, grid.shape)):
-        top, left = (corner + 16 * n for corner, n in zip(grid.corner, (row, col)))
-        part = features[
-            :,
-            :,
-            top // feature_stride : (top + 32) // feature_stride,
-            left // feature_stride : (left + 32) // feature_stride,
-        ]
-        assert part.shape[2:] == (32 // feature_stride, 32 // feature_stride)
-        assert torch.allclose(found[:, row * grid.shape[1] + col], part.mean((2, 3)), rtol=1e-3, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_whole_image_is_the_grid_with_one_window():
-    net, images = network(), torch.rand(2, 3, 50, 71, generator=seeded(3))
-    (found,) = embed_windows(net, net.normalized(images), (4,), [Grid(50, 71)], dense=True)
-    assert torch.equal(found, net.embed(images)[:, None])
+def test_dense_windows_against_a_loop(height, width):
+    net, levels = network(), (1, 2, 3)
+    images = net.normalized(torch.rand(2, 3, height, width, generator=seeded(2)))
+    grids = [Grid(height, width, 32, 16, net.spec.strides[level - 1]) for level in levels]
+    embeddings = embed_windows(net, images, levels, grids, dense=True)
+    for grid, stage, features in zip(grids, embeddings, net.features(images, levels)):
+        for row, col in itertools.product(*map(range, grid.shape)):
+            corner = [(first + 16 * number) // grid.feature_stride for first, number in zip(grid.corner, (row, col))]
+            (top, left), side = corner, 32 // grid.feature_stride
+            part = features[:, :, top : top + side, left : left + side]
+            assert part.shape[2:] == (side, side)
+            assert torch.allclose(stage[:, row * grid.shape[1] + col], part.mean((2, 3)), rtol=1e-3, atol=1e-5)
+    (last,) = embed_windows(net, images, (4,), [Grid(height, width)], dense=True)  # the grid with one window
+    assert torch.equal(last, net.features(images, (4,))[0].mean((2, 3))[:, None])
 
 
 @pytest.mark.parametrize(
@@ -136,10 +120,10 @@ def test_centers_are_in_the_middle_of_what_dense_windows_see(level, window, stri
         assert middle == pytest.approx(center.item(), abs=0.51)
 
 
-# Levels -----------------------------------------------------------------------------------------------------------
+# Densities of a stage ---------------------------------------------------------------------------------------------
 
 
-def embeddings(images, locations, dims, seed=0, spread=1.0):
+def embeddings_of(images, locations, dims, seed=0, spread=1.0):
     """Normal embeddings whose mean and deviation differ from location to location by ``spread``."""
     generator = seeded(seed)
     mix = torch.randn(dims, dims, generator=generator)
@@ -148,57 +132,54 @@ def embeddings(images, locations, dims, seed=0, spread=1.0):
     return mean + scale * (torch.randn(images, locations, dims, generator=generator) @ mix) + 5
 
 
-def level(location="auto", dims=None, l2=False, grid=None):
+def stage(location="auto", dims=None, l2=False, grid=None):
     return StageDensity(grid or Grid(64, 64, 32, 16), "torch", l2, location, dims)
 
 
 def test_principal_axes_are_those_of_scikit_learn():
-    from sklearn.decomposition import PCA
-
-    x = embeddings(12, 7, 6)
-    found = principal_axes(x).numpy()
+    x = embeddings_of(12, 7, 6)
+    axes = principal_axes(x).numpy()
     expected = PCA().fit(x.double().reshape(-1, 6).numpy()).components_.T
-    assert np.allclose(found.T @ found, np.eye(6), atol=1e-9)
-    assert np.allclose(np.abs((found * expected).sum(0)), 1, atol=1e-6)
+    assert np.allclose(axes.T @ axes, np.eye(6), atol=1e-9)
+    assert np.allclose(np.abs((axes * expected).sum(0)), 1, atol=1e-6)
     x[3, 2, 1] = math.nan
     with pytest.raises(NotFiniteError, match="not finite"):
         principal_axes(x)
 
 
 def test_embeddings_are_projected_on_the_axes_of_the_normalized_ones():
-    x, made = embeddings(12, 7, 6), level(dims=4, l2=True)
-    feature_stride = functional.normalize(x.double(), dim=2)
-    assert torch.allclose(made.project(x), feature_stride.float())
+    x, made = embeddings_of(12, 7, 6), stage(dims=4, l2=True)
+    unit = functional.normalize(x.double(), dim=2)
+    assert torch.allclose(made.project(x), unit.float())
     made.choose_axes(x)
-    assert torch.allclose(made.project(x), (feature_stride @ principal_axes(feature_stride)[:, :4]).float(), atol=1e-5)
-    assert level(grid=Grid(64, 64)).project(x).dtype == torch.float64
+    assert torch.allclose(made.project(x), (unit @ principal_axes(unit)[:, :4]).float(), atol=1e-5)
+    assert stage(grid=Grid(64, 64)).project(x).dtype == torch.float64
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_distances_are_the_densitys_window_by_window(shared):
-    x, new = embeddings(12, 9, 6), embeddings(5, 9, 6, seed=1)
-    made = level("shared" if shared else "each")
-    found = made.fit(x, with_held_out=True)
-    assert torch.equal(found, held_out("torch", x, shared)[0])
+@pytest.mark.parametrize("location", ["shared", "each"])
+def test_distances_are_the_densitys_window_by_window(location):
+    x, new, shared = embeddings_of(12, 9, 6), embeddings_of(5, 9, 6, seed=1), location == "shared"
+    made = stage(location)
+    assert torch.equal(made.fit(x, with_held_out=True), held_out("torch", x, shared)[0])
     assert made.shared == shared
     density, distances = fit_density("torch", x, shared), made.distances(new)
     for place in range(9):
-        own = density.score(new[:, place][None])[0] if shared else density.score(new.transpose(0, 1))[place]
-        assert torch.allclose(distances[:, place], own)
-    assert level("shared" if shared else "each").fit(x, with_held_out=False) is None
+        alone = density.score(new[:, place][None])[0] if shared else density.score(new.transpose(0, 1))[place]
+        assert torch.allclose(distances[:, place], alone)
+    assert stage(location).fit(x, with_held_out=False) is None
 
 
 def test_auto_takes_the_likelier():
     """Locations that differ need Gaussians of their own; where they do not, one of all is the better estimate."""
-    differing, alike, few = level(), level(), level()
-    differing.fit(embeddings(30, 9, 5), False)
-    alike.fit(embeddings(30, 9, 5, spread=0), False)
+    differing, alike, few = stage(), stage(), stage()
+    differing.fit(embeddings_of(30, 9, 5), False)
+    alike.fit(embeddings_of(30, 9, 5, spread=0), False)
     assert (differing.shared, alike.shared) == (False, True)
     for made in (differing, alike):
         assert set(made.likelihoods) == {"shared", "each"}
         assert (max(made.likelihoods, key=made.likelihoods.get) == "shared") == made.shared
         assert "mean log likelihood" in made.choice
-    assert few.fit(embeddings(3, 9, 5), True).shape == (3, 9)
+    assert few.fit(embeddings_of(3, 9, 5), True).shape == (3, 9)
     assert few.shared
 
 
@@ -209,25 +190,14 @@ def slow_upsampling(scores, grid, sigma):
     """Every score spreads a Gaussian around its window's center, as a transposed convolution does; then every pixel
     is divided by what it would have got from scores of 1. Pixels further out than all centers are as those there."""
     down, across = (centers.tolist() for centers in grid.centers)
+    i, j = np.mgrid[: grid.height, : grid.width] + 0.5
     sums, ones = np.zeros((2, grid.height, grid.width))
-    for row, y in enumerate(down):
-        for col, x in enumerate(across):
-            for i in range(grid.height):
-                for j in range(grid.width):
-                    at_y, at_x = min(max(i + 0.5, down[0]), down[-1]), min(max(j + 0.5, across[0]), across[-1])
-                    weight = math.exp(-((at_y - y) ** 2 + (at_x - x) ** 2) / (2 * sigma**2))
-                    sums[i, j] += weight * float(scores[row, col])
-                    ones[i, j] += weight
+    for (row, y), (col, x) in itertools.product(enumerate(down), enumerate(across)):
+        squares = (i.clip(down[0], down[-1]) - y) ** 2 + (j.clip(across[0], across[-1]) - x) ** 2
+        weights = np.exp(-squares / (2 * sigma**2))
+        sums += weights * float(scores[row, col])
+        ones += weights
     return sums / ones
-
-
-def test_a_score_at_the_border_is_smoothed_as_any_other():
-    """Else the maximum of a map, an image's score, would lean towards the border."""
-    grid = Grid(64, 96, 16, 8)
-    scores = torch.zeros(2, *grid.shape)
-    scores[0, 3, 5] = scores[1, 3, -1] = 1
-    inner, outer = upsample(scores.flatten(1), grid, 4.0).amax((1, 2)).tolist()
-    assert inner < outer < 1.2 * inner
 
 
 @pytest.mark.parametrize("sigma", [3.0, 8.0])
@@ -235,10 +205,10 @@ def test_a_score_at_the_border_is_smoothed_as_any_other():
 def test_upsampling_against_a_loop(height, width, sigma):
     grid = Grid(height, width, 16, 8)
     scores = torch.rand(2, *grid.shape, generator=seeded(5))
-    found = upsample(scores.flatten(1), grid, sigma)
-    assert found.shape == (2, height, width)
-    for one, own in zip(found, scores):
-        assert np.allclose(one.numpy(), slow_upsampling(own, grid, sigma), rtol=1e-4)
+    maps = upsample(scores.flatten(1), grid, sigma)
+    assert maps.shape == (2, height, width)
+    for one, windows in zip(maps, scores):
+        assert np.allclose(one.numpy(), slow_upsampling(windows, grid, sigma), rtol=1e-4)
 
 
 def test_upsampling_against_a_transposed_convolution():
@@ -247,19 +217,18 @@ def test_upsampling_against_a_transposed_convolution():
     scores = torch.rand(1, 1, *grid.shape, generator=seeded(6))
     around = torch.arange(32, dtype=torch.float32) + 0.5 - 16
     kernel = torch.exp(-(around[:, None] ** 2 + around**2) / (2 * sigma**2))[None, None]
-    spread = functional.conv_transpose2d(scores, kernel, stride=4) / functional.conv_transpose2d(
-        torch.ones_like(scores), kernel, stride=4
-    )
-    found = upsample(scores[0].flatten(1), grid, sigma)
-    assert spread.shape[2:] == found.shape[1:]
-    assert torch.allclose(found[0, 30:-30, 30:-30], spread[0, 0, 30:-30, 30:-30], rtol=1e-4)
+    ones = functional.conv_transpose2d(torch.ones_like(scores), kernel, stride=4)
+    spread = functional.conv_transpose2d(scores, kernel, stride=4) / ones
+    maps = upsample(scores[0].flatten(1), grid, sigma)
+    assert spread.shape[2:] == maps.shape[1:]
+    assert torch.allclose(maps[0, 30:-30, 30:-30], spread[0, 0, 30:-30, 30:-30], rtol=1e-4)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0, 8.0, 100.0])
 def test_upsampling_keeps_a_flat_map_flat_for_any_sigma(sigma):
     grid = Grid(45, 70, 32, 8)
-    found = upsample(torch.full((1, math.prod(grid.shape)), 7.0), grid, sigma)
-    assert torch.allclose(found, torch.full_like(found, 7.0), rtol=1e-5)
+    maps = upsample(torch.full((1, math.prod(grid.shape)), 7.0), grid, sigma)
+    assert torch.allclose(maps, torch.full_like(maps, 7.0), rtol=1e-5)
 
 
 def test_a_map_by_hand():
@@ -267,13 +236,102 @@ def test_a_map_by_hand():
     images = torch.zeros(1, 3, 64, 96)
     images[0, 0, 32:48, 64:80] = 1  # covers one window of the grid exactly
     grid = Grid(64, 96, 16, 8, 4)
-    (found,) = embed_windows(MeanColor(), images, (1,), [grid], dense=True)
-    made = level(grid=grid)
+    (embeddings,) = embed_windows(MeanColor(), images, (1,), [grid], dense=True)
+    made = stage(grid=grid)
     made.density.mean, made.density.factor = torch.zeros(1, 3), torch.diag(torch.tensor([2.0, 1.0, 1.0]))[None]
-    distances = made.distances(made.project(found))
+    distances = made.distances(made.project(embeddings))
     expected = torch.zeros(grid.shape)
     shares = torch.tensor([0.5, 1.0, 0.5])
     expected[3:6, 7:10] = 2 * shares[:, None] * shares
     assert torch.allclose(distances.view(grid.shape), expected, atol=1e-6)
     y, x = divmod(int(upsample(distances, Grid(64, 96, 16, 8), 4.0)[0].argmax()), 96)
     assert (y, x) in {(39, 71), (39, 72), (40, 71), (40, 72)}  # the middle of the square
+
+
+# Grad-CAM ---------------------------------------------------------------------------------------------------------
+
+IMAGES = torch.rand(3, 3, 64, 96, generator=seeded(0))
+
+
+def norm(features):
+    return functional.adaptive_avg_pool2d(features, 1).flatten(1).norm(dim=1)
+
+
+@pytest.fixture(scope="module")
+def last():
+    """Features of the last stage, (3, 512, 2, 3)."""
+    net = network()
+    with torch.no_grad():
+        return net.features(net.normalized(IMAGES), (4,))[0]
+
+
+def test_a_cam_by_hand():
+    """Features that are the image's red and green; a score that is a weighted sum of their means."""
+    features = torch.rand(2, 2, 4, 6, generator=seeded(1))
+    scores, maps = grad_cam(features, lambda x: x.mean((2, 3)) @ torch.tensor([2.0, -3.0]), (4, 6))
+    red, green = features[:, 0], features[:, 1]
+    assert torch.allclose(scores, 2 * red.mean((1, 2)) - 3 * green.mean((1, 2)), atol=1e-6)
+    # the gradient of the score at each feature is weight / 24, and so is its mean
+    assert torch.allclose(maps, ((2 * red - 3 * green) / 24).relu(), atol=1e-6)
+    assert 0 == maps.min() < maps.max()
+    spots = torch.zeros(1, 2, 8, 12)
+    spots[0, 0, 2, 9] = spots[0, 1, 6, 3] = 1  # a red one, a green one
+    _, maps = grad_cam(spots, lambda x: x.mean((2, 3)) @ torch.tensor([1.0, -1.0]), (24, 36))
+    assert maps.shape == (1, 24, 36)
+    assert maps[0].argmax() == (2 * 3 + 1) * 36 + 9 * 3 + 1  # the middle of the 3 x 3 pixels of feature (2, 9)
+    assert maps[0, 6 * 3 + 1, 3 * 3 + 1] == 0
+
+
+def test_a_cam_against_the_gradient_of_the_whole_network(last):
+    """Each image has the map that it has alone, wherever gradients are off."""
+    net = network()
+    scores, maps = grad_cam(last, norm, (64, 96))
+    (features,) = net.features(net.normalized(IMAGES), (4,))
+    (gradient,) = torch.autograd.grad(features.mean((2, 3)).norm(dim=1).sum(), features)
+    assert torch.allclose(scores, net.embed(IMAGES).norm(dim=1), rtol=1e-4)
+    for image in range(len(IMAGES)):
+        coarse = sum(g.mean() * f for g, f in zip(gradient[image], features[image])).relu()
+        fine = functional.interpolate(coarse[None, None], (64, 96), mode="bilinear", align_corners=False)[0, 0]
+        assert torch.allclose(maps[image], fine, rtol=1e-3, atol=1e-6)
+        score, alone = grad_cam(last[image : image + 1], norm, (64, 96))
+        assert torch.allclose(score[0], scores[image], rtol=1e-4)
+        assert torch.allclose(alone[0], maps[image], rtol=1e-3, atol=1e-6)
+    assert maps.shape == (3, 64, 96)
+    assert 0 <= maps.min() < maps.max()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            others = grad_cam(net.features(net.normalized(IMAGES), (4,))[0], norm, (64, 96))
+        assert torch.equal(others[0], scores)
+        assert torch.equal(others[1], maps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cam_leaves_nothing_behind(last, dtype):
+    torch.manual_seed(1)
+    layer, frozen = nn.Linear(512, 1), nn.Linear(512, 1).requires_grad_(False)
+    layer.weight.grad = torch.full_like(layer.weight, 3)
+    given = last.to(dtype, copy=True).requires_grad_()
+
+    def score(features):
+        embeddings = features.float().mean((2, 3))
+        return (layer(embeddings) + frozen(embeddings))[:, 0]
+
+    scores, maps = grad_cam(given, score, (64, 96))
+    assert maps.dtype == torch.float32
+    assert scores.requires_grad is maps.requires_grad is False
+    assert (layer.weight.grad == 3).all()
+    assert layer.bias.grad is frozen.weight.grad is frozen.bias.grad is given.grad is None
+    assert [p.requires_grad for m in (layer, frozen) for p in m.parameters()] == [True, True, False, False]
+    assert torch.equal(given, last.to(dtype))
+
+
+@pytest.mark.parametrize("distance", [lambda d: d.square().sum(1).sqrt(), lambda d: d.sum(1).sqrt()])
+def test_a_distance_of_zero_has_an_empty_map(last, distance):
+    """The gradient of a root at 0 is not finite."""
+    target = last.mean((2, 3))
+    target[1:] -= 1
+    scores, maps = grad_cam(last, lambda x: distance(x.mean((2, 3)) - target), (64, 96))
+    assert scores[0] == 0
+    assert (maps[0] == 0).all()
+    assert (scores[1:] > 0).all()
+    assert (maps[1:] > 0).any()

@@ -1,0 +1,326 @@
+"""image_files.py: what every kind of image file is decoded to, and what bad or crafted files get."""
+
+import io
+import struct
+import time
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.files import InputError
+from runtime.image_files import decode, decode_mask, find_images, read_size
+
+ORIENTATION = 0x0112
+UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+def noise(height, width, *channels, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), np.uint8)
+
+
+def save(path, array, **options):
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def turned_by(orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def mode_of(path):
+    with Image.open(path) as image:
+        return image.mode
+
+
+def as_rgb(gray):
+    return np.repeat(np.asarray(gray)[..., None], 3, axis=2)
+
+
+def triangle_resized(array, count):
+    """Bilinear resizing of the first axis with anti-aliasing, output row by output row."""
+    step = len(array) / count
+    reach = max(step, 1)
+    rows = []
+    for i in range(count):
+        weights = [max(0, 1 - abs((j + 0.5) - (i + 0.5) * step) / reach) for j in range(len(array))]
+        rows.append(sum(w * row for w, row in zip(weights, array.astype(float))) / sum(weights))
+    return np.stack(rows)
+
+
+def error_of(call, path):
+    """The message of the InputError, which is one line that begins with the path and names it once."""
+    with pytest.raises(InputError) as caught:
+        call(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert message.count(str(path)) == 1
+    assert "\n" not in message
+    return message.removeprefix(f"{path}: ")
+
+
+def test_find_images_ignores_what_is_none(tmp_path):
+    images = ["A.PNG", "b.png", "c.JpG", "d.jpeg", "e.bmp", "f.TIF", "g.tiff", "h.webp"]
+    others = ["._b.png", ".hidden.png", ".DS_Store", "Thumbs.db", "notes.txt", "png", "b.png.bak", "data.csv"]
+    for name in (*reversed(images), *others):
+        (tmp_path / name).write_text("")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in find_images(tmp_path)] == images
+
+
+# Decoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff", "PNG", "Tif"])
+def test_lossless_files_are_decoded_to_their_pixels(tmp_path, suffix):
+    color, gray, path = noise(12, 20, 3), noise(12, 20), tmp_path / f"a.{suffix}"
+    palette = Image.fromarray(gray)
+    palette.putpalette(noise(256, 3).tobytes())
+    for image, mode, expected in [
+        (Image.fromarray(color), "RGB", color),
+        (Image.fromarray(gray), "L", as_rgb(gray)),
+        (Image.fromarray(gray > 127), "1", as_rgb((gray > 127) * np.uint8(255))),
+        (palette, "P", noise(256, 3)[gray]),
+    ]:
+        image.save(path)
+        assert mode_of(path) == mode
+        assert np.array_equal(decode(path), expected)
+        assert np.array_equal(decode(str(path)), expected)
+        assert read_size(path) == (12, 20)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp", "JPG"])
+def test_decode_lossy(tmp_path, suffix):
+    ramp = np.add.outer(np.arange(24), 2 * np.arange(40)).astype(np.uint8)
+    array = np.stack([ramp, 255 - ramp, ramp // 2 + 60], axis=2)
+    path = save(tmp_path / f"a.{suffix}", array, quality=95)
+    assert read_size(path) == (24, 40)
+    assert decode(path).shape == (24, 40, 3)
+    assert np.abs(decode(path).astype(int) - array).mean() < 3
+
+
+@pytest.mark.parametrize("cmyk", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 128, 0, 51), (30, 60, 90, 0), (0, 0, 0, 255)])
+def test_decode_cmyk_jpg(tmp_path, cmyk):
+    Image.new("CMYK", (20, 12), cmyk).save(tmp_path / "a.jpg", quality=95)
+    assert mode_of(tmp_path / "a.jpg") == "CMYK"
+    expected = [255 * (1 - ink / 255) * (1 - cmyk[3] / 255) for ink in cmyk[:3]]
+    assert np.abs(decode(tmp_path / "a.jpg") - np.array(expected)).max() <= 3
+
+
+@pytest.mark.parametrize(("suffix", "channels"), [("png", 4), ("tif", 4), ("webp", 4), ("png", 2)])
+def test_decode_lays_transparent_pixels_on_white(tmp_path, suffix, channels):
+    array = noise(12, 20, channels)
+    array[:4, :, -1], array[4:8, :, -1] = 0, 255
+    options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+    path = save(tmp_path / f"a.{suffix}", array, **options)
+    assert mode_of(path) == ("RGBA" if channels == 4 else "LA")
+    result = decode(path)
+    alpha = array[..., -1:] / 255
+    assert (result[:4] == 255).all()
+    assert (result[4:8] == array[4:8, :, :-1]).all()
+    assert np.abs(result - (alpha * array[..., :-1] + (1 - alpha) * 255)).max() <= 1
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.save(tmp_path / "b.png", transparency=1)
+    assert decode(tmp_path / "b.png").tolist() == [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode", "dtype"),
+    [("png", "I;16", "<u2"), ("tif", "I;16", "<u2"), ("tif", "I;16B", ">u2"), ("tif", "I", "<i4")],
+)
+def test_decode_16_bit(tmp_path, suffix, mode, dtype):
+    values = np.arange(2**16).reshape(128, 512)
+    path = tmp_path / f"a.{suffix}"
+    Image.frombytes(mode, (512, 128), values.astype(dtype).tobytes()).save(path)
+    assert mode_of(path) == mode
+    expected = [[round(value * 255 / 65535) for value in row] for row in values.tolist()]
+    assert np.array_equal(decode(path), as_rgb(expected))
+
+
+def test_decode_float(tmp_path):
+    expected = noise(600, 500)
+    off = np.random.default_rng(1).uniform(-0.49, 0.49, expected.shape)
+    path = save(tmp_path / "a.tif", ((expected + off).clip(0, 255) / 255).astype(np.float32))
+    assert mode_of(path) == "F"
+    assert np.array_equal(decode(path), as_rgb(expected))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [("png", "RGB"), ("png", "I;16"), ("webp", "RGB"), ("tif", "RGB"), ("tif", "L"), ("tif", "I;16"), ("jpg", "RGB")],
+)
+def test_files_are_turned_upright_before_resizing(tmp_path, suffix, kind):
+    """Gray TIFF files too, which Pillow scrambles if it maps them into memory."""
+    array = noise(12, 20, 3) if kind == "RGB" else noise(12, 20)
+    options = {"lossless": True} if suffix == "webp" else {}
+    for orientation, upright in UPRIGHT.items():
+        content = array * np.uint16(257) if kind == "I;16" else array
+        path = save(tmp_path / f"a.{suffix}", content, exif=turned_by(orientation), **options)
+        expected = upright(array if kind == "RGB" else as_rgb(array))
+        assert read_size(path) == decode(path).shape[:2] == expected.shape[:2]
+        if suffix != "jpg":
+            assert np.array_equal(decode(path), expected)
+            assert np.array_equal(decode(path, (9, 7)), decode(save(tmp_path / "b.png", expected), (9, 7)))
+
+
+@pytest.mark.parametrize("size", [(12, 20), (6, 10), (5, 20), (12, 7), (20, 6), (30, 50), (1, 1)])
+def test_images_are_resized_like_by_an_anti_aliased_triangle(tmp_path, size):
+    array = noise(12, 20, 3)
+    result = decode(save(tmp_path / "a.png", array), size)
+    expected = triangle_resized(triangle_resized(array, size[0]).transpose(1, 0, 2), size[1]).transpose(1, 0, 2)
+    assert (result.shape, result.dtype) == ((*size, 3), np.uint8)
+    assert np.abs(result - expected).max() <= 1.01
+
+
+def test_masks_of_any_color_are_read_as_they_are_seen(tmp_path):
+    """A palette mask in near-black blue, and one turned by its EXIF tag."""
+    marked = np.zeros((4, 6), np.uint8)
+    marked[0, :2] = 1
+    palette = Image.fromarray(marked)
+    palette.putpalette([0, 0, 0, 0, 0, 1])
+    palette.save(tmp_path / "a.png")
+    assert np.array_equal(decode_mask(tmp_path / "a.png"), marked > 0)
+    upside_down = np.ascontiguousarray(marked[::-1, ::-1] * 255)
+    assert np.array_equal(decode_mask(save(tmp_path / "b.png", upside_down, exif=turned_by(3))), marked > 0)
+
+
+# Bad files --------------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    """Half of a picture: the header is whole."""
+    save(path, noise(20, 32, 3))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def make_text(path):
+    path.write_text("two roads diverged\nin a yellow wood\n")
+
+
+def make_empty(path):
+    path.write_bytes(b"")
+
+
+def make_gif(path):
+    Image.new("L", (4, 4)).save(path, "GIF")
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp", "bmp"])
+def test_bad_file(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    for call in (decode, decode_mask, read_size):
+        assert error_of(call, path) == "No such file or directory"
+    for spoil in (truncate, make_text, make_empty, make_gif):
+        spoil(path)
+        message = error_of(decode, path)
+        assert message.startswith("not a readable image (")
+        assert message.endswith("); replace or remove it")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 70_000]], np.int32), "gray values from 0 to 70000"),
+        (np.array([[-1, 200]], np.int32), "gray values from -1 to 200"),
+        (np.array([[0, 255]], np.float32), "float values from 0.0 to 255.0"),
+        (np.array([[-0.5, 1]], np.float32), "float values from -0.5 to 1.0"),
+        (np.array([[np.nan, 1]], np.float32), "float values from nan"),
+    ],
+)
+def test_values_without_a_meaning(tmp_path, values, message):
+    assert error_of(decode, save(tmp_path / "a.tif", values)).startswith(message)
+
+
+# Crafted files ----------------------------------------------------------------------------------------------------
+
+
+def tiff(tags):
+    """A small uncompressed gray TIFF file whose header claims something else: {tag: value}, or {tag: (type, number of
+    values)} for values at the end of the file, 8 MB of zeros."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(256, 256)).save(buffer, "TIFF", dpi=(1, 1))
+    content = bytearray(buffer.getvalue())
+    entries = range(content[4] + 2, content[4] + 2 + 12 * content[8], 12)
+    places = {struct.unpack_from("<H", content, place)[0]: place for place in entries}
+    places |= {322: places[282], 323: places[283], 324: places[273], 339: places[296]}  # in place of resolution, strips
+    for tag, value in tags.items():
+        claim = (*value, len(content)) if isinstance(value, tuple) else (4, 1, value)
+        struct.pack_into("<HHII", content, places[tag], tag, *claim)
+    return bytes(content) + bytes(8_000_000 * any(isinstance(value, tuple) for value in tags.values()))
+
+
+def run_length_bmp(width, height):
+    """Rows of one run of one pixel; the rest of a row is background."""
+    header = struct.pack("<2sIIIIIIHHI", b"BM", 0, 0, 1078, 40, width, height, 1, 8, 1)
+    return header + bytes(1044) + b"\1\0\0\0" * height
+
+
+def progressive_jpg(width, height, scans):
+    """The last scan again and again."""
+    buffer = io.BytesIO()
+    Image.new("L", (width, height), 128).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()[:-2]
+    return content + content[content.rindex(b"\xff\xda") :] * scans + b"\xff\xd9"
+
+
+ALLOWED = "allowed: 178956970, 1048576 a side"
+BIG_TIFF = struct.pack("<2sHHHQQ", b"II", 43, 8, 0, 16, 2**63) + 1000 * struct.pack("<HHQQ", 65000, 4, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tiff({256: 2**31 - 1, 257: 2**31 - 1}), f"claims 2147483647x2147483647 pixels; {ALLOWED}"),
+        (tiff({256: 20_000, 257: 9_000, 259: 8}), f"claims 20000x9000 pixels; {ALLOWED}"),
+        (tiff({256: 1, 257: 170_000_000, 259: 8}), f"claims 1x170000000 pixels; {ALLOWED}"),
+        (tiff({256: 1, 257: 10**6, 278: 1, 273: (4, 10**6)}), "claims 1000000 strips or tiles, at most 65536 are read"),
+        (tiff({256: 16_000, 257: 16_000, 322: 16, 323: 16, 324: (4, 10**6)}), "claims 1000000 strips or tiles"),
+        (tiff({324: (4, 2**32 - 1)}), "claims 4294967295 strips or tiles"),
+        (tiff({282: (5, 10**6)}), "claims 1000000 strips or tiles"),  # fractions
+        (BIG_TIFF, "claims 9223372036854775808 strips or tiles"),
+        (tiff({256: 170, 257: 10**6, 278: 1, 258: 16}), "claims 170x1000000 pixels in 65710 bytes"),
+        (tiff({256: 170, 257: 10**6, 278: 1, 258: 32, 339: 3}), "claims 170x1000000 pixels in 65710 bytes"),
+        (tiff({256: 13_000, 257: 13_000, 322: 16, 323: 16, 324: 200}), "claims 13000x13000 pixels in 65710 bytes"),
+        (run_length_bmp(13_000, 13_000), "claims 13000x13000 pixels; allowed: 8388608"),
+        (progressive_jpg(4_000, 3_000, 400), "claims 4000x3000 pixels; allowed: "),
+    ],
+    ids=range(13),
+)
+def test_what_a_file_may_claim(tmp_path, content, message):
+    """Files like these kept Pillow busy for up to 70 seconds."""
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    started = time.monotonic()
+    for call in (decode, read_size):
+        assert error_of(call, path).startswith(message)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        ("PNG", (9_500, 9_500), {}),  # more pixels than Pillow takes without a warning
+        ("TIFF", (3, 60_000), {"compression": "packbits", "strip_size": 3}),  # a strip a row
+        ("JPEG", (4_000, 3_000), {"progressive": True}),
+    ],
+)
+def test_large_files_are_read_in_silence(tmp_path, kind, size, options):
+    path = tmp_path / "a.png"
+    Image.new("1" if kind == "PNG" else "L", size, 255).save(path, kind, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_size(path) == size[::-1]
+        assert (decode(path, (8, 8)) == 255).all()
