@@ -141,6 +141,8 @@ def test_flags_that_contradict_each_other(wrong):
         parsed("--sigma", 3)
     with pytest.raises(SettingError, match="weights"):
         parsed("--no-pretrained", "--weights", "w.pth")
+    with pytest.raises(SettingError, match="not with folds"):
+        parsed("--holdout", 0.2, "--folds", 2)
 
 
 def test_what_is_resumed_is_what_was_asked_for():

@@ -7,7 +7,13 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from conformal import FalseAlarmGuarantee, conformal_threshold, p_values, proportion_interval
+from conformal import (
+    FalseAlarmGuarantee,
+    conformal_threshold,
+    leave_one_out_p_values,
+    p_values,
+    proportion_interval,
+)
 
 # p-values ---------------------------------------------------------------------------------------------------------
 
@@ -30,6 +36,12 @@ def test_p_values_are_those_of_a_slow_loop(count, members):
     scores = torch.randint(-2, 15, (members, 40), generator=generator).double()
     expected = [slow_p_value(scores[:, i].tolist(), [fold.tolist() for fold in normal]) for i in range(40)]
     assert p_values(scores, normal).tolist() == expected
+
+
+def test_p_values_of_normal_images_count_the_others():
+    scores = [0.5, 2.0, 2.0, -1.0, 7.0]
+    slow = [(1 + sum(b >= a for j, b in enumerate(scores) if j != i)) / 5 for i, a in enumerate(scores)]
+    assert leave_one_out_p_values(torch.tensor(scores, dtype=torch.float64)).tolist() == pytest.approx(slow)
 
 
 def test_a_p_value_is_between_the_finest_and_one():
