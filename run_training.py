@@ -238,7 +238,7 @@ def watcher(args: argparse.Namespace, config: Config) -> Callable[[Detector], fl
 def test_auroc(detector: Detector, test: TestSet) -> float:
     from reporting.metrics import evaluate
 
-    return evaluate(detector, test)[-1]["image_auroc"]
+    return evaluate(detector, test).metrics["image_auroc"]
 
 
 def load_watched_test(args: argparse.Namespace, config: Config) -> TestSet | None:

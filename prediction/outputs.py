@@ -226,7 +226,7 @@ class Drawings:
             picture = overlays.overlay(pixels, heat, threshold, outlined)
             write_file(overlays.encoded(picture, targets[0]), targets[0])
         if self.masks:
-            write_file(overlays.encoded(overlays.mask(heat, threshold), targets[-1]), targets[-1])
+            write_file(overlays.encoded(overlays.above_threshold(heat, threshold), targets[-1]), targets[-1])
 
     def name(self, path: str, folders: Sequence[str]) -> list[str]:
         """The files that are drawn of an image, of which none may be in the way of another; see ``add``."""

@@ -1,10 +1,11 @@
-"""Every figure. Numbers and images in, a matplotlib Figure or a PNG file's bytes out.
+"""Draw every figure: numbers and images in, a matplotlib Figure or the content of a PNG file out.
 
-The only module that imports matplotlib or seaborn; computes nothing but what drawing needs. Chooses what a sheet shows.
+The only module that imports matplotlib or seaborn. Computes nothing but what drawing needs. Chooses what a sheet shows.
 """
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,26 +14,65 @@ from torch.nn import functional
 
 from config import Config
 from cutpaste import VARIANTS, VIEWS, make_views
-from dataset import GOOD, TestSet
+from dataset import GOOD
 from detector import Detector, category_seed, stream
 from image_ops import to_float
+from reporting.metrics import Evaluation
 from runtime.files import MARK
 
 NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
+OUTLINE = "#3fd0ff"  # of what is above the threshold, as in overlays.py
 UNTRAINED = "untrained baseline"
 DPI = 120
-CASES_ACROSS = 6  # on a sheet of heat maps
+CASES_ACROSS = 6  # cases side by side on a sheet of heat maps
+WORST = 2  # normal images with the highest scores on such a sheet, and anomalous images with the lowest
 SAMPLE_VIEWS = 60  # normal test images whose augmented views enter the t-SNE plot, at most
-WORST = 2  # normal images with the highest and anomalous ones with the lowest scores on such a sheet
+
+
+# The files of an evaluation ---------------------------------------------------------------------------------------
+
+
+def evaluation_plots(evaluation: Evaluation, untrained: Evaluation | None = None) -> dict[str, bytes]:
+    """Return the PNG files of one category by name: ROC curve, score histogram, t-SNE plot, sheet of heat maps.
+
+    Left out: the ROC curve without both kinds of images, the t-SNE plot of a patch model or of too few images, the
+    sheet without maps. untrained: the evaluation of the untrained baseline, drawn beside the ROC curve.
+    """
+    figures = {}
+    if "image_auroc" in evaluation.metrics:
+        figures["roc"] = roc(evaluation, untrained)
+    figures["histogram"] = score_histogram(evaluation)
+    if evaluation.detector.config.patches is None:
+        embeddings, groups = sample_views(evaluation)
+        if len(embeddings) > 3:
+            figures["tsne"] = tsne(evaluation.category, embeddings, groups)
+    if evaluation.maps is not None:
+        figures["heatmaps"] = heat_sheet(evaluation.detector, choose_cases(evaluation))
+    return {f"{evaluation.category}/{name}.png": png(figure) for name, figure in figures.items()}
+
+
+def summary_plot(rows: Sequence[dict]) -> dict[str, bytes]:
+    """Return the PNG file over all categories by name, from rows of results.csv or seeds.csv; {} if none has an AUC."""
+    rows = [row for row in rows if row["image_auroc"] is not None]
+    return {"summary.png": png(summary(rows))} if rows else {}
+
+
+def png(figure: Figure) -> bytes:
+    """Return the content of a PNG file of the figure, with MARK."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": MARK})
+    return buffer.getvalue()
 
 
 # Sheets -----------------------------------------------------------------------------------------------------------
 
 
 def preview(images: torch.Tensor, names: Sequence[str], config: Config, invisible: dict[str, float]) -> Figure:
-    """A sheet of images (R, 3, H, W) uint8, each beside its views. invisible: of each kind of view the share that shows
-    no difference from the image."""
+    """Draw a sheet of images (R, 3, H, W) uint8, each beside its views.
+
+    names: of the images. invisible: for each kind of view the share that shows no difference from the image.
+    """
     views = VARIANTS[config.variant].views
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
     augmented, _ = make_views(images, config.sample_params(len(images), generator))
@@ -47,35 +87,16 @@ def preview(images: torch.Tensor, names: Sequence[str], config: Config, invisibl
     return views_sheet(cells.permute(0, 1, 3, 4, 2).cpu().numpy(), columns, names)
 
 
-def choose_cases(test: TestSet, scores: np.ndarray, masks: np.ndarray, maps: np.ndarray) -> list[tuple]:
-    """What a sheet of heat maps shows, as ``heat_sheet`` takes it: of each kind the image with the median score, and
-    the worst mistakes."""
-    chosen = {}
-    for kind in dict.fromkeys(test.defect_types):
-        own = np.flatnonzero(np.array(test.defect_types) == kind)
-        chosen[int(own[np.argsort(scores[own])[len(own) // 2]])] = "median"
-    for label, sign, role in ((0, -1, "highest"), (1, 1, "lowest")):
-        own = np.flatnonzero(test.labels == label)
-        chosen |= dict.fromkeys(own[np.argsort(sign * scores[own])][:WORST].tolist(), role)
-    cases = []
-    for index, role in chosen.items():
-        name = "normal" if not test.labels[index] else test.defect_types[index].replace("_", " ")
-        title = f"{name}, {role}\n{test.paths[index].name}: score {scores[index]:.3g}"
-        image = test.images[index].permute(1, 2, 0).numpy() / 255
-        cases.append((title, image, masks[index] if test.with_truth[index] else None, maps[index]))
-    return cases
-
-
 def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Figure:
-    """A sheet of samples. images: (R, C, H, W, 3) in [0, 1], a row an image, a column a view of it."""
+    """Draw a sheet of images (R, C, H, W, 3) in [0, 1], one image a row, one view of it a column."""
     count, views, height, width = images.shape[:4]
     gap = max(2, width // 20)
     down, right = height + gap, width + gap
-    sheet = np.full((count, down, views, right, 3), 0.8, dtype=images.dtype)  # gray between them: some are bright
+    sheet = np.full((count, down, views, right, 3), 0.8, dtype=images.dtype)  # light gray gaps: some images are white
     sheet[:, :height, :, :width] = images.transpose(0, 2, 1, 3, 4).clip(0, 1)
     cell = 1.7
     figure = Figure(figsize=(cell * views + 0.4, cell * height / width * count + 0.4), layout="constrained")
-    axes = figure.subplots()  # one for all: each more would take a tenth of a second
+    axes = figure.subplots()  # one for all cells: each takes a tenth of a second
     axes.imshow(sheet.reshape(count * down, views * right, 3)[:-gap, :-gap])
     axes.set_xticks([column * right + width / 2 for column in range(views)], columns, fontsize=10)
     axes.set_yticks([row * down + height / 2 for row in range(count)], rows, fontsize=9, rotation=90, va="center")
@@ -85,37 +106,70 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
     return figure
 
 
+class Case(NamedTuple):
+    """An image on a sheet of heat maps."""
+
+    title: str
+    image: np.ndarray  # (H, W, 3) in [0, 1]
+    mask: np.ndarray | None  # (H, W) of {0, 1}: ground truth; None if it is missing
+    heat: np.ndarray | None  # (H, W): anomaly map; None for all cases or for none
+
+
+def choose_cases(evaluation: Evaluation) -> list[Case]:
+    """Choose what a sheet of heat maps shows: of each defect type and of the normal images the one with the median
+    score, and the worst mistakes."""
+    test, scores = evaluation.test, evaluation.scores
+    roles = {}
+    for defect_type in dict.fromkeys(test.defect_types):
+        numbers = np.flatnonzero(np.array(test.defect_types) == defect_type)
+        roles[int(numbers[np.argsort(scores[numbers])[len(numbers) // 2]])] = "median"
+    for label, sign, role in ((0, -1, "highest"), (1, 1, "lowest")):
+        numbers = np.flatnonzero(test.labels == label)
+        roles |= dict.fromkeys(numbers[np.argsort(sign * scores[numbers])][:WORST].tolist(), role)
+    cases = []
+    for i, role in roles.items():
+        title = f"{_words(test.defect_types[i])}, {role}\n{test.paths[i].name}: score {scores[i]:.3g}"
+        mask = evaluation.masks[i] if test.with_truth[i] else None
+        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i]))
+    return cases
+
+
+def _words(defect_type: str) -> str:
+    """Return the name of a defect type's folder as a person would write it."""
+    return "normal" if defect_type == GOOD else defect_type.replace("_", " ")
+
+
 def heat_sheet(
-    category: str,
-    cases: Sequence[tuple[str, np.ndarray, np.ndarray | None, np.ndarray | None]],
-    threshold: float | None,
-    unit: str,
+    detector: Detector,
+    cases: Sequence[Case],
     shows: str = "image, defect as marked, heat map",
+    unit: str = "",
     with_masks: bool = True,
 ) -> Figure:
-    """Images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colors.
+    """Draw images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colors.
 
-    cases: title, image (H, W, 3) in [0, 1], mask (H, W) of {0, 1} or None if it is missing, map (H, W), or None for all
-    of them. threshold: the level that an image's maximum is held against, drawn as an outline; None draws none. shows:
-    what the sheet does, in words.
+    For a patch model an outline shows where the map is above the detector's threshold. shows: what is on the sheet, in
+    words. unit: of a patch model's maps; default: that of the detector's scores.
     """
-    height, width = cases[0][1].shape[:2]
-    bands, kinds = -(-len(cases) // CASES_ACROSS), 3 if with_masks else 2
+    category, patches = detector.config.category, detector.config.patches
+    threshold = detector.threshold.item() if patches else None
+    height, width = cases[0].image.shape[:2]
+    bands, per_case = -(-len(cases) // CASES_ACROSS), 3 if with_masks else 2
     across = -(-len(cases) // bands)  # bands of about the same length
     side = 1.75
-    size = (side * across + 1.2, bands * (kinds * side * height / width + 0.5) + 0.5)
+    size = (side * across + 1.2, bands * (per_case * side * height / width + 0.5) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(kinds * bands, across, squeeze=False)
-    maps = [case[3] for case in cases if case[3] is not None]
+    grid = figure.subplots(per_case * bands, across, squeeze=False)
+    maps = [case.heat for case in cases if case.heat is not None]
     low, high = np.quantile(np.stack(maps), [0.02, 0.998]) if maps else (0, 1)
     high = max(high, low + 1e-9)
-    if threshold is not None:  # never out of sight, and not below the middle of the colors: faint defects show too
+    if threshold is not None:  # always within the colors, and not below their middle: faint defects show too
         high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
     for axes in grid.flat:
         axes.set_axis_off()
     for number, (title, image, mask, heat) in enumerate(cases):
         band, column = divmod(number, across)
-        top, *middle, bottom = grid[kinds * band : kinds * (band + 1), column]
+        top, *middle, bottom = grid[per_case * band : per_case * (band + 1), column]
         top.imshow(image.clip(0, 1))
         top.set_title(title, fontsize=7.5)
         for axes in middle:
@@ -128,60 +182,51 @@ def heat_sheet(
         bottom.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
         colors = bottom.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.75)
         if threshold is not None and heat.min() < threshold < heat.max():
-            bottom.contour(heat, [threshold], colors="#3fd0ff", linewidths=1)
+            bottom.contour(heat, [threshold], colors=OUTLINE, linewidths=1)
     note = "" if threshold is None else "; blue outline: above the threshold"
     figure.suptitle(f"{category}: {shows}{note}", fontsize=11)
     if maps:
-        _color_bar(figure, colors, grid, threshold, unit)
+        bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
+        bar.solids.set_alpha(1)
+        unit = (unit or detector.unit) if patches else "Grad-CAM of the score (no unit)"
+        bar.set_label(f"{unit}, higher is more anomalous", fontsize=9)
+        if threshold is not None:
+            bar.ax.axhline(threshold, color=OUTLINE, linewidth=2)
     return figure
-
-
-def _color_bar(figure: Figure, colors, grid: np.ndarray, threshold: float | None, unit: str) -> None:
-    bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
-    bar.solids.set_alpha(1)
-    bar.set_label(f"{unit}, higher is more anomalous", fontsize=9)
-    if threshold is not None:
-        bar.ax.axhline(threshold, color="#3fd0ff", linewidth=2)
 
 
 # Charts -----------------------------------------------------------------------------------------------------------
 
 
-def png(figure: Figure) -> bytes:
-    """Return the content of a PNG file of the figure, with MARK."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": MARK})
-    return buffer.getvalue()
-
-
-def new_axes(width: float, height: float):
+def _new_axes(width: float, height: float, count: int = 1, grid: str = "0.9") -> tuple[Figure, np.ndarray]:
+    """Return a figure of a size in inches and its ``count`` axes, one below the other; grid: the color of its lines."""
     import seaborn  # imported late: with scipy and pandas it takes seconds, and no training needs it
 
-    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-    seaborn.despine(ax=axes)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": grid}):
+        axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    seaborn.despine(figure)
     return figure, axes
 
 
-def roc(category: str, labels: np.ndarray, scores: np.ndarray, untrained: np.ndarray | None = None) -> Figure:
-    """ROC curve of labels (M,) in {0, 1} and scores (M,); untrained: those of the untrained baseline, drawn dashed."""
-    from sklearn.metrics import roc_auc_score, roc_curve
+def roc(evaluation: Evaluation, untrained: Evaluation | None = None) -> Figure:
+    """Draw the ROC curve of the test images, and that of the untrained baseline, dashed, below it."""
+    from sklearn.metrics import roc_curve
 
-    figure, axes = new_axes(5, 4.6)
+    figure, (axes,) = _new_axes(5, 4.6)
     axes.plot([0, 1], [0, 1], color="0.75", linestyle=":", label="chance")
-    for values, name, style, color in (
+    for curve, name, style, color in (
         (untrained, UNTRAINED, "--", "0.45"),
-        (scores, "detector", "-", ANOMALY_COLOR),
+        (evaluation, "detector", "-", ANOMALY_COLOR),
     ):
-        if values is not None:
-            false_alarms, found, _ = roc_curve(labels, values)
-            area = roc_auc_score(labels, values)
-            axes.plot(false_alarms, found, style, color=color, linewidth=2, label=f"{name}, AUROC {area:.3f}")
+        if curve is not None:
+            false_alarms, detections, _ = roc_curve(curve.test.labels, curve.scores)
+            label = f"{name}, AUROC {curve.metrics['image_auroc']:.3f}"
+            axes.plot(false_alarms, detections, style, color=color, linewidth=2, label=label)
     axes.set(
         xlabel="share of normal images called anomalous",
         ylabel="share of anomalous images found",
-        title=f"{category}: ROC curve",
+        title=f"{evaluation.category}: ROC curve",
         xlim=(-0.01, 1.01),
         ylim=(-0.01, 1.01),
         aspect="equal",
@@ -190,40 +235,40 @@ def roc(category: str, labels: np.ndarray, scores: np.ndarray, untrained: np.nda
     return figure
 
 
-def score_histogram(
-    category: str, scores: np.ndarray, defect_types: Sequence[str], threshold: float, line: str, unit: str
-) -> Figure:
-    """Test scores (M,), normal against each defect type, one strip a type, and the threshold; line: what that is."""
-    import seaborn
-
-    kinds = list(dict.fromkeys(defect_types))
-    figure = Figure(figsize=(6.6, 1.05 * len(kinds) + 1.4), layout="constrained")
-    with seaborn.axes_style("whitegrid", {"grid.color": "0.92", "axes.edgecolor": "0.6"}):
-        grid = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+def score_histogram(evaluation: Evaluation) -> Figure:
+    """Draw a strip of test scores for each defect type and one for normal images, and the threshold."""
+    detector, scores, defect_types = evaluation.detector, evaluation.scores, np.array(evaluation.test.defect_types)
+    threshold = detector.threshold.item()
+    kinds = list(dict.fromkeys(evaluation.test.defect_types))
+    figure, grid = _new_axes(6.6, 1.05 * len(kinds) + 1.4, len(kinds), "0.92")
     edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
     for axes, kind in zip(grid, kinds):
-        own = scores[np.array(defect_types) == kind]
+        values = scores[defect_types == kind]
         color = NORMAL_COLOR if kind == GOOD else ANOMALY_COLOR
-        axes.hist(own, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
+        axes.hist(values, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
         axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
-        name = "normal" if kind == GOOD else kind.replace("_", " ")
-        above = (own > threshold).sum()
-        axes.set_title(f"{name}: {above} of {len(own)} above", loc="left", fontsize=9, pad=3)
+        title = f"{_words(kind)}: {(values > threshold).sum()} of {len(values)} above"
+        axes.set_title(title, loc="left", fontsize=9, pad=3)
         axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
         axes.grid(axis="x", visible=False)
-        seaborn.despine(ax=axes)
-    figure.suptitle(f"{category}: scores of the test images\ndashed: threshold, {line}", fontsize=11)
-    grid[-1].set_xlabel(f"{unit}, higher is more anomalous")
+    if detector.guarantee.holds:
+        meaning = f"for {100 * detector.config.false_alarm_rate:g} % false alarms"
+    else:
+        meaning = "the largest score of normal images"
+    title = f"{evaluation.category}: scores of the test images\ndashed: threshold, {meaning}"
+    figure.suptitle(title, fontsize=11)
+    grid[-1].set_xlabel(f"{detector.unit}, higher is more anomalous")
     figure.supylabel("images", fontsize=10)
     return figure
 
 
-def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[str]]:
-    """Embeddings of the test images and of augmented views of the normal ones, which the network has never seen, and
-    the group of each: normal, anomalous, or the name of a view."""
+def sample_views(evaluation: Evaluation) -> tuple[np.ndarray, list[str]]:
+    """Return embeddings (N, D) of the test images and of augmented views of the normal ones, which the network has
+    never seen, and the group of each: normal, anomalous, or the name of a view."""
+    detector, test = evaluation.detector, evaluation.test
 
     def embed(prepared: torch.Tensor) -> torch.Tensor:
-        member = detector.members[0]  # each network has an embedding of its own
+        member = detector.members[0]  # the networks of an ensemble have no common embedding
         return member.levels[-1].project(member.embed(prepared)[-1])[:, 0].cpu()
 
     parts = list(stream(detector, test.images, embed))
@@ -237,19 +282,19 @@ def sample_views(detector: Detector, test: TestSet) -> tuple[np.ndarray, list[st
 
 
 def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure:
-    """t-SNE of embeddings (N, D), as in the paper's Figure 3. groups: of each, normal, anomalous or a view's name."""
+    """Draw the t-SNE of embeddings (N, D), as in the paper's Figure 3. groups: N names, as of sample_views."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(embeddings) - 1) / 3)
     points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(embeddings.astype(np.float32))
-    figure, axes = new_axes(6, 5)
+    figure, (axes,) = _new_axes(6, 5)
     views = [name for name in dict.fromkeys(groups) if name in VIEWS]
     styles = {name: (VIEWS[name].title, VIEWS[name].color) for name in views}
-    # the order of drawing: what was made up below what is real
+    # drawn in this order: real images above made-up ones
     styles |= {"normal": ("normal", NORMAL_COLOR), "anomalous": ("anomalous", ANOMALY_COLOR)}
     for name, (title, color) in styles.items():
-        own = points[np.array(groups) == name]
-        axes.scatter(own[:, 0], own[:, 1], s=22, color=color, edgecolor="white", linewidth=0.4, label=title)
+        x, y = points[np.array(groups) == name].T
+        axes.scatter(x, y, s=22, color=color, edgecolor="white", linewidth=0.4, label=title)
     axes.set(title=f"{category}: t-SNE of test images and their augmented views", xticks=[], yticks=[])
     axes.set(xlabel="t-SNE, no unit", ylabel="t-SNE, no unit")
     axes.legend(loc="best", frameon=True, fontsize=9)
@@ -257,28 +302,23 @@ def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure
 
 
 def enough(category: str, rows: Sequence[dict]) -> Figure:
-    """What new normal images score, and below it the image AUROC if rows have one, against the number of normal images
-    in the density; from rows of enough.csv. Dots are subsets, lines their means."""
-    import seaborn
-
+    """Draw what new normal images score against the number of normal images in the density, and below it the image
+    AUROC if there is one; from rows of enough.csv. A dot is one subset, a line the mean of subsets of one size."""
     panels = (("median", "quantile_90"), ("image_auroc",))[: 1 if rows[0]["image_auroc"] is None else 2]
     styles = {"median": ("median", NORMAL_COLOR, 1), "quantile_90": ("90 % quantile", "#e8a33d", 1)}
     styles["image_auroc"] = ("image AUROC of the test images", ANOMALY_COLOR, 100)
-    figure, counts = Figure(figsize=(5.6, 2.9 * len(panels)), layout="constrained"), [row["images"] for row in rows]
-    counts = sorted(set(counts))
-    with seaborn.axes_style("whitegrid", {"axes.edgecolor": "0.6", "grid.color": "0.9"}):
-        grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, names in zip(grid, panels):
-        for name in names:
-            title, color, factor = styles[name]
-            dots = [(row["images"], factor * row[name]) for row in rows]
-            means = [np.mean([value for count, value in dots if count == each]) for each in counts]
+    counts = sorted({row["images"] for row in rows})
+    figure, grid = _new_axes(5.6, 2.9 * len(panels), len(panels))
+    for axes, columns in zip(grid, panels):
+        for column in columns:
+            title, color, factor = styles[column]
+            dots = [(row["images"], factor * row[column]) for row in rows]
+            means = [np.mean([value for images, value in dots if images == count]) for count in counts]
             axes.plot(counts, means, color=color, label=title)
             axes.scatter(*zip(*dots), s=14, color=color, alpha=0.6, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, map(str, counts))
         axes.legend(frameon=True, fontsize=9)
-        seaborn.despine(ax=axes)
     grid[0].set(title=f"{category}: what more normal images bring", ylabel="score of new normal ones\n(deviations)")
     if len(panels) > 1:
         grid[1].set(ylabel="percent")
@@ -287,12 +327,12 @@ def enough(category: str, rows: Sequence[dict]) -> Figure:
 
 
 def summary(rows: Sequence[dict]) -> Figure:
-    """Image AUROC of each category, from rows of results.csv that have one, and their mean, in percent; those of the
-    untrained baseline, if all rows have them, as marks."""
+    """Draw the image AUROC of each category and their mean, in percent, from rows of results.csv that have one; the
+    untrained baseline's as marks, if all rows have it."""
     categories, values, untrained = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
     names = [*categories, "average"]
     percent = 100 * np.append(values, np.mean(values))
-    figure, axes = new_axes(6.4, 0.38 * len(names) + 1.3)
+    figure, (axes,) = _new_axes(6.4, 0.38 * len(names) + 1.3)
     colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]
     axes.barh(names, percent, color=colors, height=0.65)
     if None not in untrained:

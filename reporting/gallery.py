@@ -1,4 +1,4 @@
-"""The HTML report: every image of one or several categories by its score, in one file that needs no other.
+"""Make the HTML report: every image of one or several categories, sorted by score, in one file that needs no other.
 
 Owns which images it shows and how; the page itself is gallery.html.
 """
@@ -7,6 +7,7 @@ import base64
 import heapq
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from markupsafe import Markup, escape
 from PIL import Image
 from torch import Tensor
 
-from dataset import TestSet
 from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
+from reporting.overlays import overlay
 from runtime.files import MARK
 
+MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 MB at most
 THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
 LOWEST_QUALITY = 20
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
@@ -30,39 +32,99 @@ WIDTH, ROC_HEIGHT, STRIP_HEIGHT, STRIP_GAP, BINS = 280, 200, 82, 26, 40  # of th
 
 @dataclass(frozen=True)
 class Tile:
-    """An image. label: 0 normal, 1 anomalous, None unknown. defect_type: "" without a label. image, overlay: JPEG
-    files, the second with the heat map; None without one."""
+    """An image on a page."""
 
     name: str
-    defect_type: str
-    label: int | None
+    defect_type: str  # "" without a label
+    label: int | None  # 0 normal, 1 anomalous, None unknown
     score: float
     p_value: float
-    image: bytes
-    overlay: bytes | None
+    image: bytes  # JPEG file
+    overlay: bytes | None  # JPEG file of the image under its heat map
 
 
 @dataclass(frozen=True)
 class Page:
-    """A category. unit: of the score. rate: images with p_value <= rate are called anomalous. count: n, the normal
-    images that p-values come from, each a whole number of (n + 1)-ths. promise: a sentence or two on what the rate
-    promises. auroc: a fraction, None without labels."""
+    """A category in the report; plain, so that ranks can send it."""
 
-    category: str
-    unit: str
-    rate: float
-    count: int
-    guarantee: str
-    auroc: float | None
+    category: str  # its title
+    unit: str  # of the scores
+    rate: float  # images with p_value <= rate are called anomalous
+    count: int  # n: number of calibration scores; each p-value is a whole number of (n + 1)-ths
+    guarantee: str  # a sentence or two on what the rate promises
+    auroc: float | None  # a fraction; None without both kinds of labels
     tiles: Sequence[Tile]
+
+
+# From what the detector says to pages -----------------------------------------------------------------------------
+
+
+def gallery_page(evaluation: Evaluation, seed: str = "") -> Page:
+    """Return the page of a category's test images. seed: the name of the seed's folder, if there are several."""
+    test, tiles = evaluation.test, []
+    for i, path in enumerate(test.paths):
+        heat = None if evaluation.maps is None else evaluation.maps[i]
+        pictures = _pictures(evaluation.detector, test.images[i], heat)
+        score, p_value = evaluation.scores[i].item(), evaluation.p_values[i].item()
+        name = f"{path.parent.name}/{path.name}"
+        tiles.append(Tile(name, test.defect_types[i], int(test.labels[i]), score, p_value, *pictures))
+    title = " ".join(filter(None, (evaluation.category, seed)))
+    return _page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc"))
+
+
+class Gallery:
+    """Collect tiles of images without labels while they are scored; of more than MAX_TILES those with the highest
+    scores."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector, self.count = detector, 0
+        self.heap: list[tuple[float, int, Tile]] = []  # the lowest score first, of equal scores the latest image
+
+    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
+        """Add images, by path and as (B, 3, H, W) uint8, with what the detector says of them."""
+        maps = [None] * len(paths) if prediction.maps is None else prediction.maps.cpu().numpy()
+        scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
+        for path, image, heat, score, p_value in zip(paths, pixels, maps, scores, p_values):
+            self.count += 1
+            full = len(self.heap) == MAX_TILES
+            if full and score <= self.heap[0][0]:
+                continue
+            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat))
+            (heapq.heappushpop if full else heapq.heappush)(self.heap, (score, -self.count, tile))
+
+    def on_end(self) -> None:
+        """Nothing is left to do."""
+
+    def page(self) -> Page:
+        """Return the page of the images so far."""
+        tiles = [tile for *_, tile in self.heap]
+        note = f". The {len(tiles)} images with the highest scores, of {self.count}" * (self.count > len(tiles))
+        return _page(self.detector, tiles, self.detector.config.category, None, note)
+
+
+def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
+    guarantee = detector.guarantee
+    return Page(title, detector.unit, guarantee.rate, guarantee.count, guarantee.words() + note, auroc, tiles)
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
+def _pictures(detector: Detector, image: Tensor, heat: np.ndarray | None) -> tuple[bytes, bytes | None]:
+    """Return the JPEG files of a tile: of an image (3, H, W) uint8, and with its map (H, W) if that is a patch model's,
+    whose scale the threshold gives."""
+    pixels = image.permute(1, 2, 0).cpu().numpy()
+    if heat is None or detector.config.patches is None:
+        return thumbnail(pixels), None
+    drawn = overlay(pixels, heat, detector.threshold.item(), outlined=True)
+    return thumbnail(pixels), thumbnail(np.asarray(drawn))
+
+
 def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
-    """A JPEG file of an image (H, W, 3) uint8, its longest side at most ``side`` pixels. The quality goes down from
-    ``quality`` until the file has at most THUMBNAIL_BYTES."""
+    """Return a JPEG file of an image (H, W, 3) uint8, its longest side at most ``side`` pixels.
+
+    The quality goes down from ``quality`` until the file has at most THUMBNAIL_BYTES.
+    """
     small = Image.fromarray(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     while True:
@@ -74,6 +136,7 @@ def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
 
 
 def data_uri(jpeg: bytes) -> str:
+    """Return a JPEG file as the address of an image in HTML."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
@@ -81,7 +144,7 @@ def data_uri(jpeg: bytes) -> str:
 
 
 def render(pages: Sequence[Page], title: str) -> str:
-    """The HTML file of all categories. It can be written as UTF-8 whatever the names hold."""
+    """Return the HTML file of all categories. It can be written as UTF-8 whatever bytes the files' names hold."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -96,8 +159,9 @@ def render(pages: Sequence[Page], title: str) -> str:
 
 
 def as_text(value: object) -> object:
-    """What jinja2 escapes, with two things that it leaves: carriage returns, which HTML would turn into line feeds, and
-    the halves of characters that stand for undecodable bytes in names of files, which no UTF-8 file can hold."""
+    """Return a value as jinja2 escapes it, and escape two things that it does not: carriage returns, which HTML would
+    turn into line feeds, and surrogates, which stand for undecodable bytes in file names and which no UTF-8 file can
+    hold."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     valid = value.encode("utf-8", "backslashreplace").decode()
@@ -105,24 +169,17 @@ def as_text(value: object) -> object:
 
 
 def short(value: float) -> str:
-    """Three digits, as the script in the page writes them."""
+    """Return a number with three digits, as the script in the page writes them."""
     return f"{value:.3g}"
 
 
 def section(page: Page) -> dict:
-    """What gallery.html needs of a category."""
+    """Return what gallery.html needs of a category."""
     tiles = sorted(page.tiles, key=lambda tile: -tile.score)
     normal, anomalous = ([tile.score for tile in tiles if tile.label == label] for label in (0, 1))
-    chosen = math.floor(page.rate * (page.count + 1) + 1e-6)
-    levels = slider_levels(page.count, chosen)
-    kinds = {}
-    for tile in tiles:
-        if tile.label is not None:
-            kinds[tile.defect_type] = kinds.get(tile.defect_type, 0) + 1
-    if normal or anomalous:
-        groups = [(name, own) for name, own in (("normal", normal), ("anomalous", anomalous)) if own]
-    else:
-        groups = [("images", [tile.score for tile in tiles])]
+    rank = math.floor(page.rate * (page.count + 1) + 1e-6)
+    levels = slider_levels(page.count, rank)
+    groups = [(name, scores) for name, scores in (("normal", normal), ("anomalous", anomalous)) if scores]
     return {
         "page": page,
         "tiles": tiles,
@@ -130,21 +187,21 @@ def section(page: Page) -> dict:
         "normal": len(normal),
         "anomalous": len(anomalous),
         "levels": levels,
-        "start": levels.index(chosen),
-        "kinds": sorted(kinds.items()),
+        "start": levels.index(rank),
+        "kinds": sorted(Counter(tile.defect_type for tile in tiles if tile.label is not None).items()),
         "with_maps": any(tile.overlay for tile in tiles),
         "aspect": aspect(tiles),
         "roc": roc_path(np.array(normal), np.array(anomalous)) if normal and anomalous else None,
-        "histogram": histogram(groups) if tiles else None,
+        "histogram": histogram(groups or [("images", [tile.score for tile in tiles])]) if tiles else None,
         "width": WIDTH,
         "roc_height": ROC_HEIGHT,
     }
 
 
-def slider_levels(count: int, chosen: int) -> list[int]:
-    """The numerators k of the p-values k / (count + 1) that the slider can be set to, ascending, ``chosen`` and
-    count + 1 among them."""
-    levels, k = {chosen}, 1
+def slider_levels(count: int, rank: int) -> list[int]:
+    """Return the numerators k of the p-values k / (count + 1) that the slider can be set to, ascending; ``rank``, the
+    level in use, and count + 1 are among them."""
+    levels, k = {rank}, 1
     while k <= count:
         levels.add(k)
         k = max(k + 1, round(1.02 * k)) if k >= EVERY_LEVEL else k + 1
@@ -152,7 +209,7 @@ def slider_levels(count: int, chosen: int) -> list[int]:
 
 
 def aspect(tiles: Sequence[Tile]) -> float:
-    """Width / height of the frames of the pictures: that of the median picture, within what a grid bears."""
+    """Return width / height of the pictures' frames: the median of the pictures', but neither narrow nor flat."""
     sizes = [Image.open(io.BytesIO(tile.image)).size for tile in tiles]
     return float(np.clip(np.median([width / height for width, height in sizes]), 0.6, 1.8)) if sizes else 1.0
 
@@ -161,106 +218,43 @@ def aspect(tiles: Sequence[Tile]) -> float:
 
 
 def roc_points(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """From scores (N,), (A,) the shares (T,), (T,) of normal and anomalous images at or above each score, from none to
-    all."""
+    """Return the shares (T,), (T,) of normal and anomalous images at or above each score, from none to all, of scores
+    (N,), (A,)."""
     levels = np.unique(np.concatenate([normal, anomalous]))[::-1]
-    shares = [1 - np.searchsorted(np.sort(own), levels, "left") / len(own) for own in (normal, anomalous)]
+    shares = [1 - np.searchsorted(np.sort(scores), levels, "left") / len(scores) for scores in (normal, anomalous)]
     return np.append(0.0, shares[0]), np.append(0.0, shares[1])
 
 
 def roc_path(normal: np.ndarray, anomalous: np.ndarray) -> str:
-    """The curve as the d of an SVG path, from the lower left to the upper right of (WIDTH, ROC_HEIGHT)."""
+    """Return the ROC curve as the d of an SVG path, from the lower left to the upper right of (WIDTH, ROC_HEIGHT)."""
     return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(*roc_points(normal, anomalous)))
 
 
 def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
-    """Bars of groups of scores, a strip a group, above a common axis. groups: name, scores, of which there is at least
-    one. Returns low and high, the ends of the axis; ticks: place, text; strips; the height of all."""
-    everything = np.concatenate([own for _, own in groups])
+    """Return the bars of groups of scores, a strip for each group, above a common axis.
+
+    groups: name and scores, at least one. Returns low and high, the ends of the axis; its ticks as place and text; the
+    strips; and measures of length.
+    """
+    everything = np.concatenate([scores for _, scores in groups])
     low, high = float(everything.min()), float(everything.max())
     if low == high:
         low, high = low - 0.5 * max(1, abs(low)), high + 0.5 * max(1, abs(high))
     strips = []
-    for number, (name, own) in enumerate(groups):
-        found = np.histogram(own, BINS, (low, high))[0]
-        heights = STRIP_HEIGHT * found / found.max()
+    for number, (name, scores) in enumerate(groups):
+        counts = np.histogram(scores, BINS, (low, high))[0]
+        heights = STRIP_HEIGHT * counts / counts.max()
         bars = [(WIDTH * k / BINS, STRIP_HEIGHT - height, height) for k, height in enumerate(heights) if height]
         y = STRIP_GAP + number * (STRIP_HEIGHT + STRIP_GAP)
-        strips.append({"name": name, "total": len(own), "most": found.max(), "bars": bars, "y": y})
+        strips.append({"name": name, "total": len(scores), "highest": counts.max(), "bars": bars, "y": y})
     ticks = [((value - low) / (high - low) * WIDTH, f"{value:g}") for value in round_values(low, high)]
     height = len(groups) * (STRIP_HEIGHT + STRIP_GAP)
     shape = {"bar": WIDTH / BINS, "strip": STRIP_HEIGHT, "height": height}
     return {"low": low, "high": high, "ticks": ticks, "strips": strips} | shape
 
 
-def round_values(low: float, high: float, most: int = 5) -> list[float]:
-    """Values of few digits and equal steps within low < high, about ``most`` of them."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+def round_values(low: float, high: float, count: int = 5) -> list[float]:
+    """Return values of few digits and equal steps within low < high, about ``count`` of them."""
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-MOST_TILES = 1000  # of images that have no labels: with heat maps 30 MB at most
-
-
-# The HTML report --------------------------------------------------------------------------------------------------
-
-
-def gallery_page(detector: Detector, test: TestSet, found: Evaluation, seed: str) -> "Page":
-    """A category's test images for the HTML report."""
-    tiles = []
-    for i, path in enumerate(test.paths):
-        about = {"defect_type": test.defect_types[i], "label": int(test.labels[i])}
-        about |= {"score": found.scores[i].item(), "p_value": found.p_values[i].item()}
-        heat = None if found.maps is None else found.maps[i]
-        tiles.append(tile(detector, f"{path.parent.name}/{path.name}", test.images[i], heat, about))
-    return page(detector, tiles, " ".join(filter(None, (detector.config.category, seed))), found.metrics)
-
-
-class Gallery:
-    """Tiles of images without labels as they are scored; of more than MOST_TILES those with the highest scores."""
-
-    def __init__(self, detector: Detector) -> None:
-        self.detector, self.count = detector, 0
-        self.kept: list[tuple[float, int, Tile]] = []  # a heap, the lowest score first, of equal ones the last
-
-    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
-        """Images by path, (B, 3, H, W) uint8, and what the detector says of them."""
-        maps = [None] * len(paths) if prediction.maps is None else prediction.maps.cpu().numpy()
-        for path, image, heat, score, p in zip(
-            paths, pixels, maps, prediction.scores.tolist(), prediction.p_values.tolist()
-        ):
-            self.count += 1
-            if len(self.kept) == MOST_TILES and score <= self.kept[0][0]:
-                continue
-            about = {"defect_type": "", "label": None, "score": score, "p_value": p}
-            new = (score, -self.count, tile(self.detector, path, image, heat, about))
-            (heapq.heappushpop if len(self.kept) == MOST_TILES else heapq.heappush)(self.kept, new)
-
-    def on_end(self) -> None:
-        """Nothing is left to do."""
-
-    def page(self) -> "Page":
-        tiles = [each for *_, each in self.kept]
-        more = f". The {len(tiles)} images with the highest scores, of {self.count}" * (self.count > len(tiles))
-        return page(self.detector, tiles, self.detector.config.category, {}, more)
-
-
-def tile(detector: Detector, name: str, image: Tensor, heat: np.ndarray | None, about: dict) -> "Tile":
-    """An image (3, H, W) uint8, of a patch model with its map (H, W) in the detector's own scale."""
-    from reporting.gallery import Tile, thumbnail
-
-    pixels, drawn = image.permute(1, 2, 0).cpu().numpy(), None
-    if detector.config.patches and heat is not None:
-        from reporting.overlays import overlay
-
-        drawn = thumbnail(np.asarray(overlay(pixels, heat, detector.threshold.item(), outlined=True)))
-    return Tile(name, image=thumbnail(pixels), overlay=drawn, **about)
-
-
-def page(detector: Detector, tiles: "list[Tile]", title: str, metrics: dict, more: str = "") -> "Page":
-    from reporting.gallery import Page
-
-    guarantee = detector.guarantee
-    auroc, words = metrics.get("image_auroc"), guarantee.words() + more
-    return Page(title, detector.unit, guarantee.rate, guarantee.count, words, auroc, tiles)

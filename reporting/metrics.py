@@ -1,24 +1,66 @@
 """Score a test set, and say how good the scores are: image AUROC, AUPRC, best F1, pixel AUROC, AUPRO.
 
-Higher scores mean more anomalous; label 1 is anomalous. Figures of images come from scikit-learn's curves.
+Higher scores mean more anomalous; label 1 is anomalous. Image metrics come from scikit-learn's curves.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from dataset import TestSet
 from detector import Detector, stream
 
-if TYPE_CHECKING:
-    pass
-
-
 AUPRO_LIMIT = 0.3  # largest false-positive rate that enters the AUPRO: the field's standard
 
 
+# The evaluation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold what a detector says of a test set, and how good that is. Passed whole to tables, figures and the report."""
+
+    detector: Detector
+    test: TestSet
+    scores: np.ndarray  # (M,) float64, higher is more anomalous, in the detector's unit
+    p_values: np.ndarray  # (M,) float64
+    maps: np.ndarray | None  # (M, H, W) float32: anomaly maps
+    masks: np.ndarray | None  # (M, H, W) uint8: ground truth, 1 is defective; None where there are no maps
+    metrics: dict[str, float]  # those of image_metrics and pixel_metrics that the labels and masks allow
+
+    @property
+    def category(self) -> str:
+        return self.detector.config.category
+
+
+def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
+    """Score the test images; make anomaly maps too if there are masks (M, H, W) to compare them with.
+
+    Image metrics need both normal and anomalous images, pixel metrics both normal and defective pixels; else they are
+    left out.
+    """
+    explain = masks is not None and detector.config.patches is None  # heat of an image-level model is Grad-CAM
+    scores, p_values, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
+    maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
+    for prediction in stream(detector, test.images, lambda prepared: detector.predict_prepared(prepared, explain)):
+        part = slice(done, done := done + len(prediction.scores))
+        scores[part], p_values[part] = prediction.scores.cpu().numpy(), prediction.p_values.cpu().numpy()
+        if maps is not None:
+            maps[part] = detector.heat(prediction).cpu().numpy()
+    metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
+    if masks is not None:
+        known = test.with_truth
+        truth = masks[known]
+        if truth.any() and not truth.all():
+            metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
+    return Evaluation(detector, test, scores, p_values, maps, masks, metrics)
+
+
+# Images -----------------------------------------------------------------------------------------------------------
+
+
 def image_metrics(labels, scores) -> dict[str, float]:
-    """image_auroc, image_auprc (average precision) and best_f1, fractions in [0, 1].
+    """Return image_auroc, image_auprc (average precision) and best_f1, fractions in [0, 1].
 
     labels: (N,) of 0 (normal) and 1 (anomalous); scores: (N,) finite. The best F1 is taken over all thresholds, so it
     is an upper bound that knows the test labels, not a decision rule.
@@ -34,7 +76,7 @@ def image_metrics(labels, scores) -> dict[str, float]:
 
 
 def auroc(labels, scores) -> float:
-    """Area under the ROC curve, in [0, 1]; equal scores count half."""
+    """Return the area under the ROC curve, in [0, 1]; equal scores count half."""
     from sklearn.metrics import roc_auc_score
 
     labels, scores = _check(labels, scores)
@@ -42,7 +84,7 @@ def auroc(labels, scores) -> float:
 
 
 def best_f1(labels, scores) -> float:
-    """The largest F1 of the anomalous class over all thresholds, in [0, 1]."""
+    """Return the largest F1 of the anomalous class over all thresholds, in [0, 1]."""
     from sklearn.metrics import precision_recall_curve
 
     labels, scores = _check(labels, scores)
@@ -67,14 +109,14 @@ def _check(labels, scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pixel_metrics(masks, maps) -> dict[str, float]:
-    """pixel_auroc and aupro, fractions in [0, 1], of all pixels of all test images together.
+    """Return pixel_auroc and aupro, fractions in [0, 1], of all pixels of all test images together.
 
     masks: (M, H, W) of 0 (normal) and 1 (defective); maps: (M, H, W) float32, finite.
     AUPRO: the area under the curve of per-region overlap (the share of each defect that is found, averaged over the
     defects; pixels that touch, also at a corner, are one defect) against the false-positive rate, up to AUPRO_LIMIT,
     divided by that limit.
-    Both are exact: each distinct score is a threshold. The curves only rise at scores of defective pixels, so those
-    are the thresholds that are looked at, and normal pixels are sorted and counted.
+    Both are exact: each distinct score is a threshold. The curves only rise at scores of defective pixels, so only
+    those scores are visited; normal pixels are sorted and counted.
     Raises ValueError if all pixels are of one kind or a score is not finite.
     """
     from sklearn.metrics import auc
@@ -88,22 +130,23 @@ def pixel_metrics(masks, maps) -> dict[str, float]:
         raise ValueError("a score is not finite")
     normal = maps[~masks]
     normal.sort()  # in place: it is nearly as large as all maps
-    levels, place = np.unique(maps[masks], return_inverse=True)
-    # (2, K) each, from the highest score down: just above it, and with it
-    false = len(normal) - np.stack([np.searchsorted(normal, levels, side) for side in ("right", "left")])[:, ::-1]
+    thresholds, index = np.unique(maps[masks], return_inverse=True)  # (K,), ascending
+    # (2, K): normal pixels above and at or above each threshold, from the highest down
+    false = len(normal) - np.stack([np.searchsorted(normal, thresholds, side) for side in ("right", "left")])[:, ::-1]
     fpr = np.concatenate([[0], false.T.reshape(-1), [len(normal)]]) / len(normal)
 
     def curve(weights: np.ndarray | None) -> np.ndarray:
-        found = np.concatenate([[0], np.cumsum(np.bincount(place, weights)[::-1])])
-        rising = np.stack([found[:-1], found[1:]], 1).reshape(-1)
-        return np.concatenate([[0], rising, found[-1:]]) / found[-1]
+        """Return the share of the defective pixels' weights that is detected at each point of ``fpr``."""
+        detected = np.concatenate([[0], np.cumsum(np.bincount(index, weights)[::-1])])
+        before_and_after = np.stack([detected[:-1], detected[1:]], 1).reshape(-1)
+        return np.concatenate([[0], before_and_after, detected[-1:]]) / detected[-1]
 
     weights = np.concatenate([region_weights(mask) for mask in masks])
     return {"pixel_auroc": float(auc(fpr, curve(None))), "aupro": area_to(AUPRO_LIMIT, fpr, curve(weights))}
 
 
 def region_weights(mask: np.ndarray) -> np.ndarray:
-    """1 / size of the region that each defective pixel of a mask (H, W) belongs to, row by row: (P,) float64."""
+    """Return for each of P defective pixels of a mask (H, W), row by row, 1 / size of its region: (P,) float64."""
     from scipy.ndimage import label
 
     regions, _ = label(mask, np.ones((3, 3), dtype=int))  # diagonal neighbors too, as in MVTec's evaluation
@@ -112,41 +155,9 @@ def region_weights(mask: np.ndarray) -> np.ndarray:
 
 
 def area_to(limit: float, x: np.ndarray, y: np.ndarray) -> float:
-    """The area under a curve of rising x from 0 to ``limit``, divided by it; straight lines between points."""
+    """Return the area under a curve from x = 0 to ``limit``, divided by it; straight lines between points, x rising."""
     from sklearn.metrics import auc
 
     inside = x <= limit
     end = np.interp(limit, x, y)
     return float(auc(np.append(x[inside], limit), np.append(y[inside], end)) / limit)
-
-
-class Evaluation(NamedTuple):
-    """Scores and p-values (M,) float64 of test images, anomaly maps (M, H, W) float32 or None, and the metrics."""
-
-    scores: np.ndarray
-    p_values: np.ndarray
-    maps: np.ndarray | None
-    metrics: dict[str, float]
-
-
-# Evaluation -------------------------------------------------------------------------------------------------------
-
-
-def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None) -> Evaluation:
-    """Score the test images; with maps if there are masks (M, H, W) to hold them against. Metrics of images only if
-    there are both normal and anomalous ones, of pixels only if a mask marks some."""
-    explain = masks is not None and detector.config.patches is None
-    scores, p, done = np.empty(len(test.labels)), np.empty(len(test.labels)), 0
-    maps = None if masks is None else np.empty(masks.shape, dtype=np.float32)
-    for found in stream(detector, test.images, lambda prepared: detector.predict_prepared(prepared, explain)):
-        part = slice(done, done := done + len(found.scores))
-        scores[part], p[part] = found.scores.cpu().numpy(), found.p_values.cpu().numpy()
-        if maps is not None:
-            maps[part] = detector.heat(found).cpu().numpy()
-    metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
-    if masks is not None:
-        known = test.with_truth
-        truth = masks[known]
-        if truth.any() and not truth.all():
-            metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
-    return Evaluation(scores, p, maps, metrics)

@@ -1,6 +1,6 @@
-"""Where an image is anomalous, from its map: the strongest region, a mask, and heat laid over the image.
+"""Say and show where an image is anomalous, from its map: the strongest region, and heat drawn over the image.
 
-Maps and images in; boxes and files' bytes out. Owns how heat is colored.
+Maps and images in; boxes, pictures and the content of their files out. Owns how heat is colored.
 """
 
 import io
@@ -15,21 +15,23 @@ from runtime.files import MARK, InputError
 OPACITY = 0.7  # of the strongest heat
 COLORS = ((255, 214, 64), (232, 120, 36), (176, 20, 32))  # of heat, from weak to strong
 OUTLINE = (0x3F, 0xD0, 0xFF)  # as on the sheets of heat maps
-SIDE_PER_PIXEL = 400  # an outline is a pixel wide for so many of the image's longer side, or part of it
+SIDE_PER_PIXEL = 400  # an outline is 1 pixel wide for each 400 pixels, or part of them, of the image's longer side
 
 
 def region(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """x, y, width, height, in pixels of the image, of the connected region (4 neighbors) of heat (h, w) above the
-    threshold that holds its maximum; None where nothing is above. size: (H, W) of the image; the box is the smallest
-    that covers the region."""
+    """Return x, y, width, height, in pixels of the image, of the region above the threshold that holds a map's maximum.
+
+    heat: the map (h, w). size: (H, W) of the image. The region is connected by 4 neighbors; the box is the smallest
+    that covers it. None if nothing is above the threshold.
+    """
     from scipy.ndimage import find_objects, label
 
     above = heat.astype(np.float64) > threshold
     if not above.any():
         return None
-    names, _ = label(above)
-    own = names[np.unravel_index(heat.argmax(), heat.shape)]
-    box = find_objects(names)[own - 1]
+    regions, _ = label(above)
+    strongest = regions[np.unravel_index(heat.argmax(), heat.shape)]
+    box = find_objects(regions)[strongest - 1]
     (top, bottom), (left, right) = (
         (part.start * side // cells, -(-part.stop * side // cells)) for part, side, cells in zip(box, size, heat.shape)
     )
@@ -37,32 +39,34 @@ def region(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[i
 
 
 def as_score(heat: np.ndarray, score: float) -> np.ndarray:
-    """A Grad-CAM map, at least 0, brought to the score's unit: its maximum is the score, as that of a patch model's map
-    is."""
+    """Return a Grad-CAM map, at least 0, in the unit of the score: its maximum is the score, as in a patch model."""
     return heat * np.float32(max(score, 0) / max(heat.max(), 1e-30))
 
 
 def enlarged(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map (h, w) at the size (H, W) of its image, bilinear, as eval.py saves maps."""
+    """Return a map (h, w) at the size (H, W) of its image, bilinear, as eval.py saves maps."""
     return functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
 
 
-def mask(heat: np.ndarray, threshold: float) -> Image.Image:
-    """255 where the heat (H, W) is above the threshold, else 0."""
+def above_threshold(heat: np.ndarray, threshold: float) -> Image.Image:
+    """Return a picture that is 255 where the map (H, W) is above the threshold, else 0."""
     return Image.fromarray((heat > threshold).astype(np.uint8) * np.uint8(255))
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bool) -> Image.Image:
-    """An image (H, W, 3) uint8 under its heat (H, W), in a scale that depends on the threshold alone: transparent up to
-    half of it, strongest from twice of it. outlined: with a thin line around what is above it."""
+    """Return a picture of an image (H, W, 3) uint8 under its map (H, W).
+
+    Colors depend on the threshold alone: transparent up to half of it, strongest from twice of it. outlined: with a
+    thin line around what is above the threshold.
+    """
     from scipy.ndimage import binary_erosion
 
     low, high = threshold - abs(threshold) / 2, threshold + max(abs(threshold), 1e-9)
-    level = (255 * ((heat - low) / (high - low)).clip(0, 1)).astype(np.uint8)
+    strength = (255 * ((heat - low) / (high - low)).clip(0, 1)).astype(np.uint8)
     places = np.linspace(0, 255, len(COLORS))
     table = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
-    colors = Image.fromarray(np.stack(table, 1).astype(np.uint8)[level])
-    image = Image.composite(colors, Image.fromarray(pixels), Image.fromarray((level * OPACITY).astype(np.uint8)))
+    colors = Image.fromarray(np.stack(table, 1).astype(np.uint8)[strength])
+    image = Image.composite(colors, Image.fromarray(pixels), Image.fromarray((strength * OPACITY).astype(np.uint8)))
     if outlined:
         above = heat > threshold
         width = -(-max(above.shape) // SIDE_PER_PIXEL)
@@ -72,7 +76,7 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bo
 
 
 def encoded(image: Image.Image, target: str) -> bytes:
-    """The content of a PNG or JPEG file, with MARK. Raises InputError for an image that the format cannot hold."""
+    """Return the content of a PNG or JPEG file, with MARK. Raises InputError if the format cannot hold the image."""
     buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
     info.add_text("Software", MARK)
     try:

@@ -4,6 +4,7 @@ import lzma
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import network_of
@@ -14,9 +15,11 @@ from config import Config, PatchConfig, SettingError
 from conformal import conformal_threshold
 from dataset import load_test, load_train
 from density import fit_density, held_out
-from detector import Detector, initial_network, load, load_config, save, stream
+from detector import Detector, initial_network, load, load_config, save, scored_images, stream, unseen_by
 from model import CutPasteNet
+from reporting.metrics import evaluate
 from runtime.files import InputError, load_tensors, save_tensors
+from runtime.image_files import decode
 
 CONFIG = Config("brick", height=32, width=48, false_alarm_rate=0.2, seed=3, pretrained=False)
 
@@ -427,3 +430,59 @@ def test_a_detector_trained_by_the_script_scores_the_test_images(data, models):
     assert (scores > 0).all()
     assert made.metadata["train_images"] == 8
     assert torch.allclose(scores_of(made.refit(train), test.images), scores, rtol=1e-9)
+
+
+# Decisions and the Python interface -------------------------------------------------------------------------------
+
+HELD = replace(CONFIG, holdout=0.25)  # images 0, 4 and 8 of twelve
+
+
+@pytest.fixture(scope="module")
+def held(images):
+    return Detector(HELD, [initial_network(HELD)]).fit(images)
+
+
+def test_held_out_images_are_seen_by_neither_network_nor_density(held, images):
+    assert unseen_by(HELD, 12, 0).tolist() == [0, 4, 8]
+    other = Detector(CONFIG, [initial_network(HELD)]).fit(images[[1, 2, 3, 5, 6, 7, 9, 10, 11]], threshold=False)
+    assert torch.equal(held.calibration_scores, scores_of(other, images[[0, 4, 8]]))
+    assert (held.guarantee.kind, held.guarantee.rate) == ("split", 0.25)  # the finest, of three
+    with pytest.raises(SettingError, match="leave 1 to learn from"):
+        Detector(replace(CONFIG, holdout=0.9), [initial_network(HELD)]).fit(images[:8])
+
+
+def test_p_values_of_folds_compare_with_each_member_s_own(images):
+    config = replace(CONFIG, folds=3)
+    made = Detector(config, [initial_network(config, member=number) for number in range(3)]).fit(images)
+    new = images[:5].flip(-1)
+    count = torch.zeros(5)
+    with torch.inference_mode():
+        for number, one in enumerate(made.members):
+            unseen, scores = (one(made.prepare(part))[0] for part in (images[number::3], new))
+            count += (unseen[:, None] >= scores).sum(0)
+        assert made.predict_batch(new).p_values.tolist() == pytest.approx(((1 + count) / 13).tolist())
+    assert made.guarantee.kind == "cross"
+
+
+def test_which_images_calibration_scores_are_of(images, monkeypatch):
+    monkeypatch.setattr(detector, "DENSITY_IMAGES", 6)
+    one = Detector(CONFIG, [initial_network(CONFIG)]).fit(images)
+    assert scored_images(one, 12).tolist() == [0, 2, 4, 6, 8, 10]
+    assert len(one.calibration_scores) == 6
+    assert scored_images(Detector(replace(CONFIG, folds=2)), 12).tolist() == list(range(12))
+    assert scored_images(Detector(HELD), 12).tolist() == [0, 4, 8]
+
+
+def test_predict_takes_paths_and_arrays_of_any_size(held, data, tmp_path):
+    test = load_test(data, "brick", held.config.size, 0)
+    found, expected = held.predict(test.paths), evaluate(held, test)
+    assert np.allclose(found.scores, expected.scores, rtol=1e-5)
+    assert np.array_equal(found.p_values, expected.p_values)
+    assert np.array_equal(found.anomalous, expected.p_values <= 0.25)
+    assert found.maps is None
+    assert np.array_equal(held.predict([decode(path) for path in test.paths]).scores, found.scores)
+    assert held.predict([]).scores.shape == (0,)
+    (tmp_path / "a.png").write_text("no image")
+    for wrong, words in ((tmp_path / "a.png", r"a\.png"), (np.zeros((8, 8)), r"\(H, W, 3\) uint8")):
+        with pytest.raises(InputError, match=words):
+            held.predict([wrong])

@@ -101,7 +101,8 @@ def test_the_roc_curve_is_that_of_scikit_learn():
 def test_bars_hold_every_score():
     chart = gallery.histogram([("normal", [1.0, 1.0, 3.0]), ("anomalous", [5.0])])
     assert (chart["low"], chart["high"]) == (1, 5)
-    assert [(strip["total"], strip["most"], len(strip["bars"])) for strip in chart["strips"]] == [(3, 2, 2), (1, 1, 1)]
+    strips = [(strip["total"], strip["highest"], len(strip["bars"])) for strip in chart["strips"]]
+    assert strips == [(3, 2, 2), (1, 1, 1)]
     assert [text for _, text in chart["ticks"]] == ["1", "2", "3", "4", "5"]
     alone = gallery.histogram([("images", [7.0])])
     assert alone["low"] < 7 < alone["high"]

@@ -1,4 +1,4 @@
-"""eval.py: the lines on stdout, the tables, the plots, and what it refuses."""
+"""eval.py: lines on stdout, tables, plots, decisions, the report, maps, and what it refuses."""
 
 import re
 import resource
@@ -12,238 +12,355 @@ import pandas
 import pytest
 import tifffile
 import torch
-from conftest import fork, one_line, run, train
+from conftest import TINY, fork, one_line, run, train
 from PIL import Image
+from scipy.stats import beta
 
-from cutpaste import VARIANTS, VIEWS, Variant
-from dataset import load_masks, load_test
-from detector import load
-from reporting import figures as plots
+import run_training
+from config import config_of
+from dataset import load_masks, load_test, load_train
+from detector import Detector, initial_network, load, save
 from reporting.metrics import evaluate, pixel_metrics
-from runtime.files import load_tensors, save_tensors
 
 
 def lines(done):
-    """stdout as {name: value}."""
+    """stdout as {(category, metric): value}."""
     assert done.code == 0, done.err
-    return {name: float(value) for name, value in (line.split(" AUC: ") for line in done.out.splitlines())}
+    parts = (re.fullmatch(r"(\S+) (.+): (\S+)", line).groups() for line in done.out.splitlines())
+    return {(category, metric): float(value) for category, metric, value in parts}
 
 
-@pytest.fixture
-def where(data, models, tmp_path):
-    return ["--data_dir", data, "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
+def table(folder, name="results.csv"):
+    return pandas.read_csv(folder / name)  # whose last digit may differ
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def patch_models(data, tmp_path_factory):
+    """Patch models of brick and grass, of networks that are not the untrained ones."""
+    folder = tmp_path_factory.mktemp("patches") / "patch_models"
+    flags = [*TINY, "--patch_size", "32", "--window", "8", "--stride", "4", "--sigma", "3"]
+    for category in ("brick", "grass"):
+        config = config_of(run_training.get_parser().parse_args(flags), category)
+        network = initial_network(config)
+        with torch.no_grad():
+            network.backbone.conv1.weight.mul_(torch.linspace(0.9, 1.1, 64)[:, None, None, None])
+        images = load_train(data, category, (32, 32), 0).images
+        save(Detector(config, [network]).fit(images), folder / f"{category}.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def held(data, tmp_path_factory):
+    """A detector trained by the script, with three of eight images held out."""
+    folder = tmp_path_factory.mktemp("held") / "models"
+    done = train(data, folder, "--type", "brick", "--holdout", "0.4", "--false_alarm_rate", "0.25")
+    assert done.code == 0, done.err
+    return folder
 
 
 @pytest.fixture(scope="module")
 def evaluated(data, models, tmp_path_factory):
-    """One run with everything on, in a new process."""
+    """One run with the baseline and all plots, in a new process."""
     folder = tmp_path_factory.mktemp("evaluated")
     done = run("eval.py", "--data_dir", data, "--model_dir", models, "--eval_dir", folder, "--control", 1)
     return done, folder / "models"
 
 
-def test_stdout_is_one_line_per_category_and_the_average(evaluated):
-    done, _ = evaluated
-    values = lines(done)
-    assert list(values) == [
-        "brick",
-        "brick control",
-        "grass",
-        "grass control",
-        "average",
-        "average control",
-    ]
-    assert all(0 <= value <= 1 for value in values.values())
-    assert values["average"] == pytest.approx((values["brick"] + values["grass"]) / 2)
+@pytest.fixture(scope="module")
+def mapped(data, patch_models, tmp_path_factory):
+    """The same of patch models, with their maps saved, in a forked process."""
+    folder = tmp_path_factory.mktemp("mapped")
+    where = ("--data_dir", data, "--model_dir", patch_models, "--eval_dir", folder)
+    return fork("eval.py", *where, "--control", 1, "--save_maps", 1), folder / "patch_models"
 
 
-def test_features_of_other_stages_are_fitted_anew(data, where, script, tmp_path):
-    """Every stage, and stages by number, of image-level models and of patch models."""
-    found = {}
-    for name, more in {"all": ["--features", "all"], "each": ["--level", "1,2,3,4"], "pool": []}.items():
-        done = script("eval", *where, "--type", "brick", "--save_plots", 0, *more)
-        assert done.code == 0, done.err
-        found[name] = pandas.read_csv(tmp_path / "Eval/models/scores.csv").score
-        assert pandas.read_csv(tmp_path / "Eval/models/results.csv").features[0] == name.replace("each", "level")
-    assert np.allclose(found["all"], found["each"])
-    assert not np.allclose(found["all"], found["pool"])
-    one_line(script("eval", *where, "--features", "pool", "--level", 2), "--level: goes with features level, not pool")
-    one_line(script("eval", *where, "--level", 5), "--level: 5: resnet18 has 4 stages")
+@pytest.fixture
+def call(script, data, tmp_path):
+    """eval.py on brick alone, with the detectors of a folder; its files go to tmp_path/<name of the folder>."""
+
+    def call(folder, *flags):
+        where = ("--data_dir", data, "--model_dir", folder, "--eval_dir", tmp_path)
+        return script("eval", *where, "--type", "brick", "--save_plots", 0, *flags)
+
+    return call
 
 
-def test_a_category_without_a_detector_is_named(evaluated):
-    done, _ = evaluated
-    assert "gravel: has images" in done.err
-    assert "gravel" not in done.out
+# Lines, tables and plots ------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_a_line_for_each_metric_of_each_category_and_the_average(evaluated, mapped):
+    patch_metrics = ("AUC", "pixel AUROC", "AUPRO", "control AUC", "control pixel AUROC")
+    for (done, _), metrics in ((evaluated, ("AUC", "control AUC")), (mapped, patch_metrics)):
+        values = lines(done)
+        assert list(values) == [(name, metric) for name in ("brick", "grass", "average") for metric in metrics]
+        assert all(0 <= value <= 1 for value in values.values())
+        for metric in metrics:
+            mean = (values["brick", metric] + values["grass", metric]) / 2
+            assert values["average", metric] == pytest.approx(mean)
+        assert "gravel: has images" in done.err
 
 
 def test_tables_say_what_stdout_says(evaluated, data, models):
     done, folder = evaluated
-    results = pandas.read_csv(folder / "results.csv").set_index("category")
-    scores = pandas.read_csv(folder / "scores.csv")
-    values = lines(done)
+    results, scores, values = table(folder).set_index("category"), table(folder, "scores.csv"), lines(done)
     for name in ("brick", "grass"):
         row = results.loc[name]
-        assert row.image_auroc == pytest.approx(values[name], abs=1e-12)
-        assert row.control_auroc == pytest.approx(values[f"{name} control"], abs=1e-12)
+        printed = (values[name, "AUC"], values[name, "control AUC"])
+        assert (row.image_auroc, row.control_auroc) == pytest.approx(printed, rel=1e-12)
         assert (row.test_normal, row.test_anomalous, row.train_images) == (3, 9, 8)
         assert row.train_command.startswith("python run_training.py")
         assert row.eval_command.startswith("python eval.py")
         assert (row.variant, row.seed, row.epochs, row.torch) == ("3way", 0, 12, torch.__version__)
-        own = scores[scores.category == name]
-        normal, bad = own[own.label == 0].score.to_numpy(), own[own.label == 1].score.to_numpy()
-        wins = (bad[:, None] > normal).mean() + 0.5 * (bad[:, None] == normal).mean()
+        rows = scores[scores.category == name]
+        normal, anomalous = (rows[rows.label == label].score.to_numpy() for label in (0, 1))
+        wins = (anomalous[:, None] > normal).mean() + 0.5 * (anomalous[:, None] == normal).mean()
         assert row.image_auroc == pytest.approx(wins)
-        assert row.anomalous_above_threshold == (bad > row.threshold).sum()
+        assert row.anomalous_above_threshold == (anomalous > row.threshold).sum()
         assert row.normal_above_threshold == (normal > row.threshold).sum()
         assert 0 <= row.best_f1 <= 1
         assert 0 <= row.image_auprc <= 1
     assert list(scores.columns) == ["category", "path", "label", "defect_type", "score", "p_value"]
     assert scores.path[0] == "brick/test/good/000.png"
     assert (data / scores.path.iloc[-1]).is_file()
-    test = load_test(data, "brick", (32, 32), 0)
-    expected, *_ = evaluate(load(models / "brick.pt"), test)
+    expected = evaluate(load(models / "brick.pt"), load_test(data, "brick", (32, 32), 0)).scores
     assert np.allclose(scores[scores.category == "brick"].score, expected, rtol=1e-4)
 
 
-def test_plots_are_pictures(evaluated):
-    _, folder = evaluated
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
-    kinds = ("histogram", "roc", "tsne")
-    assert found == [f"{c}/{k}.png" for c in ("brick", "grass") for k in kinds] + ["summary.png"]
-    for name in found:
-        picture = matplotlib.image.imread(folder / name)[..., :3]
-        assert min(picture.shape[:2]) > 200
-        assert picture.std() > 0.02
+def test_tables_of_patch_models(mapped, patch_models):
+    done, folder = mapped
+    results, values = table(folder).set_index("category"), lines(done)
+    columns = ["image_auroc", "pixel_auroc", "aupro", "control_auroc", "control_pixel_auroc"]
+    for name in ("brick", "grass"):
+        printed = [value for (category, _), value in values.items() if category == name]
+        assert results.loc[name, columns].tolist() == pytest.approx(printed, rel=1e-12)
+        shared = load(patch_models / f"{name}.pt").members[0].levels[0].shared
+        assert results.location_chosen[name] == ("shared" if shared else "each")
 
 
-def test_save_plots_0_writes_tables_only(where, tmp_path, script):
-    assert list(lines(script("eval", *where, "--save_plots", 0, "--type", "brick"))) == ["brick", "average"]
-    assert not list(tmp_path.rglob("*.png"))
-    assert len(list(tmp_path.rglob("*.csv"))) == 2
-
-
-def test_torch_and_sklearn_print_the_same(where, script):
-    stored = lines(script("eval", *where, "--save_plots", 0))
-    ours = lines(script("eval", *where, "--save_plots", 0, "--density", "torch"))
-    theirs = lines(script("eval", *where, "--save_plots", 0, "--density", "sklearn"))
-    for name, value in stored.items():
-        assert f"{ours[name]:.6f}" == f"{theirs[name]:.6f}" == f"{value:.6f}"
-
-
-def test_kde_and_l2_are_fitted_anew(where, tmp_path, models, script):
-    before = (models / "brick.pt").read_bytes()
-    done = script("eval", *where, "--type", "brick", "--density", "kde", "--l2", 0)
-    assert list(lines(done)) == ["brick", "average"]
-    row = pandas.read_csv(tmp_path / "Eval/models/results.csv").iloc[0]
-    assert (row.density, row.l2) == ("kde", False)
-    assert (models / "brick.pt").read_bytes() == before
-
-
-def test_workers_change_nothing(where, script):
-    done = [script("eval", *where, "--save_plots", 0, "--workers", n) for n in (0, 4)]
-    assert lines(done[0]) == lines(done[1])
-
-
-def test_flags_that_agree_are_taken_and_others_named(where, models, script):
-    good = ["--head_layer", 1, "--variant", "3way", "--size", 32, "--normalize", "image", "--save_plots", 0]
-    assert script("eval", *where, *good).code == 0
-    for flag, given, own in (
-        ("head_layer", 2, 1),
-        ("variant", "scar", "3way"),
-        ("size", 64, 32),
-        ("size", "32x48", 32),
-        ("normalize", "imagenet", "image"),
-    ):
-        done = script("eval", *where, f"--{flag}", given)
-        one_line(done, f"--{flag}", str(given).split("x")[-1], str(own), str(models / "brick.pt"))
-        assert done.out == ""
+def test_plots_are_pictures(evaluated, mapped):
+    image_plots, patch_plots = ("histogram", "roc", "tsne"), ("heatmaps", "histogram", "roc")
+    for (_, folder), plots in ((evaluated, image_plots), (mapped, patch_plots)):
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+        assert names == [f"{category}/{plot}.png" for category in ("brick", "grass") for plot in plots] + [
+            "summary.png"
+        ]
+        for name in names:
+            picture = matplotlib.image.imread(folder / name)[..., :3]
+            assert min(picture.shape[:2]) > 200
+            assert picture.std() > 0.02
 
 
 def test_without_anomalous_images_there_are_scores_but_no_auc(data, models, tmp_path, script):
-    shutil.copytree(data / "brick/train", tmp_path / "Data/brick/train")
-    shutil.copytree(data / "brick/test/good", tmp_path / "Data/brick/test/good")
+    for part in ("train", "test/good"):
+        shutil.copytree(data / "brick" / part, tmp_path / "Data/brick" / part)
     where = ["--data_dir", tmp_path / "Data", "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
     done = script("eval", *where)
-    assert done.code == 0
-    assert done.out == ""
+    assert lines(done) == {}
     assert "brick: no anomalous test image" in done.err
     assert "grass: has a detector" in done.err
-    assert len(pandas.read_csv(tmp_path / "Eval/models/scores.csv")) == 3
-    assert {p.name for p in (tmp_path / "Eval").rglob("*.png")} == {"histogram.png", "tsne.png"}
+    assert len(table(tmp_path / "Eval/models", "scores.csv")) == 3
+    assert {path.name for path in (tmp_path / "Eval").rglob("*.png")} == {"histogram.png", "tsne.png"}
 
 
-def test_bad_input_gets_one_line(data, models, where, tmp_path, script):
-    def fails(*words, more=()):
-        done = script("eval", *where, "--save_plots", 0, *more)
-        one_line(done, *words)
-        return done
+# Other densities --------------------------------------------------------------------------------------------------
 
-    fails("nowhere", "no such folder", more=("--model_dir", "nowhere"))
-    fails("nowhere", "no such folder", more=("--data_dir", "nowhere"))
-    fails("glass", "no such category", more=("--type", "glass"))
-    fails("no detector for gravel", more=("--type", "brick,gravel"))
-    if not torch.cuda.is_available():
-        fails("--cuda 1", "--cuda 0", more=("--cuda", 1))
+WINDOWS = {"window": 16, "stride": 8, "level": 4, "dense": False, "location": "shared", "sigma": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "columns"),
+    [
+        ("image", "--density kde --l2 0", {"density": "kde", "l2": False}),
+        ("image", "--false_alarm_rate 0.5", {"false_alarm_rate": 0.5}),
+        (
+            "patch",
+            "--window 16 --stride 8 --level 4 --dense 0 --location shared --sigma 5",
+            WINDOWS | {"location_chosen": "shared"},
+        ),
+        ("patch", "--level 2,3 --window 16 --stride 16", {"level": "2,3", "stride": 16, "dims": "64,64"}),
+        ("patch", "--location auto", {"location": "auto"}),
+    ],
+)
+def test_what_flags_change_is_fitted_anew(call, models, patch_models, tmp_path, kind, flags, columns):
+    folder = models if kind == "image" else patch_models
+    before = files_in(folder)
+    done = call(folder, *flags.split(), "--control", 1)
+    metrics = {"AUC", "control AUC"} | ({"pixel AUROC", "AUPRO", "control pixel AUROC"} if kind == "patch" else set())
+    assert {metric for _, metric in lines(done)} == metrics
+    row = table(tmp_path / folder.name).iloc[0]
+    assert {name: row[name] for name in columns} == columns
+    if columns == {"location": "auto"}:
+        assert re.search(r"brick: one Gaussian for \w+ locations? \(mean log", done.err)
+    assert not list(tmp_path.rglob("*.png"))
+    assert files_in(folder) == before
+
+
+def test_two_ways_to_the_same_scores(call, models, evaluated, tmp_path):
+    """Densities by torch and by scikit-learn, as printed; every stage by one word and by its numbers."""
+    for density in ("torch", "sklearn"):
+        assert f"{lines(call(models, '--density', density))['brick', 'AUC']:.6f}" == (
+            f"{lines(evaluated[0])['brick', 'AUC']:.6f}"
+        )
+    scores = []
+    for flags, features in ((("--features", "all"), "all"), (("--level", "1,2,3,4"), "level")):
+        assert call(models, *flags).code == 0
+        scores.append(table(tmp_path / "models", "scores.csv").score)
+        assert table(tmp_path / "models").features[0] == features
+    stored = table(evaluated[1], "scores.csv")
+    assert np.allclose(*scores)
+    assert not np.allclose(scores[0], stored[stored.category == "brick"].score)
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_flags_that_agree_are_taken(call, models):
+    good = "--head_layer 1 --variant 3way --size 32 --normalize image --backbone resnet18"
+    assert call(models, *good.split()).code == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "words"),
+    [
+        ("image", "--head_layer 2", ["--head_layer", "2", "1", "models/brick.pt", "leave the flag out"]),
+        ("image", "--variant scar", ["--variant", "scar", "3way"]),
+        ("image", "--size 64", ["--size", "64", "32"]),
+        ("image", "--size 32x48", ["--size", "48", "32"]),
+        ("image", "--normalize imagenet", ["--normalize", "imagenet", "image"]),
+        ("image", "--backbone resnet34", ["--backbone", "resnet34", "resnet18"]),
+        ("image", "--sigma 4", ["--sigma", "no patch model"]),
+        ("image", "--heatmaps 1 --density kde", ["--heatmaps 1", "kde"]),
+        ("image", "--save_maps 1 --density kde", ["--save_maps 1", "kde"]),
+        ("image", "--features pool --level 2", ["--level: goes with features level, not pool"]),
+        ("image", "--level 5", ["--level: 5: resnet18 has 4 stages"]),
+        ("patch", "--density kde", ["--density: kde", "patch model"]),
+        ("patch", "--window 64", ["--window: 64", "larger than the image"]),
+        ("patch", "--stride 6", ["--stride: 6", "multiple of 4"]),
+        ("image", "--type glass", ["glass", "no such category"]),
+        ("image", "--eval_dir {tmp_path}/file/Eval", ["file"]),
+        ("image", "--data_dir nowhere", ["nowhere", "no such folder"]),
+        ("image", "--model_dir nowhere", ["nowhere", "no such folder"]),
+        ("image", "--type brick,gravel", ["no detector for gravel"]),
+        ("image", "--model_dir {tmp_path}", ["no detector for any category"]),
+    ],
+)
+def test_flags_that_cannot_be_get_one_line(call, models, patch_models, tmp_path, kind, flags, words):
     (tmp_path / "file").write_text("")
-    fails("file", more=("--eval_dir", tmp_path / "file/Eval"))
-    (tmp_path / "empty").mkdir()
-    fails("empty", "no detector for any category", more=("--model_dir", tmp_path / "empty"))
-
-    own = tmp_path / "models"
-    own.mkdir()
-    shutil.copy(models / "brick.pt", own / "grass.pt")
-    fails("grass.pt", "category 'brick' under another name", more=("--model_dir", own))
-    (own / "grass.pt").write_bytes((models / "grass.pt").read_bytes()[:1000])
-    fails("grass.pt", "truncated, damaged", more=("--model_dir", own))
-
-    content = load_tensors(models / "grass.pt", "detector")
-    save_tensors(content | {"version": 99}, own / "grass.pt")
-    fails("grass.pt", "format 99", "update the program", more=("--model_dir", own))
-    save_tensors(content["members"][0]["network"], own / "grass.pt")
-    fails("grass.pt", "not a detector file of this project", more=("--model_dir", own))
-
-    images = tmp_path / "Data"
-    shutil.copytree(data / "brick", images / "brick")
-    mask = images / "brick/ground_truth/hole/001_mask.png"
-    shutil.copy(mask, tmp_path / "whole.png")
-    from PIL import Image
-
-    Image.open(mask).resize((16, 32)).save(mask)
-    more = ("--data_dir", images, "--type", "brick")
-    fails("001_mask.png", "16x32", "32x32", more=more)
-    shutil.copy(tmp_path / "whole.png", mask)
-    photo = images / "brick/test/hole/002.png"
-    photo.write_bytes(photo.read_bytes()[:100])
-    fails("hole/002.png", "not a readable image", more=more)
-    shutil.rmtree(images / "brick/test")
-    fails("brick/test", "no such folder", more=more)
+    every = () if "--type" in flags else ("--type", "all")
+    done = call(models if kind == "image" else patch_models, *every, *flags.format(tmp_path=tmp_path).split())
+    one_line(done, *words)
+    assert done.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failure_leaves_earlier_tables_and_plots_as_they_were(data, models, tmp_path, script):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(call, models):
+    one_line(call(models, "--cuda", 1), "--cuda 1", "--cuda 0")
+
+
+def test_wrong_usage_exits_with_2(script):
+    for wrong in (["--density", "tree"], ["--save_plot", "0"], ["--l2", "2"], ["--report", "a.pdf"]):
+        done = script("eval", *wrong)
+        assert done.code == 2
+    assert "argument --report: 'a.pdf': the name of an .html file" in done.err
+
+
+def test_broken_files_get_one_line_and_leave_earlier_results_as_they_were(evaluated, data, models, tmp_path, script):
+    shutil.copytree(evaluated[1], tmp_path / "Eval/models")
     shutil.copytree(data, tmp_path / "Data")
     where = ["--data_dir", tmp_path / "Data", "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
-    assert script("eval", *where).code == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()}
+    before = files_in(tmp_path / "Eval")
     assert len(before) == 9
 
     small_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**13, 2**13))  # the tables fit, a plot does not
-    one_line(fork("eval.py", *where, "--density", "kde", preexec=small_disk), ".png", "cannot be written")
-    photo = tmp_path / "Data/grass/test/hole/000.png"
+    one_line(fork("eval.py", *where, "--type", "brick", preexec=small_disk), ".png", "cannot be written")
+    grass = tmp_path / "Data/grass"  # the last category
+    mask, photo = grass / "ground_truth/hole/001_mask.png", grass / "test/hole/002.png"
+    content = mask.read_bytes()
+    Image.open(mask).resize((16, 32)).save(mask)
+    one_line(script("eval", *where, "--save_plots", 0), "001_mask.png", "16x32", "32x32")
+    mask.write_bytes(content)
     photo.write_bytes(photo.read_bytes()[:100])
-    one_line(script("eval", *where), "hole/000.png", "not a readable image")
-    assert {path: path.read_bytes() for path in (tmp_path / "Eval").rglob("*") if path.is_file()} == before
+    one_line(script("eval", *where, "--save_plots", 0), "hole/002.png", "not a readable image")
+    shutil.rmtree(grass / "test")
+    one_line(script("eval", *where, "--save_plots", 0), "grass/test", "no such folder")
+    broken = tmp_path / "models"
+    broken.mkdir()
+    (broken / "grass.pt").write_bytes((models / "grass.pt").read_bytes()[:1000])
+    one_line(script("eval", *where, "--model_dir", broken), "grass.pt", "truncated, damaged")
+    assert files_in(tmp_path / "Eval") == before
 
 
-def test_a_report_replaces_reports_only(where, tmp_path, script):
-    words = ["eval", *where, "--type", "brick", "--save_plots", 0, "--report", tmp_path / "look.html"]
-    (tmp_path / "look.html").write_text("<p>mine</p>")
-    one_line(script(*words), "look.html: is there already", "--report")
-    assert (tmp_path / "look.html").read_text() == "<p>mine</p>"
-    (tmp_path / "look.html").unlink()
+# Decisions and the report -----------------------------------------------------------------------------------------
+
+
+def test_tables_have_p_values_and_what_deciding_by_them_comes_to(held, call, tmp_path):
+    page = tmp_path / "some report.html"
+    done = call(held, "--report", page)
+    assert list(lines(done)) == [("brick", "AUC"), ("average", "AUC")]
+    row, scores = table(tmp_path / "models").iloc[0], table(tmp_path / "models", "scores.csv")
+    normal = load(held / "brick.pt").calibration_scores.numpy()
+    assert len(normal) == 3
+    expected = [(1 + (normal >= score).sum()) / 4 for score in scores.score]
+    assert scores.p_value.tolist() == pytest.approx(expected)
+    assert (row.normal_scores, row.promised_rate) == ("split", 0.25)
+    assert [row.promised_low, row.promised_high] == pytest.approx(beta.ppf([0.05, 0.95], 1, 3))
+    called = scores.p_value <= 0.25
+    assert row.false_alarms == (called & (scores.label == 0)).sum()
+    assert row.detections == (called & (scores.label == 1)).sum()
+    assert row.detections_low <= row.detections / row.test_anomalous <= row.detections_high
+    assert re.search(rf"brick: p <= 0\.25, promised: {row.false_alarms} of 3 false alarms", done.err)
+    listed = table(tmp_path / "models", "normal_scores.csv").path
+    assert sorted(listed) == [f"brick/train/good/{i:03}.png" for i in (0, 2, 5)]
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/jpeg") == len(scores)
+    assert "good/000.png" in text
+    assert "://" not in text
+
+
+def test_the_report_counts_what_results_csv_says(held, call, tmp_path, browser):
+    """At two false-alarm rates, neither of which is the detector's; its file keeps its own."""
+    threshold = load(held / "brick.pt").calibration_scores.min().item()
+    for rate in (0.75, 0.99):
+        assert call(held, "--false_alarm_rate", rate, "--report", tmp_path / "report.html").code == 0
+        row = table(tmp_path / "models").iloc[0]
+        assert (row.false_alarm_rate, row.promised_rate) == (rate, 0.75)
+        assert row.threshold == pytest.approx(threshold, rel=1e-12)
+        tab = browser.new_page()
+        tab.goto((tmp_path / "report.html").as_uri())
+        shown = {role: tab.locator(f"[data-role={role}]").inner_text() for role in ("false-alarms", "detections")}
+        assert shown["false-alarms"] == f"{row.false_alarms} of {row.test_normal}"
+        assert shown["detections"] == f"{row.detections} of {row.test_anomalous}"
+        tab.close()
+    assert row.detections > 0
+    assert load(held / "brick.pt").config.false_alarm_rate == 0.25
+
+
+def test_a_report_replaces_reports_only(call, models, tmp_path):
+    report = tmp_path / "look.html"
+    report.write_text("<p>mine</p>")
+    one_line(call(models, "--report", report), "look.html: is there already", "--report")
+    assert report.read_text() == "<p>mine</p>"
+    report.unlink()
     for _ in range(2):
-        assert script(*words).code == 0
-    assert "brick" in (tmp_path / "look.html").read_text()
+        assert call(models, "--report", report).code == 0
+    assert "brick" in report.read_text()
+
+
+def test_scores_of_one_image_held_out_have_no_deviation(held, data, call, tmp_path):
+    """Averaged over seeds they are taken as they are."""
+    images, config = load_train(data, "brick", (32, 32), 0).images, load(held / "brick.pt").config
+    for seed in (0, 1):
+        one_held = replace(config, seed=seed, holdout=0.01)
+        detector = Detector(one_held, [initial_network(one_held)]).fit(images)
+        assert detector.guarantee.count == 1
+        save(detector, tmp_path / f"models/seed{seed}/brick.pt")
+    assert call(tmp_path / "models").code == 0
+    assert 0 <= table(tmp_path / "models", "seeds.csv").averaged_auroc[0] <= 1
 
 
 # Maps -------------------------------------------------------------------------------------------------------------
@@ -260,189 +377,63 @@ def test_maps_are_not_written_among_images(data, patch_models, tmp_path, script,
         maps = folder / "brick/patch_models/maps"
     else:
         shutil.copytree(data, folder)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = files_in(tmp_path)
     eval_dir = maps.parents[1]
     if linked:
         eval_dir = tmp_path / "link"
         eval_dir.symlink_to(maps.parents[1])
     words = ["--data_dir", folder, "--model_dir", patch_models, "--type", "brick", "--save_maps", 1]
     one_line(script("eval", *words, "--eval_dir", eval_dir), "maps/brick: maps would lie among", "--eval_dir")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files_in(tmp_path) == before
 
 
-def all_lines(done):
-    """stdout as {(category, metric): value}."""
-    assert done.code == 0, done.err
-    found = (re.fullmatch(r"(\S+) (.+): (\S+)", line).groups() for line in done.out.splitlines())
-    return {(category, metric): float(value) for category, metric, value in found}
-
-
-@pytest.fixture(scope="module")
-def patch_models(data, tmp_path_factory):
-    """Patch models of brick and grass."""
-    folder = tmp_path_factory.mktemp("patches") / "patch_models"
-    more = ("--type", "brick,grass", "--patch_size", 32, "--window", 8, "--stride", 4, "--sigma", 3)
-    done = train(data, folder, *more)
-    assert done.code == 0, done.err
-    return folder
-
-
-@pytest.fixture(scope="module")
-def mapped(data, patch_models, tmp_path_factory):
-    """A patch model's evaluation with everything on, in a process of its own."""
-    folder = tmp_path_factory.mktemp("mapped")
-    where = ("--data_dir", data, "--model_dir", patch_models, "--eval_dir", folder)
-    return fork("eval.py", *where, "--control", 1, "--save_maps", 1), folder / "patch_models"
-
-
-def test_a_patch_model_prints_pixel_lines_beside_the_auc(mapped, patch_models):
-    done, folder = mapped
-    values = all_lines(done)
-    metrics = ["AUC", "pixel AUROC", "AUPRO", "control AUC", "control pixel AUROC"]
-    assert list(values) == [(name, metric) for name in ("brick", "grass", "average") for metric in metrics]
-    assert all(0 <= value <= 1 for value in values.values())
-    assert [line.split(" AUC")[0] for line in done.out.splitlines() if "AUC" in line] == [
-        *["brick", "brick control", "grass", "grass control", "average", "average control"]
-    ]
-    results = pandas.read_csv(folder / "results.csv", dtype=str).set_index("category")  # pandas 2 loses a digit
-    columns = ["image_auroc", "pixel_auroc", "aupro", "control_auroc", "control_pixel_auroc"]
-    for name in ("brick", "grass"):
-        assert results.loc[name, columns].astype(float).tolist() == [values[name, metric] for metric in metrics]
-    chosen = {name: load(patch_models / f"{name}.pt").members[0].levels[0].shared for name in ("brick", "grass")}
-    assert {name: kind == "shared" for name, kind in results.location_chosen.items()} == chosen
-    assert {p.name for p in folder.rglob("*.png")} == {"roc.png", "histogram.png", "heatmaps.png", "summary.png"}
-
-
-def test_saved_maps_are_those_that_were_measured(mapped, data, patch_models):
+def test_saved_maps_are_those_that_were_measured(mapped, data):
     """16-bit files in the layout of MVTec's evaluation; the metrics and image scores follow from them alone."""
     done, folder = mapped
-    scores = pandas.read_csv(folder / "scores.csv").set_index("path").score
-    files = sorted((folder / "maps/brick").rglob("*.tiff"))
+    scores = table(folder, "scores.csv").set_index("path").score
     test = load_test(data, "brick", (32, 32), 0)
     names = [path.relative_to(data).with_suffix(".tiff") for path in test.paths]
-    assert files == sorted(folder / "maps" / name for name in names)
+    assert sorted((folder / "maps/brick").rglob("*.tiff")) == sorted(folder / "maps" / name for name in names)
     maps = [tifffile.imread(folder / "maps" / name) for name in names]
     assert all(values.dtype == np.float16 and values.shape == (32, 32) for values in maps)
     for path, values in zip(test.paths, maps):
         assert values.max() == pytest.approx(scores[path.relative_to(data).as_posix()], rel=2e-3)
-    masks = load_masks(test, (32, 32), 0).numpy()
-    found = pixel_metrics(masks, np.stack(maps).astype(np.float32))
+    metrics = pixel_metrics(load_masks(test, (32, 32), 0).numpy(), np.stack(maps).astype(np.float32))
     for metric, name in (("pixel AUROC", "pixel_auroc"), ("AUPRO", "aupro")):
-        assert found[name] == pytest.approx(all_lines(done)["brick", metric], abs=5e-3)
+        assert metrics[name] == pytest.approx(lines(done)["brick", metric], abs=5e-3)
+
+
+def test_maps_of_an_image_level_model(call, models, evaluated, tmp_path):
+    for flags, maps in ((("--heatmaps", 1, "--save_plots", 1), 0), (("--save_maps", 1), 12)):
+        values = lines(call(models, *flags))
+        assert [metric for name, metric in values if name == "brick"] == ["AUC", "pixel AUROC", "AUPRO"]
+        assert values["brick", "AUC"] == pytest.approx(lines(evaluated[0])["brick", "AUC"], abs=1e-9)
+        assert (tmp_path / "models/brick/heatmaps.png").is_file()
+        assert len(list(tmp_path.rglob("maps/brick/test/*/*.tiff"))) == maps
 
 
 @pytest.mark.parametrize(("gray", "word"), [(255, "every"), (0, "no")])
-def test_masks_that_mark_all_or_nothing(data, patch_models, tmp_path, script, gray, word):
+def test_masks_that_mark_all_or_nothing(data, patch_models, tmp_path, call, gray, word):
     shutil.copytree(data / "brick", tmp_path / "Data/brick")
     shutil.rmtree(tmp_path / "Data/brick/test/good")
     for path in (tmp_path / "Data/brick/ground_truth").rglob("*.png"):
         Image.new("L", (32, 32), gray).save(path)
-    where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
-    done = script("eval", *where)
-    assert all_lines(done) == {}
+    done = call(patch_models, "--data_dir", tmp_path / "Data")
+    assert lines(done) == {}
     assert f"the masks mark {word} pixel" in done.err
 
 
-def test_other_settings_of_maps_are_fitted_anew(data, patch_models, tmp_path, script):
-    where = ["--data_dir", data, "--model_dir", patch_models, "--eval_dir", tmp_path, "--type", "brick"]
-    before = (patch_models / "brick.pt").read_bytes()
-    more = ["--window", 16, "--stride", 8, "--level", 4, "--dense", 0, "--location", "shared", "--sigma", 5]
-    assert ("brick", "pixel AUROC") in all_lines(script("eval", *where, *more, "--save_plots", 0))
-    row = pandas.read_csv(tmp_path / "patch_models/results.csv").iloc[0]
-    assert (row.window, row.stride, row.level, row.dense) == (16, 8, 4, False)
-    assert (row.location, row.location_chosen, row.sigma) == ("shared", "shared", 5)
-    done = script("eval", *where, "--location", "auto", "--save_plots", 0)
-    assert re.search(r"brick: one Gaussian for \w+ locations? \(mean log", done.err)
-    assert (patch_models / "brick.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("flag", ["--heatmaps", "--save_maps"])
-def test_maps_of_an_image_level_model(where, tmp_path, script, flag):
-    done = script("eval", *where, "--type", "brick", flag, 1)
-    values = all_lines(done)
-    assert [metric for name, metric in values if name == "brick"] == ["AUC", "pixel AUROC", "AUPRO"]
-    without = all_lines(script("eval", *where, "--type", "brick", "--save_plots", 0))
-    assert without["brick", "AUC"] == pytest.approx(values["brick", "AUC"], abs=1e-9)
-    folder = tmp_path / "Eval/models"
-    assert (folder / "brick/heatmaps.png").is_file()
-    assert len(list(folder.rglob("maps/brick/test/*/*.tiff"))) == (12 if flag == "--save_maps" else 0)
-
-
-def test_where_masks_are_missing(data, patch_models, tmp_path, script):
-    """Without any: image metrics only. Of some images: those images are left out of the pixel metrics."""
+def test_where_masks_are_missing(mapped, data, patch_models, tmp_path, call):
+    """Of some images: those images are left out of the pixel metrics. Without any: image metrics only."""
+    auc, pixel_auroc = (lines(mapped[0])["brick", metric] for metric in ("AUC", "pixel AUROC"))
     shutil.copytree(data / "brick", tmp_path / "Data/brick")
-    where = ["--data_dir", tmp_path / "Data", "--model_dir", patch_models, "--eval_dir", tmp_path / "Eval"]
-    whole = all_lines(script("eval", *where, "--save_plots", 0))
     (tmp_path / "Data/brick/ground_truth/hole/000_mask.png").unlink()
-    done = script("eval", *where)
-    some = all_lines(done)
+    done = call(patch_models, "--data_dir", tmp_path / "Data")
     assert "brick: 1 anomalous images without a mask" in done.err
-    assert some["brick", "AUC"] == whole["brick", "AUC"]
-    assert some["brick", "pixel AUROC"] != whole["brick", "pixel AUROC"]
+    assert lines(done)["brick", "AUC"] == auc
+    assert lines(done)["brick", "pixel AUROC"] != pixel_auroc
     shutil.rmtree(tmp_path / "Data/brick/ground_truth")
-    done = script("eval", *where)
-    assert all_lines(done) == {("brick", "AUC"): whole["brick", "AUC"], ("average", "AUC"): whole["average", "AUC"]}
+    done = call(patch_models, "--data_dir", tmp_path / "Data", "--save_plots", 1)
+    assert lines(done) == {("brick", "AUC"): auc, ("average", "AUC"): auc}
     assert "no masks in ground_truth, so image metrics only" in done.err
-    assert (tmp_path / "Eval/patch_models/brick/heatmaps.png").is_file()
-
-
-def test_flags_that_do_not_fit_the_kind_of_model(data, where, patch_models, script):
-    one_line(script("eval", *where, "--sigma", 4), "--sigma", "no patch model")
-    for flag in ("--heatmaps", "--save_maps"):
-        one_line(script("eval", *where, flag, 1, "--density", "kde"), f"{flag} 1", "kde")
-    patches = [*where, "--model_dir", patch_models]
-    one_line(script("eval", *patches, "--density", "kde"), "--density: kde", "patch model")
-    one_line(script("eval", *patches, "--window", 64), "--window: 64", "larger than the image")
-    one_line(script("eval", *where, "--backbone", "resnet34"), "--backbone", "resnet18", "leave the flag out")
-    one_line(script("eval", *patches, "--stride", 6), "--stride: 6", "multiple of 4")
-
-
-def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data):
-    test = load_test(data, "brick", (32, 32), 0)
-    scores = np.arange(len(test.labels), dtype=float)[::-1]  # the first image, a normal one, has the highest
-    masks = load_masks(test, (32, 32), 0).numpy()
-    cases = plots.choose_cases(test, scores, masks, np.zeros(masks.shape))
-    titles = [title.split(":")[0] for title, *_ in cases]
-    kinds = {title.split(",")[0] for title in titles}
-    assert kinds == {"normal", *test.defect_types} - {"good"}
-    assert "normal, highest\n000.png" in titles
-    assert f"{test.defect_types[-1]}, lowest\n{test.paths[-1].name}" in titles
-    assert len({title for title, *_ in cases}) == len(cases)
-    (shown,) = (image for title, image, *_ in cases if "highest\n000" in title)
-    assert np.allclose(shown, test.images[0].permute(1, 2, 0) / 255)
-
-
-def test_two_levels_are_fitted_by_a_flag(data, patch_models, tmp_path, script):
-    where = ["--data_dir", data, "--model_dir", patch_models, "--eval_dir", tmp_path, "--type", "brick"]
-    done = script("eval", *where, "--level", "2,3", "--window", 16, "--stride", 16, "--control", 1)
-    assert 0 <= all_lines(done)["brick", "pixel AUROC"] <= 1
-    row = pandas.read_csv(tmp_path / "patch_models/results.csv", dtype=str).iloc[0]
-    assert (row.level, row.stride, row.dims) == ("2,3", "16", "64,64")
-    assert len(row.location_chosen.split(",")) == 2
-
-
-def test_a_view_that_is_added_to_the_table_is_drawn(models, data, monkeypatch):
-    """In previews and in the t-SNE plot, of a variant with three augmented views."""
-    views = ("image", "patch", "scar", "hole")
-    monkeypatch.setitem(VIEWS, "hole", replace(VIEWS["patch"], title="Hole", color="#000000"))
-    monkeypatch.setitem(VARIANTS, "4way", Variant(views, "four classes"))
-    test = load_test(data, "brick", (32, 32), 0)
-    trained = load(models / "brick.pt")
-    trained.config = replace(trained.config, variant="4way")
-    invisible = {"patch": 0.0, "scar": 0.256, "hole": 1.0}
-    (axes,) = plots.preview(test.images[:2], ["a", "b"], trained.config, invisible).axes
-    titles = [label.get_text() for label in axes.get_xticklabels()]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-    shown = [("CutPaste (1)", 0), ("CutPaste-Scar (2)", 26), ("Hole (3)", 100)]
-    shown = [f"{title}\n{share} % show nothing" for title, share in shown]
-    assert titles == ["original", "image view (0)", *shown]
-    embeddings, groups = plots.sample_views(trained, test)
-    assert len(embeddings) == len(groups) == 12 + 3 * 3
-    assert set(groups) == {"normal", "anomalous", *views[1:]}
-    legend = [text.get_text() for text in plots.tsne("brick", embeddings, groups).axes[0].get_legend().get_texts()]
-    assert legend == ["CutPaste", "CutPaste-Scar", "Hole", "normal", "anomalous"]
-
-
-def test_wrong_usage_exits_with_2(script):
-    for wrong in (["--density", "tree"], ["--save_plot", "0"], ["--l2", "2"]):
-        assert script("eval", *wrong).code == 2
+    assert (tmp_path / "patch_models/brick/heatmaps.png").is_file()

@@ -635,7 +635,7 @@ def test_a_report_of_new_images(detectors, here, script, monkeypatch, browser):
     content = (here / "look.html").read_text()
     done = script(*words)
     assert "nothing new was scored, so look.html is not written" in done.err
-    monkeypatch.setattr(report, "MOST_TILES", 4)
+    monkeypatch.setattr(report, "MAX_TILES", 4)
     done = script(*words, "--overwrite")
     fewer = (here / "look.html").read_text()
     assert done.code == 0, done.err
