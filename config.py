@@ -118,7 +118,7 @@ class PatchConfig:
     sigma: float = setting(4.0, number(0.1, 1e3), "maps", "smooth maps by a Gaussian of this width, in pixels")
 
     @property
-    def most_dims(self) -> float:
+    def max_dims(self) -> float:
         """Return ``dims``, or the default: many Gaussians of all dimensions would make a file of gigabytes."""
         return self.dims or (math.inf if self.location == "shared" else EACH_DIMS)
 

@@ -337,7 +337,7 @@ class EnsembleMember(nn.Module):
         stride, width = (table[level - 1] for table in (self.network.spec.strides, self.network.spec.widths))
         step = stride if patches.dense else 1
         grid = Grid(*config.size, max(patches.window, step), max(patches.stride, step), step)
-        dims = patches.most_dims if patches.most_dims < width else None
+        dims = patches.max_dims if patches.max_dims < width else None
         return StageDensity(grid, config.density, config.l2, patches.location, dims)
 
     @property

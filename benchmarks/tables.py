@@ -23,7 +23,7 @@ from pandas import DataFrame, Series
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
-from config import RECIPES, Config, PatchConfig, settings_of
+import config
 from model import BACKBONES
 from runtime.cli import new_parser, run_script
 from runtime.files import InputError, write_file
@@ -31,8 +31,7 @@ from runtime.files import InputError, write_file
 ROOT = Path(__file__).resolve().parents[1]
 START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
 # What a table that does not show it must not mix; of "location" it is location_chosen that counts
-SETTINGS = [setting.name for part in (Config, PatchConfig) for setting in settings_of(part)]
-SETTINGS = [name for name in SETTINGS if name not in ("category", "weights", "false_alarm_rate", "location")]
+SETTINGS = [name for name in config.SETTINGS if name not in ("category", "weights", "false_alarm_rate", "location")]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -172,7 +171,7 @@ def transfer_rows() -> DataFrame:
 
     Whole images are of 128 px, where both were measured.
     """
-    rows, recipe = pandas.read_csv(ROOT / "results/transfer.csv"), RECIPES["finetune"]
+    rows, recipe = pandas.read_csv(ROOT / "results/transfer.csv"), config.RECIPES["finetune"]
     rows["model"] = rows.patch_size.map({64: CROPS}).fillna(IMAGE)
     default = rows.backbone.map(lambda name: ",".join(map(str, BACKBONES[name].middle)))
     rows["taken"] = rows.features.mask(rows.level == default, STRIDES)
@@ -195,7 +194,7 @@ def transfer_table(measure: str) -> str:
 
 def results_table() -> str:
     """Show pretrained patch models and the fast recipe after ten minutes on each category, next to the paper."""
-    rows, fast = pandas.read_csv(ROOT / "results/recipe.csv"), RECIPES["fast"]
+    rows, fast = pandas.read_csv(ROOT / "results/recipe.csv"), config.RECIPES["fast"]
     rows = rows[(rows.recipe == "fast") & rows.note.isna() & (rows.minutes == RESULT_MINUTES)]
     rows = rows[(rows.patch_size == fast["patch_size"]) & (rows.batch_size == fast["batch_size"])]
     rows = rows[rows.device == RESULT_DEVICE].drop(columns="epochs")  # steps follow from minutes: seeds may differ
