@@ -191,7 +191,7 @@ def section(page: Page) -> dict:
         "kinds": sorted(Counter(tile.defect_type for tile in tiles if tile.label is not None).items()),
         "with_maps": any(tile.overlay for tile in tiles),
         "aspect": aspect(tiles),
-        "roc": roc_path(np.array(normal), np.array(anomalous)) if normal and anomalous else None,
+        "roc": roc_path(normal, anomalous) if normal and anomalous else None,
         "histogram": histogram(groups or [("images", [tile.score for tile in tiles])]) if tiles else None,
         "width": WIDTH,
         "roc_height": ROC_HEIGHT,
@@ -217,17 +217,13 @@ def aspect(tiles: Sequence[Tile]) -> float:
 # Charts -----------------------------------------------------------------------------------------------------------
 
 
-def roc_points(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shares (T,), (T,) of normal and anomalous images at or above each score, from none to all, of scores
-    (N,), (A,)."""
-    levels = np.unique(np.concatenate([normal, anomalous]))[::-1]
-    shares = [1 - np.searchsorted(np.sort(scores), levels, "left") / len(scores) for scores in (normal, anomalous)]
-    return np.append(0.0, shares[0]), np.append(0.0, shares[1])
+def roc_path(normal: Sequence[float], anomalous: Sequence[float]) -> str:
+    """Return the ROC curve of scores (N,) and (A,) as the d of an SVG path, from the lower left to the upper right of
+    (WIDTH, ROC_HEIGHT)."""
+    from sklearn.metrics import roc_curve
 
-
-def roc_path(normal: np.ndarray, anomalous: np.ndarray) -> str:
-    """Return the ROC curve as the d of an SVG path, from the lower left to the upper right of (WIDTH, ROC_HEIGHT)."""
-    return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(*roc_points(normal, anomalous)))
+    false_alarms, detections, _ = roc_curve([0] * len(normal) + [1] * len(anomalous), [*normal, *anomalous])
+    return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(false_alarms, detections))
 
 
 def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
