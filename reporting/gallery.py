@@ -22,6 +22,7 @@ from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
 from reporting.overlays import overlay
 from runtime.files import MARK
+from runtime.image_files import encode
 
 MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 MB at most
 THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
@@ -128,10 +129,9 @@ def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
     small = Image.fromarray(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     while True:
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
-        if buffer.tell() <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
-            return buffer.getvalue()
+        jpeg = encode(small, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
+        if len(jpeg) <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
+            return jpeg
         quality = max(LOWEST_QUALITY, quality - 10)
 
 

@@ -1,9 +1,10 @@
-"""Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image.
+"""Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image. Encode images.
 
 Owns which files are images, how one is decoded and resized, and the limits on what a file may claim. A bad file gets an
 ``InputError`` that names it and says what to do. Writes nothing.
 """
 
+import io
 import os
 import struct
 from collections.abc import Iterator
@@ -61,6 +62,13 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return the content of an image file. kind: PNG or JPEG. options: Pillow's, such as quality."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def decode_mask(path: str | Path) -> np.ndarray:
