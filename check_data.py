@@ -48,10 +48,10 @@ from detector import (
     unseen_by,
 )
 from reporting.metrics import image_metrics
-from reporting.tables import as_csv, normal_table
+from reporting.tables import normal_table
 from runtime.cache import iterate
 from runtime.cli import choose_device, folder_name, new_parser, run_script
-from runtime.files import InputError, say, write_files
+from runtime.files import InputError, csv_table, say, write_files
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -114,7 +114,7 @@ def check_duplicates(data_dir: str, category: str, train: TrainSet, test: TestSe
             paths = (train.paths[pair.first], others.paths[pair.second])
             rows.append((pair.kind, *(path.relative_to(data_dir).as_posix() for path in paths), pair.similarity))
     columns = ("kind", "path", "other", "similarity")
-    return {"duplicates.csv": as_csv([dict(zip(columns, row)) for row in rows], columns)}
+    return {"duplicates.csv": csv_table([dict(zip(columns, row)) for row in rows], columns)}
 
 
 def _counted(pairs: list[Pair]) -> str:
@@ -225,7 +225,7 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
     unit = ("standardized " if len(detector.members) > 1 else "") + detector.members[0].unit
     shows = "the most unusual training images, heat maps"
     sheet = figures.heat_sheet(detector, cases, shows, unit, with_masks=False)
-    return {"suspicious.csv": as_csv(rows), "suspicious.png": figures.png(sheet)}
+    return {"suspicious.csv": csv_table(rows), "suspicious.png": figures.png(sheet)}
 
 
 @torch.inference_mode()
@@ -271,7 +271,7 @@ def check_count(detector: Detector, train: TrainSet, test: TestSet | None) -> di
     rows = curve_rows(subsets, None if test is None else test.labels)
     print(f"{category} enough: {verdict(rows)}", flush=True)
     rows = [{"category": category} | row for row in rows]
-    return {"enough.csv": as_csv(rows), "enough.png": figures.png(figures.enough(category, rows))}
+    return {"enough.csv": csv_table(rows), "enough.png": figures.png(figures.enough(category, rows))}
 
 
 def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None = None) -> list[SubsetScores]:

@@ -31,7 +31,6 @@ from model import WeightsError
 from reporting.gallery import Page, gallery_page, render
 from reporting.metrics import evaluate
 from reporting.tables import (
-    as_csv,
     decision_line,
     missing,
     normal_table,
@@ -44,7 +43,7 @@ from reporting.tables import (
 )
 from runtime.cli import choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
 from runtime.distributed import from_environment
-from runtime.files import InputError, check_replaceable, say, write_files
+from runtime.files import InputError, check_replaceable, csv_table, say, write_files
 
 # Settings that flags may repeat, and settings that flags may change
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
@@ -97,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
     contents = tables(results)
     if results[0].seed:
         rows = seed_rows(results)
-        contents["seeds.csv"] = as_csv(rows)
+        contents["seeds.csv"] = csv_table(rows)
         for row in rows:
             print_seed_lines(row)
     else:
@@ -210,7 +209,7 @@ def tables(results: list[Result]) -> dict[str, bytes]:
         "scores.csv": [row for result in results for row in result.score_rows],
         "normal_scores.csv": [row for result in results for row in result.normal_rows],
     }
-    return {name: as_csv(rows[name]) for name in rows if rows[name]}
+    return {name: csv_table(rows[name]) for name in rows if rows[name]}
 
 
 def seed_rows(results: list[Result]) -> list[dict]:

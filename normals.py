@@ -17,6 +17,7 @@ from torch.nn import functional
 from dataset import TrainSet
 from detector import Detector, batches_of, evenly_spaced
 from runtime.files import InputError, load_tensors, save_tensors
+from runtime.image_files import encode
 
 FORMAT = "cutpaste-normals"
 VERSION = 1
@@ -71,7 +72,9 @@ def save_normals(detector: Detector, train: TrainSet, path: str | Path) -> None:
     for block in batches_of(detector, train.images, numbers=numbers):
         features = detector.members[0].features(detector.prepare(block), [level])
         embeddings.append(compared(features[level]).half().cpu())
-        jpegs += [encoded(image) for image in block.permute(0, 2, 3, 1).cpu().numpy()]
+        pictures = map(Image.fromarray, block.permute(0, 2, 3, 1).cpu().numpy())
+        # Subsampled, colors of thin lines would get lost
+        jpegs += [encode(picture, "JPEG", quality=QUALITY, subsampling="4:4:4") for picture in pictures]
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -104,10 +107,3 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
 def digest(detector: Detector) -> str:
     """What two trainings do not share: all that decides a detector decides what it says of its normal images."""
     return hashlib.blake2b(detector.calibration_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()
-
-
-def encoded(image: np.ndarray) -> bytes:
-    """A JPEG file of an image (H, W, 3) uint8."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY, subsampling="4:4:4")  # colors of thin lines too
-    return buffer.getvalue()

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
 @contextmanager
 def new_category(data_dir: Path, name: str) -> Iterator[Path]:
-    """A temporary folder that becomes data_dir/name when the block ends well. Raises InputError if that exists."""
+    """Open a temporary folder that becomes data_dir/name when the block ends well. Raises InputError if that exists."""
     target = data_dir / name
     if target.exists():
         raise InputError(f"{target}: is there already and is left alone; remove it or choose another --data_dir")
@@ -90,8 +90,8 @@ def new_category(data_dir: Path, name: str) -> Iterator[Path]:
         building.mkdir()
         yield building
         building.rename(target)
-    kinds = [kind for split in ("train", "test") for kind in sorted((target / split).glob("*"))]
-    say(f"wrote {target}: " + ", ".join(f"{len(find_images(kind))} {kind.parent.name}/{kind.name}" for kind in kinds))
+    folders = [path for split in ("train", "test") for path in sorted((target / split).glob("*"))]
+    say(f"wrote {target}: " + ", ".join(f"{len(find_images(path))} {path.parent.name}/{path.name}" for path in folders))
 
 
 # MVTec AD ---------------------------------------------------------------------------------------------------------
@@ -105,11 +105,11 @@ def mvtec(args: argparse.Namespace, data_dir: Path) -> None:
     if source.is_file():
         unpack(source, data_dir)
     root = data_dir if source.is_file() else source  # a folder is not copied: it is used where it lies
-    found = {name: verify(root / name, *counts) for name, counts in MVTEC_COUNTS.items() if (root / name).is_dir()}
+    checked = {name: verify(root / name, *counts) for name, counts in MVTEC_COUNTS.items() if (root / name).is_dir()}
     for name in MVTEC_COUNTS:
-        say(f"{name}: " + ("; ".join(found[name]) or "complete" if name in found else "not there"))
-    problems = [f"{name}: {problem}" for name in found for problem in found[name]]
-    complete = sum(not of_one for of_one in found.values())
+        say(f"{name}: " + ("; ".join(checked[name]) or "complete" if name in checked else "not there"))
+    problems = [f"{name}: {problem}" for name in checked for problem in checked[name]]
+    complete = sum(not of_category for of_category in checked.values())
     say(f"{complete} of {len(MVTEC_COUNTS)} categories are complete in {root}, the folder for --data_dir")
     if problems:
         first = f"{len(problems)} problem(s), the first: {problems[0]}"
@@ -130,16 +130,16 @@ def unpack(archive: Path, data_dir: Path) -> None:
                 raise  # a full disk is not the archive's fault
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
-        found = sorted({p.parent.parent for p in Path(temporary).rglob(f"train/{GOOD}") if p.is_dir()})
-        found = [p for p in found if "__MACOSX" not in p.parts]  # what a Mac adds to a zip
-        if not found:
+        sources = sorted({path.parent.parent for path in Path(temporary).rglob(f"train/{GOOD}") if path.is_dir()})
+        sources = [path for path in sources if "__MACOSX" not in path.parts]  # what a Mac adds to a zip
+        if not sources:
             raise InputError(f"{archive}: no category in it (a folder with train/{GOOD})")
-        targets = [data_dir / p.name for p in found]
-        if len(set(targets)) < len(found):
+        targets = [data_dir / path.name for path in sources]
+        if len(set(targets)) < len(sources):
             raise InputError(f"{archive}: two folders of one category in it; nothing was unpacked")
         if taken := [target for target in targets if target.exists()]:
             raise InputError(f"{taken[0]}: is there already and is left alone; nothing was unpacked")
-        for source, target in zip(found, targets):
+        for source, target in zip(sources, targets):
             source.rename(target)
 
 
@@ -163,22 +163,23 @@ def extract(archive: Path, folder: str) -> None:
 
 
 def refuse_escape(archive: Path, member: str) -> None:
-    """Raises InputError for a member whose path would lead out of the folder it is unpacked in."""
+    """Raise InputError for a member whose path would lead out of the folder it is unpacked in."""
     parts = member.replace("\\", "/").split("/")
     if member.startswith(("/", "\\")) or ".." in parts or (len(member) > 1 and member[1] == ":"):
         raise InputError(f"{archive}: {member!r} would be written outside the folder; nothing was unpacked")
 
 
 def verify(folder: Path, train: int, test: int) -> list[str]:
-    """What is wrong with a category, against its official numbers; every anomalous image needs a mask."""
+    """Return what is wrong with a category, in words: with its numbers of images, and anomalous ones without a mask."""
     problems = []
     for split, expected in (("train", train), ("test", test)):
         images = [path for kind in sorted((folder / split).glob("*")) if kind.is_dir() for path in find_images(kind)]
         if len(images) != expected:
             problems.append(f"{split} has {len(images)} images instead of {expected}")
-    bare = [image for image in images if image.parent.name != GOOD and find_mask(image) is None]  # of the test images
-    if bare:
-        problems.append(f"{len(bare)} mask(s) missing in ground_truth, the first for {bare[0].relative_to(folder)}")
+    lacking = [path for path in images if path.parent.name != GOOD and find_mask(path) is None]  # of the test images
+    if lacking:
+        first = lacking[0].relative_to(folder)
+        problems.append(f"{len(lacking)} mask(s) missing in ground_truth, the first for {first}")
     return problems
 
 
@@ -186,7 +187,8 @@ def verify(folder: Path, train: int, test: int) -> list[str]:
 
 
 def elpv(args: argparse.Namespace, data_dir: Path) -> None:
-    """Defect probability 0 is normal, 1 is anomalous; the cells that the experts disagreed on are left out.
+    """Write a category of solar cells: defect probability 0 is normal, 1 is anomalous. The cells that the experts
+    disagreed on are left out.
 
     Buerhop-Lopez et al., "A benchmark for visual identification of defective solar cells in electroluminescence
     imagery", EU PVSEC 2018.
@@ -196,8 +198,7 @@ def elpv(args: argparse.Namespace, data_dir: Path) -> None:
     except ImportError as error:
         raise InputError("the package elpv-dataset is not installed: pip install elpv-dataset") from error
     images, probability, kinds = load_dataset()  # (N, 300, 300) uint8, (N,), (N,)
-    own = kinds == args.cells
-    normal, bad = np.flatnonzero(own & (probability == 0)), np.flatnonzero(own & (probability == 1))
+    normal, bad = (np.flatnonzero((kinds == args.cells) & (probability == value)) for value in (0, 1))
     train, held_out = split(normal, args.held_out, args.seed)
     with new_category(data_dir, args.name or f"solar_{args.cells}") as target:
         for kind, members in ((f"train/{GOOD}", train), (f"test/{GOOD}", held_out), ("test/defective", bad)):
@@ -206,9 +207,9 @@ def elpv(args: argparse.Namespace, data_dir: Path) -> None:
 
 
 def split(items: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items to train on and items held out, each in the order given; which is which is drawn from ``seed``."""
-    chosen = np.random.default_rng(seed).permutation(len(items)) < round(held_out * len(items))
-    return items[~chosen], items[chosen]
+    """Return items to train on and items held out, each in the order given; ``seed`` draws which is which."""
+    is_held_out = np.random.default_rng(seed).permutation(len(items)) < round(held_out * len(items))
+    return items[~is_held_out], items[is_held_out]
 
 
 # Own photographs --------------------------------------------------------------------------------------------------
@@ -255,7 +256,8 @@ def list_photographs(path: Path, flag: str) -> list[Path]:
 
 
 def textures(args: argparse.Namespace, data_dir: Path) -> None:
-    """Crops of real textures; stains, scratches and holes are drawn on crops of the half that is not trained on."""
+    """Write categories of crops of real textures; stains, scratches and holes are drawn on crops of the half that is
+    not trained on."""
     try:
         from skimage import data
     except ImportError as error:
@@ -278,7 +280,7 @@ def textures(args: argparse.Namespace, data_dir: Path) -> None:
 
 
 def crop(picture: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square of a gray picture (H, W): (size, size) uint8."""
+    """Return a random square of a gray picture (H, W): (size, size) uint8."""
     top, left = (rng.integers(0, side - size + 1) for side in picture.shape)
     return picture[top : top + size, left : left + size]
 
@@ -289,13 +291,13 @@ def write_image(path: Path, image: np.ndarray, **options: object) -> None:
 
 
 def draw_stain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A bright or dark ellipse that lets the texture through. Returns image and mask {0, 1}, (H, W) uint8."""
-    mask = ellipse(image.shape, rng, 0.12, 0.22)
+    """Draw a bright or dark ellipse that lets the texture through. Returns image and mask {0, 1}, (H, W) uint8."""
+    mask = ellipse(image.shape, rng, (0.12, 0.22))
     return blend(image, mask, rng.choice([30.0, 230.0]), 0.6), mask
 
 
 def draw_scratch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A thin straight line, bright or dark."""
+    """Draw a thin straight line, bright or dark."""
     size = len(image)
     angle, length = rng.uniform(0, math.pi), rng.uniform(0.3, 0.6) * size
     rows, cols = np.mgrid[:size, :size] - rng.uniform(0.35, 0.65, (2, 1, 1)) * size
@@ -305,18 +307,18 @@ def draw_scratch(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 def draw_hole(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth ellipse without texture, in the picture's own mean gray."""
-    mask = ellipse(image.shape, rng, 0.12, 0.2)
+    """Draw a smooth ellipse without texture, in the picture's own mean gray."""
+    mask = ellipse(image.shape, rng, (0.12, 0.2))
     return blend(image, mask, float(image.mean()), 1.0), mask
 
 
 DEFECTS = {"stain": draw_stain, "scratch": draw_scratch, "hole": draw_hole}
 
 
-def ellipse(shape: tuple[int, ...], rng: np.random.Generator, least: float, most: float) -> np.ndarray:
-    """A random ellipse inside the image, radii from ``least`` to ``most`` of its side: mask (H, W) uint8."""
+def ellipse(shape: tuple[int, ...], rng: np.random.Generator, shares: tuple[float, float]) -> np.ndarray:
+    """Return a random ellipse inside the image as a mask (H, W) uint8, its radii shares of the image's side."""
     size = shape[0]
-    radii = rng.uniform(least, most, 2) * size
+    radii = rng.uniform(*shares, 2) * size
     center = [rng.uniform(r, size - r) for r in radii]
     rows, cols = np.mgrid[:size, :size]
     return (((rows - center[0]) / radii[0]) ** 2 + ((cols - center[1]) / radii[1]) ** 2 <= 1).astype(np.uint8)

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from reporting import overlays
-from runtime.files import InputError, check_replaceable, write_file
+from runtime.files import InputError, check_replaceable, csv_record, write_file
 from runtime.image_files import decode
 
 COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error")
@@ -45,7 +45,7 @@ class RowsFile:
         self.overwrite, self.cuts = overwrite, False
 
     def __enter__(self) -> "RowsFile":
-        header = b"" if self.kind == "jsonl" else csv_bytes(self.columns)
+        header = b"" if self.kind == "jsonl" else csv_record(self.columns)
         if self.path is None:
             sys.stdout.flush()
             # What a full disk refused must not wait in a buffer, to fail once more at the end
@@ -96,7 +96,7 @@ class RowsFile:
 
     def as_bytes(self, row: dict) -> bytes:
         values = {name: row[name] for name in self.columns}
-        return csv_bytes(values.values()) if self.kind == "csv" else json.dumps(values).encode() + b"\n"
+        return csv_record(values.values()) if self.kind == "csv" else json.dumps(values).encode() + b"\n"
 
     def note(self, row: dict) -> None:
         try:
@@ -160,16 +160,6 @@ class RowsFile:
         raise InputError(f"{self.path}: holds something else than {asked}; another --output, or --overwrite")
 
 
-def csv_bytes(values: Iterable[object]) -> bytes:
-    """One record. Numbers keep all digits; None is empty."""
-    values = ["" if value is None else value for value in values]
-    # Not every version of the module quotes a carriage return
-    quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
 def begins_like_rows(file: BinaryIO) -> bool:
     """Return whether a file is empty or begins with a record of this program, of one or several categories and of any
     of FORMATS, which a kill may have cut off. ``file.tell()`` is 0 then."""
@@ -177,7 +167,7 @@ def begins_like_rows(file: BinaryIO) -> bool:
     file.seek(0)
     for columns in (COLUMNS, ("category", *COLUMNS)):
         start = b'{"%s": ' % columns[0].encode()
-        if csv_bytes(columns).startswith(first) or start.startswith(first):
+        if csv_record(columns).startswith(first) or start.startswith(first):
             return True
         try:
             if first.startswith(start) and tuple(json.loads(first)) == columns:

@@ -22,6 +22,7 @@ from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
 from reporting.overlays import overlay
 from runtime.files import MARK
+from runtime.image_files import encode
 
 MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 MB at most
 THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
@@ -128,10 +129,9 @@ def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
     small = Image.fromarray(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     while True:
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
-        if buffer.tell() <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
-            return buffer.getvalue()
+        jpeg = encode(small, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
+        if len(jpeg) <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
+            return jpeg
         quality = max(LOWEST_QUALITY, quality - 10)
 
 
@@ -191,7 +191,7 @@ def section(page: Page) -> dict:
         "kinds": sorted(Counter(tile.defect_type for tile in tiles if tile.label is not None).items()),
         "with_maps": any(tile.overlay for tile in tiles),
         "aspect": aspect(tiles),
-        "roc": roc_path(np.array(normal), np.array(anomalous)) if normal and anomalous else None,
+        "roc": roc_path(normal, anomalous) if normal and anomalous else None,
         "histogram": histogram(groups or [("images", [tile.score for tile in tiles])]) if tiles else None,
         "width": WIDTH,
         "roc_height": ROC_HEIGHT,
@@ -217,17 +217,13 @@ def aspect(tiles: Sequence[Tile]) -> float:
 # Charts -----------------------------------------------------------------------------------------------------------
 
 
-def roc_points(normal: np.ndarray, anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shares (T,), (T,) of normal and anomalous images at or above each score, from none to all, of scores
-    (N,), (A,)."""
-    levels = np.unique(np.concatenate([normal, anomalous]))[::-1]
-    shares = [1 - np.searchsorted(np.sort(scores), levels, "left") / len(scores) for scores in (normal, anomalous)]
-    return np.append(0.0, shares[0]), np.append(0.0, shares[1])
+def roc_path(normal: Sequence[float], anomalous: Sequence[float]) -> str:
+    """Return the ROC curve of scores (N,) and (A,) as the d of an SVG path, from the lower left to the upper right of
+    (WIDTH, ROC_HEIGHT)."""
+    from sklearn.metrics import roc_curve
 
-
-def roc_path(normal: np.ndarray, anomalous: np.ndarray) -> str:
-    """Return the ROC curve as the d of an SVG path, from the lower left to the upper right of (WIDTH, ROC_HEIGHT)."""
-    return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(*roc_points(normal, anomalous)))
+    false_alarms, detections, _ = roc_curve([0] * len(normal) + [1] * len(anomalous), [*normal, *anomalous])
+    return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(false_alarms, detections))
 
 
 def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:

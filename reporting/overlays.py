@@ -3,14 +3,13 @@
 Maps and images in; boxes, pictures and the content of their files out. Owns how heat is colored.
 """
 
-import io
-
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch.nn import functional
 
 from runtime.files import MARK, InputError
+from runtime.image_files import encode
 
 OPACITY = 0.7  # of the strongest heat
 COLORS = ((255, 214, 64), (232, 120, 36), (176, 20, 32))  # of heat, from weak to strong
@@ -77,10 +76,9 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bo
 
 def encoded(image: Image.Image, target: str) -> bytes:
     """Return the content of a PNG or JPEG file, with MARK. Raises InputError if the format cannot hold the image."""
-    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info = PngImagePlugin.PngInfo()
     info.add_text("Software", MARK)
     try:
-        image.save(buffer, "PNG" if target.endswith(".png") else "JPEG", quality=90, pnginfo=info, comment=MARK)
+        return encode(image, "PNG" if target.endswith(".png") else "JPEG", quality=90, pnginfo=info, comment=MARK)
     except (OSError, ValueError) as error:
         raise InputError(f"{target}: cannot be drawn ({error})") from error
-    return buffer.getvalue()

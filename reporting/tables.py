@@ -182,10 +182,3 @@ def normal_table(detector: Detector, paths: Sequence[Path], data_dir: str | Path
     columns = ("category", "path", "score", "above_threshold")
     order = scores.argsort(descending=True).tolist()
     return [dict(zip(columns, (category, names[i], scores[i].item(), above[i]))) for i in order]
-
-
-def as_csv(rows: list[dict], columns: Sequence[str] | None = None) -> bytes:
-    """Return the content of a CSV file. columns: their names, needed where there may be no row."""
-    import pandas
-
-    return pandas.DataFrame(rows, columns=columns).to_csv(index=False).encode()

@@ -33,7 +33,7 @@ LARGEST_SIDE = 4096  # of images, in pixels
 
 @dataclass(frozen=True, eq=False)  # argparse needs a hash
 class Rule:
-    """What a setting may be. Called with a flag's text, as argparse does, it gives the value."""
+    """What a setting may be. Called with a flag's text, as argparse does, it returns the value."""
 
     kind: type
     words: str  # "a whole number, at least 2"
@@ -68,7 +68,7 @@ def number(least: float, most: float) -> Rule:
 
 
 def one_of(choices: Collection[str]) -> Rule:
-    """One of the names in a table, which may grow."""
+    """Allow the names in a table, which may grow."""
     return Rule(str, f"one of {', '.join(choices)}", lambda value: value in choices, choices=choices)
 
 
@@ -78,7 +78,7 @@ html_file = Rule(str, "the name of an .html file", lambda value: value.lower().e
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """'256' -> (256, 256); '256x192' (width x height, as pictures are named) -> (H, W) = (192, 256)."""
+    """Read '256' as (256, 256), '256x192' (width x height, as pictures are named) as (H, W) = (192, 256)."""
     width, *height = text.lower().split("x")
     return int(*(height or [width])), int(width)
 
@@ -93,7 +93,8 @@ size = Rule(
 
 
 def new_parser(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """A parser that takes no shortened flags (``--epoch`` for ``--epochs`` hides a mistake) and keeps line breaks."""
+    """Return a parser that takes no shortened flags (``--epoch`` for ``--epochs`` hides a mistake) and keeps line
+    breaks."""
     kind = argparse.RawDescriptionHelpFormatter
     formatter = lambda prog: kind(prog, max_help_position=30, width=100)  # noqa: E731
     return argparse.ArgumentParser(
@@ -136,7 +137,7 @@ def fail(prog: str, message: str) -> NoReturn:
 
 
 def keep_memory() -> None:
-    """Let malloc return no freed memory to the system: large blocks come from the heap (M_MMAP_MAX 0), which is never
+    """Let malloc keep freed memory for the next step: large blocks come from the heap (M_MMAP_MAX 0), which is never
     trimmed (M_TRIM_THRESHOLD). Has no effect without glibc.
 
     Each training step allocates the activations of the one before again. If they went back to the system in between,
@@ -172,7 +173,7 @@ class Interrupts:
 
 
 def choose_device(cuda: bool, local_rank: int = 0) -> torch.device:
-    """The device of ``--cuda``: the CPU, or GPU number ``local_rank``. Raises InputError if it is not there."""
+    """Return the device of ``--cuda``: the CPU, or GPU number ``local_rank``. Raises InputError if it is not there."""
     if not cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -186,7 +187,7 @@ def choose_device(cuda: bool, local_rank: int = 0) -> torch.device:
 
 
 def suitable_precision(device: torch.device) -> tuple[str, str]:
-    """The fastest of PRECISIONS that the hardware computes in, and the reason for it in a few words.
+    """Return the fastest of PRECISIONS that the hardware computes in, and the reason for it in a few words.
 
     A GPU: bf16 from compute capability 8 on, fp16 with 7. A CPU: bf16 with AMX or with avx512_bf16; elsewhere it is
     emulated, or has not been measured against float32 (ARM). Else off.
@@ -203,14 +204,14 @@ def suitable_precision(device: torch.device) -> tuple[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of the GPU or the processor, for the record."""
+    """Return the model of the GPU or the processor, for the record."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo(field: str) -> str:
-    """The first value of a field of /proc/cpuinfo; empty if there is none."""
+    """Return the first value of a field of /proc/cpuinfo; empty if there is none."""
     with suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             name, _, value = line.partition(":")
@@ -223,12 +224,13 @@ def _cpuinfo(field: str) -> str:
 
 
 def command_line() -> str:
-    """The command as typed, without the path of the interpreter."""
+    """Return the command as typed, without the path of the interpreter."""
     return "python " + shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 def folder_name(path: str) -> str:
-    """The last part of a path: results and logs of the models in ``runs/a/`` go to ``Eval/a`` and ``logdirs/a``."""
+    """Return the last part of a path: results and logs of the models in ``runs/a/`` go to ``Eval/a`` and
+    ``logdirs/a``."""
     return os.path.basename(os.path.abspath(path))
 
 
@@ -245,7 +247,7 @@ def progress_bar(category: str, step: int, steps: int, shown: bool, unit: str = 
 
 @contextmanager
 def open_tensorboard(folder: Path, purge_step: int) -> Iterator["SummaryWriter"]:
-    """TensorBoard's files; entries from ``purge_step`` on, left by a killed run, are hidden.
+    """Open TensorBoard's files; entries from ``purge_step`` on, left by a killed run, are hidden.
 
     It writes in a thread: an error there (a full disk) would print a traceback of its own, and reaches this thread
     without the name of the folder.

@@ -1,13 +1,15 @@
 """Messages, and files that are written whole or not at all.
 
-Owns ``InputError``, the line on stderr, atomic writing, the mark of this program's files, and files of tensors and
-plain values, verified when read.
+Owns ``InputError``, the line on stderr, atomic writing, the mark of this program's files, the bytes of CSV files, and
+files of tensors and plain values, verified when read.
 """
 
+import csv
 import io
 import os
 import sys
 import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -85,6 +87,26 @@ def remove_file(path: Path) -> None:
     """Remove a file, if it is there, and what a killed process left of it."""
     path.unlink(missing_ok=True)
     part_path(path).unlink(missing_ok=True)
+
+
+# CSV --------------------------------------------------------------------------------------------------------------
+
+
+def csv_record(values: Iterable[object]) -> bytes:
+    """Return a line of a CSV file. Numbers keep all digits; None is empty; a name that is no UTF-8 keeps its bytes."""
+    values = ["" if value is None else value for value in values]
+    # Not every version of the module quotes a carriage return
+    quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def csv_table(rows: Sequence[dict], columns: Iterable[str] = ()) -> bytes:
+    """Return a CSV file of rows by the names of their columns, in the order in which those first come. columns: the
+    names that come first, which may be all there is."""
+    columns = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
+    return csv_record(columns) + b"".join(csv_record(map(row.get, columns)) for row in rows)
 
 
 # Tensors and plain values -----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image.
+"""Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image. Encode images.
 
 Owns which files are images, how one is decoded and resized, and the limits on what a file may claim. A bad file gets an
 ``InputError`` that names it and says what to do. Writes nothing.
 """
 
+import io
 import os
 import struct
 from collections.abc import Iterator
@@ -30,9 +31,9 @@ DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` giv
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder by name; hidden files (macOS leaves ``._x.png``) and sub-folders are not."""
+    """Return the image files of a folder by name, without hidden ones (macOS leaves ``._x.png``) and sub-folders."""
     with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
+        names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
     return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
 
 
@@ -40,7 +41,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """One image file as RGB: (H, W, 3) uint8, resized to ``size`` = (H, W) with an anti-aliased bilinear filter.
+    """Return an image file as RGB: (H, W, 3) uint8, resized to ``size`` = (H, W) with an anti-aliased bilinear filter.
 
     Turned upright by its EXIF tag; 16-bit and float images brought to 8 bits; transparent pixels laid on white.
     Raises InputError, with the path, if the file is missing, truncated, no image, or claims to be too large.
@@ -53,7 +54,7 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """An image (H, W, 3) uint8, brought to ``size`` as by ``decode``. Raises InputError for another kind of array."""
+    """Return an image (H, W, 3) uint8 at ``size``, as ``decode`` does. Raises InputError for another kind of array."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise InputError(f"an array (H, W, 3) uint8 is needed for an image, not {image.shape} {image.dtype}")
     return np.array(_resized(Image.fromarray(image), size))
@@ -63,8 +64,15 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return the content of an image file. kind: PNG or JPEG. options: Pillow's, such as quality."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def decode_mask(path: str | Path) -> np.ndarray:
-    """One mask upright: (H, W) bool, whether a pixel is not black. Raises InputError as ``decode`` does."""
+    """Return a mask upright: (H, W) bool, True where it is not black. Raises InputError as ``decode`` does."""
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
@@ -72,7 +80,7 @@ def decode_mask(path: str | Path) -> np.ndarray:
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """(H, W) of an image file as it will be decoded, from its header."""
+    """Return (H, W) of an image file as it will be decoded, from its header."""
     with _opened(path) as image:
         # A TIFF's as it is stored: newer versions of Pillow turn the size when they open the file, older ones do not
         width, height = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
@@ -83,7 +91,7 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """``with _opened(path) as image``: every way in which a file is no image becomes an InputError."""
+    """Open an image file; every way in which it is no image becomes an InputError."""
     try:
         Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
         with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
@@ -107,9 +115,9 @@ def _check_parts(file: BinaryIO, path: str | Path) -> None:
     file.seek(*struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4))
     number, entry = (struct.Struct(order + part) for part in (("Q", "HHQ8x") if big else ("H", "HHI4x")))
     (count,) = number.unpack(file.read(number.size))
-    tags = file.read(min(count, MAX_PARTS) * entry.size)
-    whole = entry.iter_unpack(tags[: len(tags) // entry.size * entry.size])
-    count = max([count, *(values for tag, kind, values in whole if tag in (273, 324) or kind in (5, 10))])
+    content = file.read(min(count, MAX_PARTS) * entry.size)
+    entries = entry.iter_unpack(content[: len(content) // entry.size * entry.size])
+    count = max([count, *(values for tag, kind, values in entries if tag in (273, 324) or kind in (5, 10))])
     if count > MAX_PARTS:
         raise InputError(f"{path}: claims {count} strips or tiles, at most {MAX_PARTS} are read; save larger ones")
 
@@ -118,22 +126,22 @@ def _check_pixels(image: Image.Image, path: str | Path) -> None:
     """Refuse an image that claims more pixels than are read, or than its file can hold."""
     (width, height), packing = image.size, (image.format, image.info.get("compression"))
     scans = Path(path).read_bytes().count(b"\xff\xda") if "progressive" in image.info else 1
-    most = MAX_RLE_PIXELS if packing in (("BMP", 1), ("BMP", 2)) else MAX_PIXELS * SCANS // max(scans, SCANS)
-    if width * height > most or max(width, height) > MAX_SIDE:
-        raise InputError(f"{path}: claims {width}x{height} pixels; allowed: {most}, {MAX_SIDE} a side; scale it down")
-    if packing == ("TIFF", "raw") and width * height > 8 * (held := os.path.getsize(path)):
-        raise InputError(f"{path}: claims {width}x{height} pixels in {held} bytes, at most 8 a byte; replace it")
+    limit = MAX_RLE_PIXELS if packing in (("BMP", 1), ("BMP", 2)) else MAX_PIXELS * SCANS // max(scans, SCANS)
+    if width * height > limit or max(width, height) > MAX_SIDE:
+        raise InputError(f"{path}: claims {width}x{height} pixels; allowed: {limit}, {MAX_SIDE} a side; scale it down")
+    if packing == ("TIFF", "raw") and width * height > 8 * (length := os.path.getsize(path)):
+        raise InputError(f"{path}: claims {width}x{height} pixels in {length} bytes, at most 8 a byte; replace it")
 
 
 def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
-    """As gray or RGB without transparency: gray is resized in a third of the time."""
+    """Return the image as gray or RGB, without transparency: gray is resized in a third of the time."""
     if image.mode == "F" or image.mode.startswith("I"):  # float; 16 bits, some of which Pillow reads as 32
-        top, kind, how = (1, "float", "in [0, 1] or 8") if image.mode == "F" else (65535, "gray", "with 8 or 16")
+        largest, kind, how = (1, "float", "in [0, 1] or 8") if image.mode == "F" else (65535, "gray", "with 8 or 16")
         values = np.asarray(image).reshape(-1)
-        if not (values.min() >= 0 and values.max() <= top):
+        if not (values.min() >= 0 and values.max() <= largest):
             raise InputError(f"{path}: {kind} values from {values.min()} to {values.max()}; save it {how} bits")
         bands = np.array_split(values, len(values) // BAND + 1)
-        scaled = np.concatenate([(band * np.float32(255 / top)).round().astype(np.uint8) for band in bands])
+        scaled = np.concatenate([(band * np.float32(255 / largest)).round().astype(np.uint8) for band in bands])
         image = Image.fromarray(scaled.reshape(image.size[::-1]))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

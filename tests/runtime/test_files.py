@@ -1,5 +1,6 @@
 """Files of tensors: what is written comes back, a damaged file is refused, and an old one is never lost."""
 
+import csv
 import random
 import struct
 import zipfile
@@ -8,7 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from runtime.files import InputError, load_tensors, part_path, remove_file, save_tensors, write_files
+from runtime.files import InputError, csv_table, load_tensors, part_path, remove_file, save_tensors, write_files
 
 CONTENT = {
     "format": "a test",
@@ -141,3 +142,19 @@ def test_removing_takes_what_a_killed_process_left_too(path):
     for _ in range(2):
         remove_file(path)
         assert list(path.parent.iterdir()) == []
+
+
+# CSV --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_is_read_back(tmp_path):
+    rows = [
+        {"path": 'a, "b"\r\n\udcff', "score": 0.1 + 0.2, "count": 3},
+        {"path": "é", "score": None, "above": True},
+    ]
+    (tmp_path / "a.csv").write_bytes(csv_table(rows, ("path", "score")))
+    with open(tmp_path / "a.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        names, *values = csv.reader(file)
+    assert names == ["path", "score", "count", "above"]
+    assert values == [[rows[0]["path"], "0.30000000000000004", "3", ""], ["é", "", "", "True"]]
+    assert csv_table([], ("path", "score")) == b"path,score\n"

@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import one_line, run
+from conftest import one_line
 from PIL import Image
 
 from dataset import load_masks, load_test
@@ -29,7 +29,7 @@ def photographs(folder, count):
 
 
 def test_elpv_splits_real_cells(tmp_path, script):
-    done = run("prepare_data.py", "elpv", "--data_dir", tmp_path)
+    done = script("prepare_data", "elpv", "--data_dir", tmp_path)
     assert done.code == 0, done.err
     assert counts(tmp_path / "solar_mono") == {"train/good": 441, "test/defective": 313, "test/good": 147}
     names = [p.name for p in tmp_path.rglob("*.png")]
