@@ -192,7 +192,7 @@ def scoring(run: Trainer, repeats: int) -> dict:
 
     @torch.inference_mode()
     def bare() -> None:
-        detector.network.embed(batch)
+        detector.members[0].network.embed(batch)
 
     ours, alone = medians(repeats, run.device, lambda: score(detector, images), bare)
     run.network.train()
@@ -209,15 +209,15 @@ def files(run: Trainer, repeats: int, paths: list[Path]) -> dict:
     batch = prepared(run.images)
 
     def decoding() -> Tensor:
-        return load_images(paths, detector.size, os.cpu_count())
+        return load_images(paths, detector.config.size, os.cpu_count())
 
     @torch.inference_mode()
     def bare() -> None:
         for block in batch.split(IMAGES_AT_ONCE):
-            detector.network.embed(block)
+            detector.members[0].network.embed(block)
 
     whole, decoded, alone = medians(repeats, run.device, lambda: score(detector, decoding()), decoding, bare)
-    single = medians(repeats, run.device, lambda: [decode(path, detector.size) for path in paths])[0]
+    single = medians(repeats, run.device, lambda: [decode(path, detector.config.size) for path in paths])[0]
     run.network.train()
     return {
         "files_images_per_second": len(paths) / whole,
