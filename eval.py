@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     if shards is None:
         return  # the first rank has the results of all
     results = [shards[i % ranks.world_size][i // ranks.world_size] for i in range(len(paths))]
-    contents = tables(results)
+    contents = csv_files(results)
     if results[0].seed:
         rows = seed_rows(results)
         contents["seeds.csv"] = csv_table(rows)
@@ -202,7 +202,7 @@ def normal_rows(args: argparse.Namespace, detector: Detector, train: TrainSet | 
 # All categories ---------------------------------------------------------------------------------------------------
 
 
-def tables(results: list[Result]) -> dict[str, bytes]:
+def csv_files(results: list[Result]) -> dict[str, bytes]:
     """Return the CSV files by name, over all categories and seeds."""
     rows = {
         "results.csv": [result.row for result in results],

@@ -464,6 +464,14 @@ def test_p_values_of_folds_compare_with_each_member_s_own(images):
     assert made.guarantee.kind == "cross"
 
 
+def test_scores_are_standardized_by_the_calibration_scores(held, images):
+    scores, normal = scores_of(held, images).numpy(), held.calibration_scores.numpy()
+    assert np.allclose(held.standardized_scores(scores), (scores - normal.mean()) / normal.std(ddof=1))
+    alone = Detector(replace(CONFIG, holdout=0.01), [initial_network(HELD)]).fit(images)
+    assert alone.guarantee.count == 1  # which has no deviation
+    assert np.array_equal(np.argsort(alone.standardized_scores(scores)), np.argsort(scores))
+
+
 def test_which_images_calibration_scores_are_of(images, monkeypatch):
     monkeypatch.setattr(detector, "DENSITY_IMAGES", 6)
     one = Detector(CONFIG, [initial_network(CONFIG)]).fit(images)

@@ -42,17 +42,9 @@ def some_page(labelled=True, maps=True) -> Page:
         score = float(rng.normal(2 * label, 1))
         kind = ("good", "bent", "deep scratch")[label * (1 + number % 2)]
         p = (1 + int((known >= score).sum())) / (COUNT + 1)
-        tiles.append(
-            Tile(
-                name=NAMES[number - 40] if 40 <= number < 40 + len(NAMES) else f"{kind}/{number:03d}.png",
-                defect_type=kind if labelled else "",
-                label=label if labelled else None,
-                score=score,
-                p_value=p,
-                image=picture,
-                overlay=picture if maps else None,
-            )
-        )
+        name = NAMES[number - 40] if 40 <= number < 40 + len(NAMES) else f"{kind}/{number:03d}.png"
+        truth = (kind, label) if labelled else ("", None)
+        tiles.append(Tile(name, *truth, score, p, picture, picture if maps else None))
     return Page("<b>lid</b> & co", "Mahalanobis distance", 3 / 61, COUNT, "Holds & <i>so</i>.", 0.9123, tiles)
 
 
@@ -256,13 +248,8 @@ def test_without_labels_the_called_are_counted(visit):
     tab = visit([page], 390)
     called, _ = decided(page, set_slider(tab, 9) / (COUNT + 1))
     assert text(tab, "called") == f"{called.sum()} of 90"
-    for absent in (
-        "[data-role=false-alarms]",
-        "[data-role=detections]",
-        "[data-role=mistakes]",
-        ".curve",
-        "button.frame",
-    ):
+    roles = ("false-alarms", "detections", "mistakes")
+    for absent in (*(f"[data-role={role}]" for role in roles), ".curve", "button.frame"):
         assert tab.locator(absent).count() == 0
     assert "AUROC" not in tab.locator("body").inner_text()
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390

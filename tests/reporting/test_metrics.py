@@ -60,14 +60,6 @@ def test_metrics_equal_loops(seed, levels):
     assert all(type(value) is float for value in figures.values())
 
 
-def test_by_hand():
-    """Of six pairs four are right and one is a tie; the best threshold is 2: two hits, one false alarm."""
-    labels, scores = [0, 0, 1, 0, 1], [0, 2, 2, 3, 5]
-    assert auroc(labels, scores) == pytest.approx(4.5 / 6)
-    assert best_f1(labels, scores) == pytest.approx(2 / 3)
-    assert image_metrics(labels, scores)["image_auprc"] == pytest.approx(1 * 0.5 + 2 / 4 * 0.5)
-
-
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [

@@ -12,6 +12,7 @@ from conftest import one_line
 from PIL import Image
 from test_detector import CONFIG, PATCHES, pictures
 
+import check_data
 from check_data import SubsetScores, curve_rows, find_duplicates, fit_subsets, subset_sizes, unseen_map, verdict
 from config import PatchConfig
 from dataset import load_train
@@ -171,8 +172,9 @@ def test_maps_are_of_the_network_that_has_not_seen_the_image(checked):
         assert heat.max() == pytest.approx(detector.calibration_scores[number].item(), abs=1e-4)
 
 
-def test_image_models_without_test_images_and_other_densities(data, models, tmp_path, script):
+def test_image_models_without_test_images_and_other_densities(data, models, tmp_path, script, monkeypatch):
     """With a gradient for maps, and without one."""
+    monkeypatch.setattr(check_data, "SHOWN", 3)  # drawing takes seconds
     for category in ("brick", "grass"):
         shutil.copytree(data / category / "train", tmp_path / "Data" / category / "train")
     (tmp_path / "models").mkdir()
