@@ -25,8 +25,10 @@ from config import Config, PatchConfig
 from conformal import FalseAlarmGuarantee
 from dataset import load_train
 from detector import Detector, initial_network, load, save
-from prediction.inputs import listed, walk
-from prediction.outputs import COLUMNS, RowsFile, relative
+from prediction.inputs import list_paths as listed
+from prediction.inputs import walk
+from prediction.outputs import COLUMNS, RowsFile
+from prediction.outputs import name_below as relative
 from reporting import gallery as report
 from reporting import overlays
 from runtime.files import InputError
