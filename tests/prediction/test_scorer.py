@@ -150,10 +150,10 @@ def test_broken_files_do_not_stop_the_others(detectors, data, here):
     names = [f"many/{number:03}.png" for number in range(500)]
     for number, name in enumerate(names):
         os.link(sources[number % 8], name)
-    contents = [*broken_contents(sources[0].read_bytes(), Image.open(sources[0]).convert("L"))]
+    not_images = [*broken_contents(sources[0].read_bytes(), Image.open(sources[0]).convert("L"))]
     makers = [os.mkfifo, os.mkdir, lambda name: os.symlink(name, name), lambda name: None]  # a fifo would be waited for
     broken = names[7::20]
-    for name, way in zip(broken, contents + makers, strict=True):
+    for name, way in zip(broken, not_images + makers, strict=True):
         os.unlink(name)
         way(name) if callable(way) else (here / name).write_bytes(way)
     rows = scored(Model.of(load(detectors / "whole/brick.pt"), False), names)
