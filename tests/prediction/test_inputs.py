@@ -1,14 +1,11 @@
-"""Which images are meant: folders that are walked once, lists, folders of several categories."""
+"""Which images are meant: folders that are walked once, and lists."""
 
 import io
 import os
 import shutil
 import sys
 
-import pytest
-
-from prediction.inputs import Task, list_paths, pair_folders, walk
-from runtime.files import InputError
+from prediction.inputs import list_paths, walk
 
 
 def test_folders_are_walked_once(here):
@@ -41,21 +38,3 @@ def test_a_folder_that_may_not_be_listed_is_given_like_a_file(here, monkeypatch)
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert list(walk("photos"))[4:] == ["photos/more"]
-
-
-def test_folders_are_paired_with_detectors_of_their_name(tmp_path, capsys):
-    for folder in ("models", "line/brick", "line/grass", "line/.hidden", "empty"):
-        (tmp_path / folder).mkdir(parents=True)
-    for name in ("brick", "gravel", ".brick"):
-        (tmp_path / f"models/{name}.pt").touch()
-    models, line = str(tmp_path / "models"), str(tmp_path / "line")
-    assert pair_folders(models, line) == [Task("brick", tmp_path / "models/brick.pt", [f"{line}/brick"], line)]
-    assert capsys.readouterr().err.splitlines() == [
-        "grass: has images but no detector; left out",
-        "gravel: has a detector but no images; left out",
-    ]
-    with pytest.raises(InputError, match="empty: no sub-folder that is named like a detector in"):
-        pair_folders(models, str(tmp_path / "empty"))
-    for folders in (("none", line), (models, "none")):
-        with pytest.raises(InputError, match="none: no such folder"):
-            pair_folders(*folders)
