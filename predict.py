@@ -8,12 +8,12 @@
 
 A row for each image, in the order of the command line, folders with their sub-folders by name:
 
-    path        as it was given; one that begins with = + - @ gets ./ before it, so that no spreadsheet computes it
+    path        as it was given; if it begins with = + - @, after ./ so that no spreadsheet computes it
     score       higher is more anomalous
     p_value     share of normal images that look at least as unusual
-    anomalous   1 if p_value is at most the rate that is told at the start, else 0
-    x y width height    patch models: the strongest region of the map above the threshold, in pixels of the image
-    error       why an image could not be scored; the others are empty then
+    anomalous   1 if p_value is at most the false-alarm rate, which stderr tells at the start; else 0
+    x y width height    patch models: the strongest region of the map above the threshold, in pixels of the file
+    error       why the image could not be scored; all columns but path are empty then
 
 The same command again continues an --output FILE where it stopped. Exit code: 0 done, 1 failed or some image could not
 be scored, 2 wrong usage, 3 with --fail_on_anomaly 1 if some image is anomalous.
@@ -66,23 +66,23 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("detector").add_argument
     add("--model_dir", metavar="DIR", help="folder of detectors; each scores the sub-folder with its name")
     add("--size", type=size, metavar="S|WxH", help="must agree with the detector, if given")
-    rate = "call so many of new normal images anomalous, as a share (default: the detector's)"
+    rate = "share of new normal images that may be called anomalous (default: the detector's)"
     add("--false_alarm_rate", type=number(0, 1), metavar="X", help=rate)
-    ignore = "patch models: mask, or folder of <category>.png, of what does not count either; p-values only grow by it"
-    add("--ignore", metavar="FILE", help=ignore)
+    ignore = "patch models: image whose pixels that are not black are ignored, too, or a folder of <category>.png"
+    add("--ignore", metavar="FILE", help=ignore + "; p-values only grow by it")
     add = parser.add_argument_group("output").add_argument
     add("--format", type=one_of(FORMATS), default="csv", metavar="|".join(FORMATS), help="of the rows (default: csv)")
-    add("--output", metavar="FILE", help="write rows there, and continue what is there (default: stdout)")
+    add("--output", metavar="FILE", help="file of the rows; an earlier run's is continued (default: stdout)")
     add("--overwrite", action="store_true", help="start --output anew, if the file holds rows")
-    add("--heatmaps", metavar="DIR", help="draw each image under its heat; earlier drawings are replaced")
-    add("--masks", metavar="DIR", help="patch models: a PNG of what is above the threshold, 255 of 0 and 255")
-    about = "an HTML file of the images that are scored, the highest scores first, with heat maps of patch models"
-    add("--report", type=html_file, metavar="FILE", help=about)
-    why = "draw each anomalous image next to the normal one nearest to it, as run_training.py --explain 1 keeps them"
-    add("--explain", metavar="DIR", help=why)
-    fail = "exit with 3 if an image is anomalous (default: 0)"
+    add("--heatmaps", metavar="DIR", help="folder for each image under its heat map; replaces earlier drawings")
+    add("--masks", metavar="DIR", help="patch models: folder for a PNG of each image, 255 above the threshold, else 0")
+    report = "HTML file of the images scored in this run, the highest scores first; of patch models with heat maps"
+    add("--report", type=html_file, metavar="FILE", help=report)
+    explain = "folder for each anomalous image beside the nearest normal one (run_training.py --explain 1 keeps those)"
+    add("--explain", metavar="DIR", help=explain)
+    fail = "1: exit with 3 if an image is anomalous (default: 0)"
     add("--fail_on_anomaly", type=zero_or_one, default=False, metavar="0|1", help=fail)
-    add("--watch", action="store_true", help="go on with the files that come to the folders, until Ctrl-C")
+    add("--watch", action="store_true", help="go on with files that come to the folders later, until Ctrl-C")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
     workers = "threads that decode images (default: one per core, 8 at most)"
@@ -114,13 +114,13 @@ def main(args: argparse.Namespace) -> None:
             bar.update(count)
             halt(stop)
 
-        watched: list[tuple[Task, Scorer, Drift]] = []
-        for task, mask in zip(tasks, ignored):
-            detector = load_detector(args, task, mask, device)
+        watched: list[tuple[Task, Scorer, Drift]] = []  # with --watch all detectors are held, else one at a time
+        for task, region in zip(tasks, ignored):
+            detector = load_detector(args, task, region, device)
             scorer, drift = make_scorer(args, task, detector, drawings, galleries, pool)
             scorer.score(task.paths, rows, pool, tell)
             if args.watch:
-                watched.append((task, scorer, drift))  # else one detector is held at a time
+                watched.append((task, scorer, drift))
             else:
                 drift.on_end()
         if args.watch:
@@ -169,9 +169,8 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
 def check_detector(args: argparse.Namespace, path: Path) -> Config:
     """Return the settings of a detector file. Raises InputError if they contradict the flags, or if the file is bad."""
     config = load_config(path)
-    size = (config.height, config.width)
-    if args.size not in (None, size):
-        asked, actual = (f"{width}x{height}" for height, width in (args.size, size))
+    if args.size not in (None, config.size):
+        asked, actual = (f"{width}x{height}" for height, width in (args.size, config.size))
         raise InputError(f"--size: {asked} was asked for, but {path} has {actual}; leave the flag out")
     if args.masks and config.patches is None:
         raise InputError(f"--masks: {path} is no patch model, it has no map; --heatmaps draws where its score is from")
@@ -207,8 +206,8 @@ def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Conf
             with suppress(InputError):
                 file_size = read_size(image)
                 break
-        ignored.append(load_ignored(path, (config.height, config.width), file_size) if path else None)
-    if args.ignore and all(mask is None for mask in ignored):
+        ignored.append(load_ignored(path, config.size, file_size) if path else None)
+    if args.ignore and all(region is None for region in ignored):
         names = ", ".join(config.category for config in configs)
         raise InputError(f"--ignore: {args.ignore} has no <category>.png for any of {names}")
     return ignored
@@ -218,7 +217,8 @@ def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Conf
 
 
 def load_detector(args: argparse.Namespace, task: Task, ignored: Tensor | None, device: torch.device) -> Detector:
-    """Return a task's detector, with the region (H, W) bool and the rate that were asked for."""
+    """Return a task's detector, with the ignored region (H, W) bool and the rate that were asked for; say what that
+    rate promises."""
     detector = load(task.detector, device)
     if ignored is not None:
         detector.ignore_region(ignored)
@@ -236,9 +236,9 @@ def make_scorer(
     galleries: list[Gallery],
     pool: Executor,
 ) -> tuple[Scorer, Drift]:
-    """Return what scores a task's images, and what compares them with normal ones, to be told of their end. Adds to the
-    galleries that the report is made of."""
-    model = Model.of(detector, explain=bool(args.heatmaps or args.explain))
+    """Return what scores a task's images, and what compares them with normal ones and must be told when they end. Adds
+    to the galleries that the report is made of."""
+    model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
     drift = Drift(detector.config.category, detector.appearance, detector.guarantee)
     callbacks = [drift.on_batch]
     if args.report:
