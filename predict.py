@@ -8,12 +8,12 @@
 
 A row for each image, in the order of the command line, folders with their sub-folders by name:
 
-    path        as it was given; one that begins with = + - @ gets ./ before it, so that no spreadsheet computes it
+    path        as it was given; if it begins with = + - @, after ./ so that no spreadsheet computes it
     score       higher is more anomalous
     p_value     share of normal images that look at least as unusual
-    anomalous   1 if p_value is at most the rate that is told at the start, else 0
-    x y width height    patch models: the strongest region of the map above the threshold, in pixels of the image
-    error       why an image could not be scored; the others are empty then
+    anomalous   1 if p_value is at most the false-alarm rate, which stderr tells at the start; else 0
+    x y width height    patch models: the strongest region of the map above the threshold, in pixels of the file
+    error       why the image could not be scored; all columns but path are empty then
 
 The same command again continues an --output FILE where it stopped. Exit code: 0 done, 1 failed or some image could not
 be scored, 2 wrong usage, 3 with --fail_on_anomaly 1 if some image is anomalous.
@@ -25,21 +25,22 @@ import signal
 import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from config import Config
 from dataset import ignored_path, load_ignored
-from detector import SUFFIX, Detector, detector_path, load, load_config
+from detector import Detector, load, load_config
 from normals import load_normals, normals_path
 from prediction.drift import Drift
 from prediction.explain import Explainer
-from prediction.inputs import listed, watch
-from prediction.outputs import COLUMNS, FORMATS, Drawings, RowsFile
-from prediction.scorer import Scorer
-from reporting.gallery import Gallery
+from prediction.inputs import Task, list_paths, pair_folders, watch
+from prediction.outputs import COLUMNS, FORMATS, Drawings, RowsFile, check_written
+from prediction.scorer import Model, Scorer
+from reporting.gallery import Gallery, render
 from runtime.cli import (
     Interrupts,
     choose_device,
@@ -65,23 +66,23 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("detector").add_argument
     add("--model_dir", metavar="DIR", help="folder of detectors; each scores the sub-folder with its name")
     add("--size", type=size, metavar="S|WxH", help="must agree with the detector, if given")
-    rate = "call so many of new normal images anomalous, as a share (default: the detector's)"
+    rate = "share of new normal images that may be called anomalous (default: the detector's)"
     add("--false_alarm_rate", type=number(0, 1), metavar="X", help=rate)
-    ignore = "patch models: mask, or folder of <category>.png, of what does not count either; p-values only grow by it"
-    add("--ignore", metavar="FILE", help=ignore)
+    ignore = "patch models: image whose pixels that are not black are ignored, too, or a folder of <category>.png"
+    add("--ignore", metavar="FILE", help=ignore + "; p-values only grow by it")
     add = parser.add_argument_group("output").add_argument
     add("--format", type=one_of(FORMATS), default="csv", metavar="|".join(FORMATS), help="of the rows (default: csv)")
-    add("--output", metavar="FILE", help="write rows there, and continue what is there (default: stdout)")
+    add("--output", metavar="FILE", help="file of the rows; an earlier run's is continued (default: stdout)")
     add("--overwrite", action="store_true", help="start --output anew, if the file holds rows")
-    add("--heatmaps", metavar="DIR", help="draw each image under its heat; earlier drawings are replaced")
-    add("--masks", metavar="DIR", help="patch models: a PNG of what is above the threshold, 255 of 0 and 255")
-    about = "an HTML file of the images that are scored, the highest scores first, with heat maps of patch models"
-    add("--report", type=html_file, metavar="FILE", help=about)
-    why = "draw each anomalous image next to the normal one nearest to it, as run_training.py --explain 1 keeps them"
-    add("--explain", metavar="DIR", help=why)
-    fail = "exit with 3 if an image is anomalous (default: 0)"
+    add("--heatmaps", metavar="DIR", help="folder for each image under its heat map; replaces earlier drawings")
+    add("--masks", metavar="DIR", help="patch models: folder for a PNG of each image, 255 above the threshold, else 0")
+    report = "HTML file of the images scored in this run, the highest scores first; of patch models with heat maps"
+    add("--report", type=html_file, metavar="FILE", help=report)
+    explain = "folder for each anomalous image beside the nearest normal one (run_training.py --explain 1 keeps those)"
+    add("--explain", metavar="DIR", help=explain)
+    fail = "1: exit with 3 if an image is anomalous (default: 0)"
     add("--fail_on_anomaly", type=zero_or_one, default=False, metavar="0|1", help=fail)
-    add("--watch", action="store_true", help="go on with the files that come to the folders, until Ctrl-C")
+    add("--watch", action="store_true", help="go on with files that come to the folders later, until Ctrl-C")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
     workers = "threads that decode images (default: one per core, 8 at most)"
@@ -91,49 +92,44 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     tasks, device = find_tasks(args), choose_device(args.cuda)
-    configs = [check(args, task) for task in tasks]  # all, before any hour is spent
+    configs = [check_detector(args, task.detector) for task in tasks]  # all, before any hour is spent
     drawings = Drawings(args.heatmaps, args.masks, args.explain)
-    lists = [listed(task.words, drawings.folders) for task in tasks]  # the folders may lie within what is scored
-    if not any(lists) and not args.watch:
-        raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
-    check_files(args, tasks, lists)
-    check_drawings(drawings, tasks, lists)
-    masks = [find_mask(args, config, paths) for config, paths in zip(configs, lists)]
-    if args.ignore and not any(mask is not None for mask in masks):
-        names = ", ".join(config.category for config in configs)
-        raise InputError(f"--ignore: {args.ignore} has no <category>.png for any of {names}")
+    for task in tasks:
+        task.paths = list_paths(task.words, drawings.folders)  # those may lie within what is scored
+    check_files(args, tasks)
+    drawings.prepare((path, task.folders) for task in tasks for path in task.paths)
+    ignored = find_ignored(args, tasks, configs)
     columns = (*(["category"] if args.model_dir else []), *COLUMNS)
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
         rows = stack.enter_context(RowsFile(args.output, args.format, columns, args.overwrite))
         galleries: list[Gallery] = []
-        stack.callback(write_report, args, galleries)  # of what was scored until a signal too
+        stack.callback(write_report, args, galleries)  # after a signal too, of what was scored until then
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
-        total, done = sum(map(len, lists)), sum(path in rows.done for paths in lists for path in paths)
-        bar = stack.enter_context(progress_bar("images", done, total, True, "image"))
+        paths = [path for task in tasks for path in task.paths]
+        done = sum(path in rows.done for path in paths)
+        bar = stack.enter_context(progress_bar("images", done, len(paths), True, "image"))
 
         def tell(count: int) -> None:
             bar.update(count)
             halt(stop)
 
-        scorers = []
-        for task, paths, mask in zip(tasks, lists, masks):
-            detector = load(task.detector, device)
-            if mask is not None:
-                detector.ignore_region(mask)
-            scorer = make_scorer(args, task, detector, drawings, pool)
-            galleries += [each for each in scorer.callbacks if isinstance(each, Gallery)]
-            scorer.score(paths, rows, pool, tell)
-            if not args.watch:
-                scorer.on_end()
-            scorers = [*scorers, scorer] if args.watch else []  # else one is held at a time
+        watched: list[tuple[Task, Scorer, Drift]] = []  # with --watch all detectors are held, else one at a time
+        for task, region in zip(tasks, ignored):
+            detector = load_detector(args, task, region, device)
+            scorer, drift = make_scorer(args, task, detector, drawings, galleries, pool)
+            scorer.score(task.paths, rows, pool, tell)
+            if args.watch:
+                watched.append((task, scorer, drift))
+            else:
+                drift.on_end()
         if args.watch:
             folders = [folder for task in tasks for folder in task.words]
-            for ready in watch(folders, rows.done, drawings.folders, lambda: stop.signal):
-                for task, scorer in zip(tasks, scorers):
-                    scorer.score([path for path in ready if task.holds(path)], rows, pool, tell)
-            for scorer in scorers:
-                scorer.on_end()
+            for new_paths in watch(folders, rows.done, drawings.folders, lambda: stop.signal):
+                for task, scorer, _ in watched:
+                    scorer.score([path for path in new_paths if task.holds(path)], rows, pool, tell)
+            for *_, drift in watched:
+                drift.on_end()
             halt(stop)
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
@@ -150,63 +146,32 @@ def halt(stop: Interrupts) -> None:
         sys.exit(128 + stop.signal)
 
 
-# What there is to do ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """Images for one detector. category: empty if there is only one; words: files, folders and -; root: the folder
-    that drawings are named from, of several categories."""
-
-    category: str
-    detector: Path
-    words: list[str]
-    root: str | None = None
-
-    @property
-    def folders(self) -> list[str]:
-        return [self.root] if self.root else [word for word in self.words if os.path.isdir(word)]
-
-    def holds(self, path: str) -> bool:
-        """Whether a path is in one of its folders."""
-        return any(os.path.relpath(path, word).split(os.sep)[0] != os.pardir for word in self.words)
+# Before anything is scored ----------------------------------------------------------------------------------------
 
 
 def find_tasks(args: argparse.Namespace) -> list[Task]:
+    """Return what the command line asks for; paths are not listed yet."""
     if args.model_dir is None:
-        first, *words = args.paths
+        detector, *words = args.paths
         if not words:
             raise argparse.ArgumentTypeError("a detector file and images are needed, or --model_dir and a folder")
-        tasks = [Task("", Path(first), words)]
+        tasks = [Task("", Path(detector), words)]
+    elif len(args.paths) > 1:
+        raise argparse.ArgumentTypeError("--model_dir goes with one folder, of a sub-folder for each detector")
     else:
-        if len(args.paths) > 1:
-            raise argparse.ArgumentTypeError("--model_dir goes with one folder, of a sub-folder for each detector")
-        root, models = args.paths[0], Path(args.model_dir)
-        for folder in (args.model_dir, root):
-            if not os.path.isdir(folder):
-                raise InputError(f"{folder}: no such folder")
-        names = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
-        trained = sorted(path.stem for path in models.glob("*" + SUFFIX) if not path.name.startswith("."))
-        for name in sorted({*names} ^ {*trained}):
-            say(f"{name}: has {'images but no detector' if name in names else 'a detector but no images'}; left out")
-        both = [name for name in names if name in trained]
-        if not both:
-            raise InputError(f"{root}: no sub-folder that is named like a detector in {models}")
-        tasks = [Task(name, detector_path(models, name), [os.path.join(root, name)], root) for name in both]
+        tasks = pair_folders(args.model_dir, args.paths[0])
     for word in (word for task in tasks for word in task.words if args.watch):
         if not os.path.isdir(word):
             raise InputError(f"{word}: no folder; --watch looks at folders only")
     return tasks
 
 
-def check(args: argparse.Namespace, task: Task) -> Config:
-    """Hold the flags against a detector file, whose settings come back. Raises InputError on a contradiction, or if the
-    file is bad."""
-    config, path = load_config(task.detector), task.detector
-    own = (config.height, config.width)
-    if args.size not in (None, own):
-        asked, has = (f"{width}x{height}" for height, width in (args.size, own))
-        raise InputError(f"--size: {asked} was asked for, but {path} has {has}; leave the flag out")
+def check_detector(args: argparse.Namespace, path: Path) -> Config:
+    """Return the settings of a detector file. Raises InputError if they contradict the flags, or if the file is bad."""
+    config = load_config(path)
+    if args.size not in (None, config.size):
+        asked, actual = (f"{width}x{height}" for height, width in (args.size, config.size))
+        raise InputError(f"--size: {asked} was asked for, but {path} has {actual}; leave the flag out")
     if args.masks and config.patches is None:
         raise InputError(f"--masks: {path} is no patch model, it has no map; --heatmaps draws where its score is from")
     if args.heatmaps and config.patches is None and not config.has_gradient:
@@ -218,69 +183,80 @@ def check(args: argparse.Namespace, task: Task) -> Config:
     return config
 
 
-def find_mask(args: argparse.Namespace, config: Config, paths: list[str]) -> Tensor | None:
-    """What a detector ignores beside its own, (H, W) bool, by a mask of its size or of the first image's."""
-    path = ignored_path(args.ignore, config.category) if args.ignore else None
-    if path is None:
-        return None
-    file_size = None  # unknown where no image is readable: those are told in their rows
-    for image in filter(os.path.isfile, paths):
-        with suppress(InputError):
-            file_size = read_size(image)
-            break
-    return load_ignored(path, (config.height, config.width), file_size)
-
-
-def check_files(args: argparse.Namespace, tasks: list[Task], lists: list[list[str]]) -> None:
-    """Raise InputError if --output or --report, wherever links lead, would replace a file that is read, each other, or
-    a report that is none of this program. What --output holds is checked where it is opened."""
-    written = [os.path.realpath(path) for path in (args.output, args.report) if path]
-    if written:
-        if len({*written}) < len(written):
-            raise InputError(f"{args.output}: cannot be both --output and --report")
-        used = [str(path) for task in tasks for path in (task.detector, normals_path(task.detector))]
-        for path in (*used, *(path for paths in lists for path in paths)):
-            if os.path.realpath(path) in written:
-                raise InputError(f"{path}: is read, and cannot be written to; take another --output or --report")
+def check_files(args: argparse.Namespace, tasks: list[Task]) -> None:
+    """Raise InputError if there is nothing to score, or if --output or --report would replace what is read, each
+    other, or a report that is none of this program. What --output holds is checked where it is opened."""
+    paths = [path for task in tasks for path in task.paths]
+    if not paths and not args.watch:
+        raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
+    detectors = [path for task in tasks for path in (task.detector, normals_path(task.detector))]
+    check_written((args.output, args.report), (*detectors, *paths))
     if args.report:
         check_replaceable(args.report, "take another --report")
 
 
-def check_drawings(drawings: Drawings, tasks: list[Task], lists: list[list[str]]) -> None:
-    """Know before anything is scored what cannot be drawn. Raises InputError or OSError."""
-    if len({*drawings.folders}) < len(drawings.folders):
-        raise InputError(f"{', '.join(drawings.folders)}: each kind of drawing needs a folder of its own")
-    for path in (path for paths in lists for path in paths if drawings.folders):
-        drawings.keep(path)
-    for task, paths in zip(tasks, lists):
-        for path in paths:
-            drawings.name(path, task.folders)
-            if drawings.panels:
-                drawings.panel(path, task.folders)
-    for folder in drawings.folders:
-        os.makedirs(folder, exist_ok=True)
+def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Config]) -> list[Tensor | None]:
+    """Return what each detector ignores beside its own, (H, W) bool, from a file of its size or of its first image's.
+    Raises InputError if --ignore has nothing for any of them."""
+    ignored = []
+    for task, config in zip(tasks, configs):
+        path = ignored_path(args.ignore, config.category) if args.ignore else None
+        file_size = None  # unknown where no image is readable: their rows say so
+        for image in filter(os.path.isfile, task.paths if path else ()):
+            with suppress(InputError):
+                file_size = read_size(image)
+                break
+        ignored.append(load_ignored(path, config.size, file_size) if path else None)
+    if args.ignore and all(region is None for region in ignored):
+        names = ", ".join(config.category for config in configs)
+        raise InputError(f"--ignore: {args.ignore} has no <category>.png for any of {names}")
+    return ignored
 
 
-def make_scorer(args: argparse.Namespace, task: Task, detector: Detector, drawings: Drawings, pool: Executor) -> Scorer:
-    """What scores a task's images; its followers are what else was asked for."""
+# What scores ------------------------------------------------------------------------------------------------------
+
+
+def load_detector(args: argparse.Namespace, task: Task, ignored: Tensor | None, device: torch.device) -> Detector:
+    """Return a task's detector, with the ignored region (H, W) bool and the rate that were asked for; say what that
+    rate promises."""
+    detector = load(task.detector, device)
+    if ignored is not None:
+        detector.ignore_region(ignored)
     if args.false_alarm_rate is not None:
         detector.set_false_alarm_rate(args.false_alarm_rate)
     say(f"{detector.config.category}: {detector.guarantee.words()}")
-    first = {"category": task.category} if args.model_dir else {}
-    callbacks = [Drift(detector.config.category, detector.appearance, detector.guarantee)]
+    return detector
+
+
+def make_scorer(
+    args: argparse.Namespace,
+    task: Task,
+    detector: Detector,
+    drawings: Drawings,
+    galleries: list[Gallery],
+    pool: Executor,
+) -> tuple[Scorer, Drift]:
+    """Return what scores a task's images, and what compares them with normal ones and must be told when they end. Adds
+    to the galleries that the report is made of."""
+    model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
+    drift = Drift(detector.config.category, detector.appearance, detector.guarantee)
+    callbacks = [drift.on_batch]
     if args.report:
-        callbacks.append(Gallery(detector))
+        galleries.append(Gallery(detector))
+        callbacks.append(galleries[-1].on_batch)
     if args.explain:
         normals = load_normals(normals_path(task.detector), detector)
-        callbacks.append(Explainer(detector, normals, lambda path: drawings.panel(path, task.folders), pool))
-    return Scorer(detector, first, drawings, task.folders, args.workers, callbacks)
+        callbacks.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
+    draw = None
+    if drawings.every_image:
+        draw = partial(drawings.draw, folders=task.folders, threshold=model.threshold, outlined=model.has_maps)
+    first = {"category": task.category} if args.model_dir else {}
+    return Scorer(model, args.workers, draw, callbacks, first), drift
 
 
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
-    """The HTML file of what was scored in this run; none, if that is nothing."""
-    if pages := [each.page() for each in galleries if each.count]:
-        from reporting.gallery import render
-
+    """Write the HTML file of what was scored in this run; leave it as it is if that is nothing."""
+    if pages := [gallery.page() for gallery in galleries if gallery.count]:
         title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
         write_file(render(pages, title).encode(), args.report)
     elif args.report:

@@ -1,4 +1,4 @@
-"""Have the pictures changed? New images against the normal ones of a detector, in looks and in p-values.
+"""Warn when pictures have changed: compare new images with a detector's normal ones, in looks and in p-values.
 
 Owns what is compared, the tests, and the one line that tells of a change. Knows nothing of networks or files.
 Sources: the two-sample tests of Kolmogorov and Smirnov, and of Wilcoxon, Mann and Whitney.
@@ -17,39 +17,42 @@ from conformal import FalseAlarmGuarantee
 from image_ops import STATISTICS, image_statistics
 from runtime.files import say
 
+REMEMBERED = 4096  # new images, the latest, that are compared
 LEVEL = 0.01  # probability that images like the normal ones are warned about, in a stream without end
-REMEMBERED = 4096  # new images that are compared, the latest
-FIRST, LEAST = 32, 8  # images until the first comparison; at the end of the files these are enough
+FIRST_COMPARISON = 32  # images
+FEWEST_COMPARED = 8  # images that are enough for a comparison at the end
 
 
-class JudgedImages(Protocol):
-    """What a detector says of them, as far as it matters here."""
+class HasPValues(Protocol):
+    """What a comparison needs of a BatchPrediction."""
 
     p_values: Tensor
 
 
 class Drift:
-    """A follower of scoring.Scorer that says once, on stderr, that images are not like the normal ones.
+    """Say once, on stderr, that images are not like the normal ones. ``on_batch`` is a callback of a Scorer.
 
-    known: what ``image_statistics`` gave for the normal images (n, 3); empty, if their detector does not hold it.
-    guarantee: the detector's; p-values are compared unless its network has seen the normal images, as they mean nothing
-    then.
+    known: what ``image_statistics`` gave for the normal images (n, 3); empty if their detector does not hold it.
+    guarantee: the detector's. P-values are compared unless its network has seen the normal images: then they mean
+    nothing.
 
-    Images are compared when 32, 64, 128, ... have come, from REMEMBERED on each time that as many have, the last
-    REMEMBERED of them; and at the end. The j-th comparison spends 1 / (j (j + 1)) of LEVEL, in equal parts on its
-    tests.
+    Images are compared when 32, 64, 128, ... have come, later after every REMEMBERED new images, and at the end; never
+    more than the last REMEMBERED. The j-th comparison may warn wrongly with a probability of LEVEL / (j (j + 1)), which
+    its tests share equally: over all comparisons that sums to LEVEL.
     """
 
     def __init__(self, category: str, known: Tensor, guarantee: FalseAlarmGuarantee) -> None:
         self.category, self.known, self.guarantee = category, known.cpu().numpy(), guarantee
-        self.rank = round(guarantee.rate * (guarantee.count + 1))  # normal images that are called anomalous, and one
+        self.rank = round(guarantee.rate * (guarantee.count + 1))  # normal images that are called anomalous, plus one
         self.tests = (len(STATISTICS) if len(known) else 0) + (guarantee.kind != "seen")
-        self.recent: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)  # looks, p-value
-        self.count, self.compared, self.comparisons, self.due = 0, 0, 0, FIRST
+        self.recent: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)  # statistics and p-value of an image
+        self.count, self.compared, self.comparisons, self.due = 0, 0, 0, FIRST_COMPARISON
         self.warned = False
 
-    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: JudgedImages) -> None:
-        """Images (B, 3, H, W) that a detector has judged."""
+    def on_batch(
+        self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], pixels: Tensor, prediction: HasPValues
+    ) -> None:
+        """Remember images (B, 3, H, W) and compare when it is time; see ``scorer.Callback``."""
         if self.warned or not self.tests:
             return
         self.recent.extend(torch.column_stack([image_statistics(pixels), prediction.p_values]).tolist())
@@ -58,35 +61,39 @@ class Drift:
             self.compare()
 
     def on_end(self) -> None:
-        """There are no more images."""
-        if not self.warned and self.tests and self.count > self.compared and self.count >= LEAST:
+        """Compare what has not been compared yet: no more images come."""
+        if not self.warned and self.tests and self.count > self.compared and self.count >= FEWEST_COMPARED:
             self.compare()
 
     def compare(self) -> None:
         self.comparisons += 1
         self.compared, self.due = self.count, min(2 * self.count, self.count + REMEMBERED)
         level = LEVEL / (self.comparisons * (self.comparisons + 1)) / self.tests
-        *looks, p = np.array(self.recent).T
-        found = [
-            difference(*kind, new, known)
-            for kind, new, known in zip(STATISTICS, looks, self.known.T)
+        *columns, p = np.array(self.recent).T
+        changes = [
+            difference(*names, new, known)
+            for names, new, known in zip(STATISTICS, columns, self.known.T)
             if len(known) and same_probability(new, known) <= level
         ]
-        probability, words = self.ranked(p)
-        if not found and probability > level:
+        probability, words = self.compare_p_values(p)
+        if not changes and probability > level:
             return
         self.warned = True
         if words:
-            found.append(words.format("do not show it" if probability > level else "show it"))
+            changes.append(words.format("do not show it" if probability > level else "show it"))
         if not words or probability <= level:
-            found.append("the false-alarm rate is not to be relied on")
+            changes.append("the false-alarm rate is not to be relied on")
         self.recent.clear()
-        say(f"{self.category}: the pictures have changed ({len(p)} images): {'; '.join(found)}; see docs/decisions.md")
+        words = f"the pictures have changed ({len(p)} images): {'; '.join(changes)}; see docs/decisions.md"
+        say(f"{self.category}: {words}")
 
-    def ranked(self, p: np.ndarray) -> tuple[float, str]:
-        """Of normal images to have p-values whose mean, among those called normal, is as far from what is expected; and
-        both means in words, empty if there is nothing to compare. Not by Kolmogorov and Smirnov: p-values of several
-        networks are nearer to each other than those of one."""
+    def compare_p_values(self, p: np.ndarray) -> tuple[float, str]:
+        """Return the probability that p-values (m,) of normal images have a mean, among those called normal, at least
+        as far from the expected one; and both means in words, empty if there is nothing to compare.
+
+        Not by the test of Kolmogorov and Smirnov: p-values of several networks are nearer to each other than those of
+        one.
+        """
         total, rank = self.guarantee.count, self.rank
         known, p = total - rank, p[p > self.guarantee.rate]
         if self.guarantee.kind == "seen" or not known or not len(p):
@@ -112,7 +119,8 @@ def same_probability(new: np.ndarray, known: np.ndarray) -> float:
 
 
 def difference(lower: str, higher: str, name: str, new: np.ndarray, known: np.ndarray) -> str:
-    """In words, with mean and standard deviation of both."""
+    """Return how new values (m,) of a statistic differ from known ones (n,), with mean and standard deviation of both:
+    ``lower`` or ``higher``, or that what is called ``name`` varies more or less."""
     shift, widening = new.mean() - known.mean(), new.std() - known.std()
     word = higher if shift > 0 else lower
     if abs(widening) > abs(shift):

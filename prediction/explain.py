@@ -1,4 +1,4 @@
-"""Why is this part called anomalous? A panel for each: the photograph, its heat, the normal image nearest to it.
+"""Show why an image is called anomalous: a panel of the photograph, its heat, and the normal image nearest to it.
 
 Owns how a panel looks.
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from detector import BatchPrediction, Detector
 from normals import Normals, compared
+from prediction.scorer import heat_maps
 from reporting import overlays
 from runtime.files import InputError, say, write_file
-from runtime.image_files import read_size
 
 # Of a panel, in pixels: what a picture fits into (width, height), also where wide ones are stacked; between pictures
 UPRIGHT, WIDE, GAP = (360, 420), (600, 400), 16
 STACKED_FROM = 1.5  # width / height
-LEAST_COLUMN = 240  # titles need it
-LEAST_CROP, MARGIN = 0.25, 1.25  # of the image's sides; around the region
+NARROWEST_COLUMN = 240  # titles need it
+SMALLEST_CROP, MARGIN = 0.25, 1.25  # of the image's sides; around the region
 GROUND, TEXT, DIM = "#F2F2F2", "#222222", "#666666"
 
 
@@ -30,69 +30,80 @@ GROUND, TEXT, DIM = "#F2F2F2", "#222222", "#666666"
 
 
 class Explainer:
-    """Draws a panel of each image that is called anomalous, as it is scored: a follower of a scoring.Scorer.
+    """Draw a panel of each image that is called anomalous. ``on_batch`` is a callback of a Scorer.
 
-    target: the file for an image by its path; where it raises InputError, a message says so and nothing is drawn.
-    pool: draws several at once.
+    target: path of an image -> the file of its panel; where it raises InputError, a message says so and nothing is
+    drawn. pool: draws several at once.
     """
-
-    needs_features = True
 
     def __init__(self, detector: Detector, normals: Normals, target: Callable[[str], str], pool: Executor) -> None:
         self.detector, self.normals, self.target, self.pool = detector, normals, target, pool
-        self.has_maps = detector.config.patches is not None
         self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
+        self.has_maps = detector.config.patches is not None
+        self.has_heat = self.has_maps or detector.config.has_gradient
 
     @torch.inference_mode()
-    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
-        """Images by path, (B, 3, H, W) uint8 on the detector's device, and what the detector says of them."""
-        chosen = (prediction.p_values <= self.rate).nonzero()[:, 0]
-        if not len(chosen):
+    def on_batch(
+        self,
+        paths: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        pixels: Tensor,
+        prediction: BatchPrediction,
+    ) -> None:
+        """Draw the anomalous ones of a batch; see ``scorer.Callback``."""
+        anomalous = (prediction.p_values <= self.rate).nonzero()[:, 0]
+        if not len(anomalous):
             return
-        has_heat = self.has_maps or self.detector.config.has_gradient
-        maps = self.detector.heat(prediction, chosen) if has_heat else None
-        features = prediction.features[0][self.detector.comparison_level][chosen]
-        list(
-            self.pool.map(
-                self.draw,
-                [paths[i] for i in chosen.tolist()],
-                pixels[chosen].permute(0, 2, 3, 1).cpu().numpy(),
-                prediction.scores[chosen].tolist(),
-                prediction.p_values[chosen].tolist(),
-                [None] * len(chosen) if maps is None else maps.cpu().numpy(),
-                self.normals.nearest(compared(features)),
-            )
+        features = prediction.features[0][self.detector.comparison_level][anomalous]
+        arguments = (
+            [paths[i] for i in anomalous.tolist()],
+            [sizes[i] for i in anomalous.tolist()],
+            pixels[anomalous].permute(0, 2, 3, 1).cpu().numpy(),
+            prediction.scores[anomalous].tolist(),
+            prediction.p_values[anomalous].tolist(),
+            heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous),
+            self.normals.nearest(compared(features)),
         )
+        list(self.pool.map(self.draw, *arguments))  # which waits for all of them
 
-    def on_end(self) -> None:
-        """Nothing is left to do."""
-
-    def draw(self, path: str, pixels: np.ndarray, score: float, p: float, heat: np.ndarray | None, near: int) -> None:
-        """Write the panel of an image (h, w, 3) with a map (h, w), next to the normal image of a number."""
+    def draw(
+        self,
+        path: str,
+        size: tuple[int, int],
+        pixels: np.ndarray,
+        score: float,
+        p: float,
+        heat: np.ndarray | None,
+        nearest: int,
+    ) -> None:
+        """Write the panel of an image (h, w, 3) with its heat (h, w), next to the normal image number ``nearest``."""
         try:
-            target, size = self.target(path), read_size(path)
+            target = self.target(path)
         except InputError as error:
             say(f"no panel: {' '.join(str(error).splitlines())}")
             return
-        if heat is not None and not self.has_maps:
-            heat = overlays.as_score(heat, score) if heat.max() > 0 else None
+        if heat is not None and not self.has_maps and heat.max() <= 0:
+            heat = None
         lines = [
             f"{self.detector.config.category}: {path}",
             f"score {score:.3g}, p-value {p:.2g} (anomalous up to {self.rate:.2g})",
         ]
-        pictures = [("photograph", pixels), (f"nearest normal: {self.normals.names[near]}", self.normals.image(near))]
+        normal_title = f"nearest normal: {self.normals.names[nearest]}"
+        pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
         picture = panel(lines, pictures, size, heat, self.threshold, self.has_maps)
         write_file(overlays.encoded(picture, target), target)
 
 
 def crop(heat: np.ndarray, threshold: float) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what is enlarged of a map (h, w) and its image, in their shape: the strongest region,
-    of a strong one the part above half of the maximum, with a margin; what is around the maximum where nothing is above
-    the threshold."""
-    level = max(threshold, heat.max().item() / 2)  # else a strong defect is all of the image
+    """Return left, top, right, bottom of the part of a map (h, w) and its image that is enlarged, a box of their shape:
+    the strongest region with a margin, or what is around the maximum where nothing is above the threshold.
+
+    Of a strong region only what is above half of the maximum counts: else the box would be the whole image.
+    """
+    level = max(threshold, heat.max().item() / 2)
     (y, x), (height, width) = np.unravel_index(heat.argmax(), heat.shape), heat.shape
     left, top, across, down = overlays.region(heat, level, heat.shape) or (int(x), int(y), 1, 1)
-    share = min(1, max(LEAST_CROP, MARGIN * across / width, MARGIN * down / height))
+    share = min(1, max(SMALLEST_CROP, MARGIN * across / width, MARGIN * down / height))
     w, h = math.ceil(share * width), math.ceil(share * height)
     left = min(max(0, left + (across - w) // 2), width - w)
     top = min(max(0, top + (down - h) // 2), height - h)
@@ -107,9 +118,12 @@ def panel(
     threshold: float,
     outlined: bool,
 ) -> Image.Image:
-    """Pictures with titles, (h, w, 3) uint8, and the first under its heat (h, w), if there is one: whole, and what
-    ``crop`` tells of each, enlarged. All have the shape of the photograph, of ``size`` (H, W); those of wide ones are
-    below each other. lines: text above them."""
+    """Draw lines of text, below them pictures with their titles, and below those what ``crop`` tells of each, enlarged.
+
+    pictures: titles and images (h, w, 3) uint8, the photograph first. heat: its map (h, w), laid over it in one more
+    picture; None: neither that nor anything enlarged. size: the photograph's own (H, W), whose shape all pictures get;
+    wide ones are stacked.
+    """
     limits = WIDE if size[1] > STACKED_FROM * size[0] else UPRIGHT
     scale = min(limits[0] / size[1], limits[1] / size[0])
     cell = (max(1, round(scale * size[1])), max(1, round(scale * size[0])))
@@ -120,50 +134,50 @@ def panel(
         zoom = whole[2] / (box[2] - box[0])
         rows.append([(f"enlarged {zoom:.1f} times", cut(pixels, cell, box)) for _, pixels in pictures])
         for row, part, title in zip(rows, (whole, box), ("heat map", "")):
-            own = np.asarray(Image.fromarray(heat).resize(cell, Image.Resampling.BILINEAR, part))
-            row.append((title, overlays.overlay(np.asarray(row[0][1]), own, threshold, outlined)))
+            cell_heat = np.asarray(Image.fromarray(heat).resize(cell, Image.Resampling.BILINEAR, part))
+            row.append((title, overlays.overlay(np.asarray(row[0][1]), cell_heat, threshold, outlined)))
         for _, picture in rows[0]:
             frame(picture, box, whole)
-    return arranged(lines, list(zip(*rows)) if limits is WIDE else rows, cell)
+    return page(lines, list(zip(*rows)) if limits is WIDE else rows, cell)
 
 
 def cut(pixels: np.ndarray, cell: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """A box of an image (h, w, 3) uint8 at the size of a cell (width, height)."""
+    """Return a box of an image (h, w, 3) uint8 at the size of a cell (width, height)."""
     return Image.fromarray(pixels).resize(cell, Image.Resampling.BICUBIC, box)
 
 
 def frame(picture: Image.Image, box: tuple[int, int, int, int], whole: tuple[int, int, int, int]) -> None:
-    """Draw where a box of an image is on a picture of the whole of it: white within black, for any ground."""
+    """Draw a box of an image on a picture of the whole of it: white within black, to be seen on any ground."""
     left, top, right, bottom = (
-        round(value * side / own) for value, side, own in zip(box, picture.size * 2, whole[2:] * 2)
+        round(value * side / image_side) for value, side, image_side in zip(box, picture.size * 2, whole[2:] * 2)
     )
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left, top, right - 1, bottom - 1), outline="black", width=3)
     draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline="white", width=1)
 
 
-def arranged(lines: Sequence[str], rows: Sequence[Sequence[tuple[str, Image.Image]]], cell: tuple[int, int]):
-    """Rows of pictures of a size, each below its title, under lines of text."""
+def page(lines: Sequence[str], rows: Sequence[Sequence[tuple[str, Image.Image]]], cell: tuple[int, int]) -> Image.Image:
+    """Put rows of pictures, all of the size of a cell (width, height), each below its title, under lines of text."""
     large, small = ImageFont.load_default(18), ImageFont.load_default(14)
-    column, row, head = max(cell[0], LEAST_COLUMN) + GAP, cell[1] + 22 + GAP, 28 * len(lines) + 2 * GAP
+    column, row, head = max(cell[0], NARROWEST_COLUMN) + GAP, cell[1] + 22 + GAP, 28 * len(lines) + 2 * GAP
     canvas = Image.new("RGB", (GAP + column * len(rows[0]), head + row * len(rows)), GROUND)
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
         draw.text((GAP, GAP + 26 * number), fitted(line, large, canvas.width - 2 * GAP), TEXT, large)
     for y, pictures in enumerate(rows):
         for x, (title, picture) in enumerate(pictures):
-            place = (GAP + column * x, head + row * y)
-            draw.text(place, fitted(title, small, column - GAP), DIM, small)
-            canvas.paste(picture, (place[0], place[1] + 22))
+            left, top = GAP + column * x, head + row * y
+            draw.text((left, top), fitted(title, small, column - GAP), DIM, small)
+            canvas.paste(picture, (left, top + 22))
     return canvas
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """A text in one line of at most so many pixels, without its middle if it is longer. What cannot be printed, such
-    as bytes that are no UTF-8, becomes a question mark."""
+    """Shorten a text in its middle until it is at most ``width`` pixels long. What cannot be printed, such as a line
+    break or bytes that are no UTF-8, becomes a question mark."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    shown, kept = text, len(text)
-    while kept > 2 and font.getlength(shown) > width:
-        kept -= 1
-        shown = f"{text[: kept // 2]}...{text[len(text) - (kept - kept // 2) :]}"
+    shown, length = text, len(text)
+    while length > 2 and font.getlength(shown) > width:
+        length -= 1
+        shown = f"{text[: length // 2]}...{text[len(text) - (length - length // 2) :]}"
     return shown

@@ -1,6 +1,6 @@
-"""Which image files are meant: files, folders with all their sub-folders, lists on stdin, and folders that fill up.
+"""Find the images that are meant, and their detectors: files, folders, lists on stdin, folders that fill up.
 
-Hands out paths, as they were written on the command line, and opens no image.
+Hands out paths, as they were written on the command line, and opens no file.
 """
 
 import os
@@ -8,21 +8,63 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.files import InputError
+from detector import SUFFIX, detector_path
+from runtime.files import InputError, say
 from runtime.image_files import find_images
 
 LOOK_EVERY = 0.5  # seconds between two looks at files that are being written
 SETTLED = 1.0  # seconds without a change after which a file counts as written
 WALK_EVERY = 30  # seconds after which folders are walked even if the system tells of no change: network drives
 WALK_SHARE = 5  # walking takes at most one of so many seconds
-SPECIAL = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the start of a formula
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet computes begins so
+
+
+@dataclass
+class Task:
+    """Images for one detector."""
+
+    category: str  # "" if there is only one detector
+    detector: Path
+    words: list[str]  # of the command line: files, folders, and - for stdin
+    root: str | None = None  # of several categories: the folder that drawings are named from
+    paths: list[str] = field(default_factory=list)  # what the words stand for
+
+    @property
+    def folders(self) -> list[str]:
+        """The folders that drawings are named from."""
+        return [self.root] if self.root else [word for word in self.words if os.path.isdir(word)]
+
+    def holds(self, path: str) -> bool:
+        """Return whether a path is in one of its folders."""
+        return any(os.path.relpath(path, word).split(os.sep)[0] != os.pardir for word in self.words)
+
+
+def pair_folders(model_dir: str, root: str) -> list[Task]:
+    """Return a task for each sub-folder of ``root`` that has the name of a detector in ``model_dir``; say what is left
+    out. Raises InputError if nothing is left, or if a folder is missing."""
+    for folder in (model_dir, root):
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder}: no such folder")
+    names = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
+    trained = [path.stem for path in Path(model_dir).glob("*" + SUFFIX) if not path.name.startswith(".")]
+    for name in sorted({*names} ^ {*trained}):
+        say(f"{name}: has {'images but no detector' if name in names else 'a detector but no images'}; left out")
+    tasks = [
+        Task(name, detector_path(model_dir, name), [os.path.join(root, name)], root)
+        for name in names
+        if name in trained
+    ]
+    if not tasks:
+        raise InputError(f"{root}: no sub-folder that is named like a detector in {model_dir}")
+    return tasks
 
 
 def spreadsheet_safe(path: str) -> str:
-    """The same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
-    return os.path.join(".", path) if path.startswith(SPECIAL) else path
+    """Return the same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
+    return os.path.join(".", path) if path.startswith(FORMULA_STARTS) else path
 
 
 def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
@@ -48,36 +90,38 @@ def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
     return inside(spreadsheet_safe(folder))
 
 
-def listed(words: Iterable[str], skipped: Iterable[str] = ()) -> list[str]:
-    """The paths that words of a command line stand for, each once: a file, a folder, or ``-``, a list on stdin of one
-    path a line. A folder in such a list is not walked."""
-    found: dict[str, None] = {}
+def list_paths(words: Iterable[str], skipped: Iterable[str] = ()) -> list[str]:
+    """Return the paths that words of a command line stand for, each once: a file, a folder, or ``-``, a list on stdin
+    of one path a line. A folder in such a list is not walked. skipped: see ``walk``."""
+    paths: dict[str, None] = {}  # in their order
     for word in words:
         if word == "-":
             lines = (line.removesuffix(b"\r") for line in sys.stdin.buffer.read().split(b"\n"))
-            found |= dict.fromkeys(spreadsheet_safe(os.fsdecode(line)) for line in lines if line)
+            paths |= dict.fromkeys(spreadsheet_safe(os.fsdecode(line)) for line in lines if line)
         elif os.path.isdir(word):
-            found |= dict.fromkeys(walk(word, skipped))
+            paths |= dict.fromkeys(walk(word, skipped))
         else:
-            found[spreadsheet_safe(word)] = None
-    return list(found)
+            paths[spreadsheet_safe(word)] = None
+    return list(paths)
 
 
 def watch(
     folders: list[str], known: Container[str], skipped: Iterable[str], stopped: Callable[[], bool]
-) -> Iterator[list]:
-    """The files that have come to folders and are written, as lists that may be empty, until ``stopped()``. A file is
-    written when size and time have not changed for SETTLED seconds. known: paths that are not given again; the caller
-    adds to it. Raises InputError if a folder goes away."""
+) -> Iterator[list[str]]:
+    """Yield the files that have come to folders and are written, in lists that may be empty, until ``stopped()``.
+
+    A file is written when its size and time have not changed for SETTLED seconds. known: paths that are not given
+    again; the caller adds to it. skipped: see ``walk``. Raises InputError if a folder goes away.
+    """
     from watchfiles import watch as notices
 
     waiting: dict[str, tuple] = {}
     walked, pause = -WALK_EVERY, 0.0
-    # It is told only that something has happened, and looks itself: some notices get lost, and names that are no UTF-8
-    how = {"debounce": int(1000 * LOOK_EVERY), "rust_timeout": int(1000 * LOOK_EVERY), "yield_on_timeout": True}
+    # A notice only says that folders must be walked: some get lost, and so do names that are no UTF-8
+    timing = {"debounce": int(1000 * LOOK_EVERY), "rust_timeout": int(1000 * LOOK_EVERY), "yield_on_timeout": True}
     happened = False
     try:
-        for changes in notices(*folders, watch_filter=None, ignore_permission_denied=True, **how):
+        for changes in notices(*folders, watch_filter=None, ignore_permission_denied=True, **timing):
             if stopped():
                 return
             for folder in folders:
@@ -85,8 +129,8 @@ def watch(
                     raise InputError(f"{folder}: the folder that is watched has gone")
             happened, now = happened or bool(changes), time.monotonic()
             if now - walked > (pause if happened else WALK_EVERY):
-                found = {path for folder in folders for path in walk(folder, skipped)}
-                waiting = {path: waiting.get(path, ()) for path in sorted(found) if path not in known}
+                paths = {path for folder in folders for path in walk(folder, skipped)}
+                waiting = {path: waiting.get(path, ()) for path in sorted(paths) if path not in known}
                 happened, walked = False, time.monotonic()
                 pause = WALK_SHARE * (walked - now)
             yield settled(waiting)
@@ -95,18 +139,19 @@ def watch(
 
 
 def settled(waiting: dict[str, tuple]) -> list[str]:
-    """Take out of ``waiting`` the files that have not changed for a while, and those that have gone."""
+    """Take the files out of ``waiting`` that have not changed for a while, and return them; take out, too, those that
+    have gone. waiting: size, time of the file, and since when they are so; () for a new path."""
     ready = []
     for path, (*before, since) in [(path, state or (None, 0)) for path, state in waiting.items()]:
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except OSError:
             del waiting[path]
             continue
-        state = (found.st_size, found.st_mtime_ns)
+        state = (status.st_size, status.st_mtime_ns)
         if tuple(before) != state:
             waiting[path] = (*state, time.monotonic())
-        elif time.monotonic() - since >= SETTLED or not stat.S_ISREG(found.st_mode):
+        elif time.monotonic() - since >= SETTLED or not stat.S_ISREG(status.st_mode):
             del waiting[path]
             ready.append(path)
     return ready

@@ -1,7 +1,7 @@
-"""What prediction writes: rows of CSV or JSON lines that outlive a killed run, and the files that are drawn of images.
+"""Write what was found: rows of CSV or JSON lines that outlive a killed run, and files that are drawn of images.
 
-Owns the columns, how a row becomes bytes and a file of rows is continued; how drawings are named, and that they harm no
-other file.
+Owns the columns, how a row becomes bytes and how a file of rows is continued; what drawings are called, and that no
+file is lost by them.
 """
 
 import csv
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 
@@ -22,15 +22,15 @@ from runtime.image_files import decode
 
 COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error")
 FORMATS = ("csv", "jsonl")
-LONGEST = 2**20  # bytes of a first row
+LONGEST_ROW = 2**20  # bytes of a first row that is looked at
 
 
 class RowsFile:
-    """``with RowsFile(path, ...) as rows``: rows are appended whole; ``path`` None is stdout.
+    """``with RowsFile(path, ...) as rows``: append rows, whole ones only; ``path`` None is stdout.
 
-    done: the paths that have a row, those of earlier runs included, with the score, None without one; counts: all rows,
-    the anomalous ones, and those with an error. Bytes of a path that are no UTF-8 are written to CSV as they are, to
-    JSON as ``\\udcXX``.
+    done: the paths that have a row, of earlier runs too, with the score; None for an image without one. counts: of all
+    rows, of anomalous images and of errors. Bytes of a path that are no UTF-8 go to CSV as they are, to JSON as
+    ``\\udcXX``.
 
     A file that is there is continued: half a row at its end, from a killed run, is cut off. Raises InputError, and
     changes nothing, if it holds something else, or if another run is writing to it. overwrite: start anew, if it holds
@@ -42,7 +42,7 @@ class RowsFile:
         self.done: dict[str, float | None] = {}
         self.counts = {"rows": 0, "anomalous": 0, "errors": 0}
         self.file: BinaryIO | None = None
-        self.overwrite, self.cuts = overwrite, False
+        self.overwrite, self.can_cut = overwrite, False
 
     def __enter__(self) -> "RowsFile":
         header = b"" if self.kind == "jsonl" else csv_record(self.columns)
@@ -55,26 +55,26 @@ class RowsFile:
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("ab", buffering=0)
-        self.cuts = path.is_file()  # else a device, or a pipe
-        whole = 0
+        self.can_cut = path.is_file()  # else a device, or a pipe
+        end = 0  # of the last row that is kept, in bytes
         try:
-            if self.cuts:
+            if self.can_cut:
                 self.lock()
                 with path.open("rb") as file:
                     if not begins_like_rows(file):
                         raise InputError(f"{path}: holds something else than rows of this program; another --output")
                     if not self.overwrite:
-                        whole = self.read(file, header)
-                self.file.truncate(whole)
+                        end = self.read(file, header)
+                self.file.truncate(end)
         except InputError:
             self.file.close()
             raise
-        if not whole:
+        if not end:
             self.write(header)
         return self
 
     def lock(self) -> None:
-        """Let no other run write to the file, until this process ends; systems without such locks trust the user."""
+        """Let no other run write to the file until this process ends; not on systems without such locks."""
         try:
             import fcntl
 
@@ -89,16 +89,18 @@ class RowsFile:
             self.file.close()
 
     def add(self, rows: list[dict]) -> None:
-        """Append rows, by the names of the columns; None is empty. Raises OSError, naming the file."""
+        """Append rows: values by column, None is empty. Raises OSError, naming the file, if they cannot be written."""
         self.write(b"".join(self.as_bytes(row) for row in rows))
         for row in rows:
             self.note(row)
 
     def as_bytes(self, row: dict) -> bytes:
+        """Return one record."""
         values = {name: row[name] for name in self.columns}
         return csv_record(values.values()) if self.kind == "csv" else json.dumps(values).encode() + b"\n"
 
     def note(self, row: dict) -> None:
+        """Count a row that is in the file, and remember its path."""
         try:
             self.done[row["path"]] = float(row["score"])
         except (TypeError, ValueError):  # an image without a score
@@ -108,14 +110,14 @@ class RowsFile:
         self.counts["errors"] += bool(row["error"])
 
     def write(self, content: bytes) -> None:
-        """All of it, or nothing of it where the file can be cut."""
-        start, rest = os.fstat(self.file.fileno()).st_size if self.cuts else 0, memoryview(content)
+        """Write all of it; if that fails, nothing of it where the file can be cut."""
+        start, rest = os.fstat(self.file.fileno()).st_size if self.can_cut else 0, memoryview(content)
         try:
             try:
                 while rest:
                     rest = rest[self.file.write(rest) :]
             except OSError:
-                if self.cuts:
+                if self.can_cut:
                     self.file.truncate(start)
                 raise
         except BrokenPipeError:
@@ -124,7 +126,7 @@ class RowsFile:
             raise OSError(error.errno, f"cannot be written ({error.strerror})", self.path or "stdout") from error
 
     def read(self, file: BinaryIO, header: bytes) -> int:
-        """Note the rows of an earlier run; returns where the last whole one ends, in bytes."""
+        """Note the rows of an earlier run, and return where the last whole one ends, in bytes."""
         if header and (first := file.readline(len(header))) != header:
             if file.read(1) or not header.startswith(first):
                 self.refuse()
@@ -142,6 +144,7 @@ class RowsFile:
         return end
 
     def parsed(self, record: bytes) -> dict:
+        """Return a record as values by column. Raises InputError if it is none of this kind of file."""
         try:
             text = record.decode("utf-8", "surrogateescape")
             if self.kind == "jsonl":
@@ -155,15 +158,15 @@ class RowsFile:
             self.refuse()
         return row
 
-    def refuse(self) -> None:
-        asked = f"{self.kind.upper()} rows with the columns {','.join(self.columns)}"
-        raise InputError(f"{self.path}: holds something else than {asked}; another --output, or --overwrite")
+    def refuse(self) -> NoReturn:
+        needed = f"{self.kind.upper()} rows with the columns {','.join(self.columns)}"
+        raise InputError(f"{self.path}: holds something else than {needed}; another --output, or --overwrite")
 
 
 def begins_like_rows(file: BinaryIO) -> bool:
-    """Return whether a file is empty or begins with a record of this program, of one or several categories and of any
-    of FORMATS, which a kill may have cut off. ``file.tell()`` is 0 then."""
-    first = file.readline(LONGEST)
+    """Return whether a file is empty or begins with a record of this program, which a kill may have cut off: of any of
+    FORMATS, with or without a column for the category. The file is at its start afterwards."""
+    first = file.readline(LONGEST_ROW)
     file.seek(0)
     for columns in (COLUMNS, ("category", *COLUMNS)):
         start = b'{"%s": ' % columns[0].encode()
@@ -179,8 +182,8 @@ def begins_like_rows(file: BinaryIO) -> bool:
 
 
 def records(file: BinaryIO, kind: str) -> Iterator[bytes]:
-    """The records of a file of rows; a line break within quotes ends none. The last may be half a record, without one.
-    While a record is looked at, ``file.tell()`` is where it ends."""
+    """Yield the records of a file of rows. A line break within quotes ends none; the last record may be cut off and
+    have no line break. While one is looked at, ``file.tell()`` is where it ends."""
     record, quotes = b"", 0
     while line := file.readline():
         record, quotes = record + line, quotes + line.count(b'"')
@@ -192,24 +195,50 @@ def records(file: BinaryIO, kind: str) -> Iterator[bytes]:
 
 
 class Drawings:
-    """Heat maps, masks and panels of images, each in a folder, None: not drawn. Each file is of one image: no two share
-    a name, and none replaces an image, nor a file that this program has not drawn. It is true if there are heat maps or
-    masks, which every image has."""
+    """Draw heat maps, masks of what is above the threshold, and panels of images, each kind in its folder; None: not.
+
+    Each file is of one image: no two share a name, and none replaces an image, nor a file that this program has not
+    drawn.
+    """
 
     def __init__(self, heatmaps: str | None, masks: str | None, panels: str | None = None) -> None:
         self.heatmaps, self.masks, self.panels = heatmaps, masks, panels
         self.folders = [folder for folder in (heatmaps, masks, panels) if folder]
-        self.owners: dict[str, tuple[str, str]] = {}  # of a file: the image, and the folder of results
-        self.real = lru_cache(1024)(os.path.realpath)  # of folders
+        self.owners: dict[str, tuple[str, str]] = {}  # by the file that is drawn: the image, the folder of drawings
+        self.real_folder = lru_cache(1024)(os.path.realpath)
 
-    def __bool__(self) -> bool:
+    @property
+    def every_image(self) -> bool:
+        """True if something is drawn of each image, not only of the anomalous ones."""
         return bool(self.heatmaps or self.masks)
 
-    def draw(self, path: str, folders: Sequence[str], heat: np.ndarray, threshold: float, outlined: bool) -> None:
-        """Write what is asked for of an image with a map (h, w). folders: those it is named from. outlined: with a line
-        around what is above the threshold. Raises InputError if it cannot be drawn."""
-        self.keep(path)  # it may have come later
-        targets = self.name(path, folders)
+    def prepare(self, images: Iterable[tuple[str, Sequence[str]]]) -> None:
+        """Make the folders, once it is known that nothing is in the way of what will be drawn of the images.
+
+        images: each path with the folders that its drawings are named from. Raises InputError or OSError.
+        """
+        if len({*self.folders}) < len(self.folders):
+            raise InputError(f"{', '.join(self.folders)}: each kind of drawing needs a folder of its own")
+        if not self.folders:
+            return
+        images = list(images)
+        for path, _ in images:
+            self.protect(path)
+        for path, folders in images:
+            self.targets(path, folders)
+            if self.panels:
+                self.panel(path, folders)
+        for folder in self.folders:
+            os.makedirs(folder, exist_ok=True)
+
+    def draw(self, path: str, heat: np.ndarray, folders: Sequence[str], threshold: float, outlined: bool) -> None:
+        """Draw an image's heat map and mask, as asked for, in the image's own size.
+
+        heat: its map (h, w). folders: those that drawings are named from. outlined: with a line around what is above
+        the threshold. Raises InputError if it cannot be drawn.
+        """
+        self.protect(path)  # it may have come later
+        targets = self.targets(path, folders)
         pixels = decode(path)
         heat = overlays.enlarged(heat, pixels.shape[:2])
         if self.heatmaps:
@@ -218,44 +247,62 @@ class Drawings:
         if self.masks:
             write_file(overlays.encoded(overlays.above_threshold(heat, threshold), targets[-1]), targets[-1])
 
-    def name(self, path: str, folders: Sequence[str]) -> list[str]:
-        """The files that are drawn of an image, of which none may be in the way of another; see ``add``."""
+    def targets(self, path: str, folders: Sequence[str]) -> list[str]:
+        """Return the files of an image's heat map and mask. Raises InputError if one would harm another file."""
         kinds = [(folder, suffix) for folder, suffix in ((self.heatmaps, None), (self.masks, ".png")) if folder]
-        return [self.add(folder, relative(path, folders), path, suffix) for folder, suffix in kinds]
+        return [self.target(folder, name_below(path, folders), path, suffix) for folder, suffix in kinds]
 
     def panel(self, path: str, folders: Sequence[str]) -> str:
-        """The file of an image's panel. Raises InputError as ``add`` does."""
-        self.keep(path)
-        return self.add(self.panels, relative(path, folders), path, ".png")
+        """Return the file of an image's panel. Raises InputError if it would harm another file."""
+        self.protect(path)
+        return self.target(self.panels, name_below(path, folders), path, ".png")
 
     def place(self, path: str) -> str:
-        return os.path.join(self.real(os.path.dirname(path)), os.path.basename(path))
+        """Return one name for a file, whatever links its folder is reached by."""
+        return os.path.join(self.real_folder(os.path.dirname(path)), os.path.basename(path))
 
-    def keep(self, path: str) -> None:
+    def protect(self, path: str) -> None:
         """Let nothing be drawn over an image, nor over the file that a link to it leads to."""
         self.owners[self.place(path)] = (path, "")
         if os.path.islink(path):
             self.owners[os.path.realpath(path)] = (path, "")
 
-    def add(self, folder: str, below: str, path: str, suffix: str | None = None) -> str:
-        """The file for an image that is called ``below``; without a ``suffix`` a JPEG for a JPEG, else a PNG. Raises
-        InputError if another image has that name, or the other drawing of this one, or if something is there that this
-        program has not drawn."""
-        stem, own = os.path.splitext(below)
-        target = os.path.join(folder, stem + (suffix or (own if own.lower() in (".jpg", ".jpeg") else ".png")))
+    def target(self, folder: str, name: str, path: str, suffix: str | None = None) -> str:
+        """Return the file in a folder of drawings for the image that is called ``name`` there; without a ``suffix`` a
+        JPEG for a JPEG, else a PNG.
+
+        Raises InputError if that is the name of another image, of another's drawing or of this one's other drawing, or
+        if something is there that this program has not drawn.
+        """
+        stem, image_suffix = os.path.splitext(name)
+        suffix = suffix or (image_suffix if image_suffix.lower() in (".jpg", ".jpeg") else ".png")
+        target = os.path.join(folder, stem + suffix)
         owner = self.owners.setdefault(self.place(target), (path, folder))
         if owner != (path, folder):
-            found = f"{target} would be drawn of it, but that name is taken by {owner[0]}"
-            raise InputError(f"{path}: {found}; rename one, or take another folder")
+            taken = f"{target} would be drawn of it, but that name is taken by {owner[0]}"
+            raise InputError(f"{path}: {taken}; rename one, or take another folder")
         check_replaceable(target, f"draw {path} in another folder")
         return target
 
 
-def relative(path: str, folders: Iterable[str] = ()) -> str:
-    """What a path is called below a folder of results: relative to the one of ``folders`` that holds it, else as it is,
-    without what leads to a root or upwards."""
+def name_below(path: str, folders: Iterable[str] = ()) -> str:
+    """Return what a path is called in a folder of drawings: relative to the one of ``folders`` that holds it, else as
+    it is, without what leads to a root or upwards."""
     for folder in folders:
-        below = os.path.relpath(path, folder)
-        if below.split(os.sep)[0] != os.pardir:
-            return below
+        name = os.path.relpath(path, folder)
+        if name.split(os.sep)[0] != os.pardir:
+            return name
     return os.path.join(*(part for part in Path(path).parts if part not in (Path(path).anchor, os.pardir)))
+
+
+def check_written(written: Iterable[str | None], read: Iterable[str | Path]) -> None:
+    """Raise InputError if files that are to be written, wherever links lead, are the same or among those that are
+    read. None: not written."""
+    names = {}
+    for path in filter(None, written):
+        if os.path.realpath(path) in names:
+            raise InputError(f"{names[os.path.realpath(path)]}: cannot be both --output and --report")
+        names[os.path.realpath(path)] = path
+    for path in read if names else ():
+        if os.path.realpath(path) in names:
+            raise InputError(f"{path}: is read, and cannot be written to; take another --output or --report")

@@ -1,6 +1,6 @@
-"""A detector at work on files: decoding in parallel with scoring, rows of any number of images in little memory.
+"""Score image files: threads decode some while the network scores others, so that any number needs little memory.
 
-Owns what becomes of one image: its row, and what is drawn of it. Knows no flag, and not which files are meant.
+Owns what becomes of one image: its row, and when it is drawn. Knows no flag, and not which files are meant.
 """
 
 import os
@@ -8,37 +8,32 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from detector import BatchPrediction, Detector
-from prediction.outputs import COLUMNS, Drawings, RowsFile
+from prediction.outputs import COLUMNS, RowsFile
 from reporting import overlays
 from runtime.files import InputError
-from runtime.image_files import decode, read_size
+from runtime.image_files import decode_with_size
 
 T, R = TypeVar("T"), TypeVar("R")
-RECALLED = 3  # images of earlier rows that are scored again
+ROWS_COMPARED = 3  # earlier rows whose images are scored again
+# What is called with each batch: paths, sizes (H, W) of the files, pixels (B, 3, H, W) uint8 as the detector sees them
+# and on its device, what it says of them
+Callback = Callable[[Sequence[str], Sequence[tuple[int, int]], Tensor, BatchPrediction], object]
 SAME_SCORE = 0.01  # relative difference; devices and batches round otherwise, in bfloat16 by a few thousandths
 
 
-class Callback(Protocol):
-    """What looks at all images as they are scored."""
-
-    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
-        """Images by path, (B, 3, H, W) uint8 on the detector's device, and what the detector says of them."""
-
-    def on_end(self) -> None:
-        """There are no more images."""
-
-
-class Read(NamedTuple):
-    """A file, its pixels (h, w, 3) uint8 at the detector's size, and its own size (H, W), which only patch models
-    need; or why there are none."""
+class ImageFile(NamedTuple):
+    """One file that was read: pixels (h, w, 3) uint8 at the model's size, and the file's own size (H, W); or the
+    error, why there are none."""
 
     path: str
     pixels: np.ndarray | None = None
@@ -46,112 +41,143 @@ class Read(NamedTuple):
     error: str | None = None
 
 
-class Scorer:
-    """Paths in, rows and drawings out.
+@dataclass(frozen=True)
+class Model:
+    """What a Scorer needs to know of a trained model, in whatever form that is.
 
-    first: the first columns of each row; folders: those that drawings are named from; ahead: images that are decoded
-    before their turn, beside those that go through the detector together.
+    view: images (B, 3, H, W) uint8 on the CPU, at most ``batch_size`` of ``size`` (H, W) -> the same as the model sees
+    them, on its device. predict: those -> what the model says of them. heat: that -> maps (B, H, W) float32 in the
+    score's unit. has_maps: whether the score is the maximum of the map. rate: an image with a p-value <= rate is
+    anomalous.
+    """
+
+    view: Callable[[Tensor], Tensor]
+    predict: Callable[[Tensor], BatchPrediction]
+    heat: Callable[[BatchPrediction], np.ndarray]
+    size: tuple[int, int]
+    batch_size: int
+    threshold: float
+    rate: float
+    has_maps: bool
+
+    @classmethod
+    def of(cls, detector: Detector, explain: bool) -> "Model":
+        """Return that of a detector. explain: keep the features that Grad-CAM and panels need."""
+        return cls(
+            view=lambda images: detector.fill(images.to(detector.device)),
+            predict=partial(detector.predict_batch, explain=explain),
+            heat=partial(heat_maps, detector),
+            size=detector.config.size,
+            batch_size=detector.batch_size,
+            threshold=detector.threshold.item(),
+            rate=detector.guarantee.rate,
+            has_maps=detector.config.patches is not None,
+        )
+
+
+def heat_maps(detector: Detector, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> np.ndarray:
+    """Return the maps (n, H, W) float32 of the chosen images of a batch, those of Grad-CAM in the score's unit. Raises
+    InputError where a density has no gradient."""
+    maps = detector.heat(prediction, chosen).cpu().numpy()
+    if prediction.maps is not None:
+        return maps
+    return np.stack([overlays.as_score(heat, score) for heat, score in zip(maps, prediction.scores[chosen].tolist())])
+
+
+class Scorer:
+    """Paths in; rows, drawings and calls of callbacks out.
+
+    ahead: how many images are decoded before their turn, beside those of one batch. draw: called in threads with each
+    path and its heat (h, w); None: nothing is drawn. first: the columns before those of an image, with their values.
     """
 
     def __init__(
         self,
-        detector: Detector,
-        first: dict[str, str],
-        drawings: Drawings,
-        folders: Sequence[str],
+        model: Model,
         ahead: int,
+        draw: Callable[[str, np.ndarray], object] | None = None,
         callbacks: Sequence[Callback] = (),
+        first: dict[str, str] | None = None,
     ) -> None:
-        self.detector, self.first, self.drawings, self.folders = detector, first, drawings, folders
-        self.ahead, self.callbacks = detector.batch_size + ahead, callbacks
-        self.has_maps = detector.config.patches is not None
-        self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
-        needs_features = any(getattr(callback, "needs_features", False) for callback in callbacks)
-        self.explains = needs_features or (bool(drawings) and not self.has_maps)
+        self.model, self.ahead, self.draw, self.callbacks = model, model.batch_size + ahead, draw, callbacks
+        self.empty_row = (first or {}) | dict.fromkeys(COLUMNS)
 
-    def score(self, paths: Sequence[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
-        """Add a row for each path that has none; as many as go through the detector together are written at once, then
-        ``tell`` is called with their number. Raises InputError if rows that are there are another detector's."""
-        known = (path for path in paths if rows.done.get(path) is not None)
-        self.check(list(islice(known, RECALLED)), rows)
+    def score(self, paths: Iterable[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
+        """Add a row for each path that has none, one batch at a time, and call ``tell`` with the size of each batch.
+        Raises InputError if rows that are there already are another detector's."""
+        self.check_earlier(
+            list(islice((path for path in paths if rows.done.get(path) is not None), ROWS_COMPARED)), rows
+        )
         missing = (path for path in paths if path not in rows.done)
-        with closing(in_order(pool, self.read, missing, self.ahead)) as found:
-            while block := list(islice(found, self.detector.batch_size)):
-                rows.add(self.rows(block, pool))
-                tell(len(block))
+        with closing(in_order(pool, self.read, missing, self.ahead)) as files:
+            while batch := list(islice(files, self.model.batch_size)):
+                rows.add(self.rows(batch, pool))
+                tell(len(batch))
 
-    def on_end(self) -> None:
-        """No more images will come."""
-        for callback in self.callbacks:
-            callback.on_end()
-
-    def check(self, paths: list[str], rows: RowsFile) -> None:
-        """Hold the scores of earlier rows against what this detector says. An image may have been replaced since, or
-        be gone: only where all of several differ the rows are of another detector."""
-        found = [each for each in map(self.read, paths) if each.error is None]
-        if not found:
+    @torch.inference_mode()
+    def check_earlier(self, paths: list[str], rows: RowsFile) -> None:
+        """Score images of earlier rows again, and raise InputError if none has its old score. An image may have been
+        replaced since, or be gone: only if all of several differ, the rows are another detector's."""
+        files = [file for file in map(self.read, paths) if file.error is None]
+        if not files:
             return
-        pixels = torch.from_numpy(np.stack([each.pixels for each in found])).permute(0, 3, 1, 2)
-        with torch.inference_mode():
-            scores = self.detector(pixels.to(self.detector.device))[0].cpu()
-        known = torch.tensor([rows.done[each.path] for each in found], dtype=scores.dtype)
-        if not torch.isclose(scores, known, rtol=SAME_SCORE).any():
-            was = f"{found[0].path} has the score {known[0]:.4g} there, this detector gives {scores[0]:.4g}"
-            raise InputError(f"{rows.path}: is another detector's ({was}); another --output, or --overwrite")
+        scores = self.model.predict(self.view(files)).scores.cpu()
+        earlier = torch.tensor([rows.done[file.path] for file in files], dtype=scores.dtype)
+        if not torch.isclose(scores, earlier, rtol=SAME_SCORE).any():
+            both = f"{files[0].path} has the score {earlier[0]:.4g} there, this detector gives {scores[0]:.4g}"
+            raise InputError(f"{rows.path}: is another detector's ({both}); another --output, or --overwrite")
 
-    def read(self, path: str) -> Read:
+    def read(self, path: str) -> ImageFile:
+        """Open and decode a file, once."""
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise InputError("no file, or a folder that cannot be listed")
-            return Read(path, decode(path, self.detector.config.size), read_size(path) if self.has_maps else None)
+            return ImageFile(path, *decode_with_size(path, self.model.size))
         except InputError as error:
-            return Read(path, error=reason(error, path))
+            return ImageFile(path, error=reason(error, path))
+
+    def view(self, files: list[ImageFile]) -> Tensor:
+        """Return files as the model sees them, (B, 3, H, W)."""
+        return self.model.view(torch.from_numpy(np.stack([file.pixels for file in files])).permute(0, 3, 1, 2))
 
     @torch.inference_mode()
-    def rows(self, block: list[Read], pool: Executor) -> list[dict]:
-        """Rows of images, whose drawings are in place when they come."""
-        empty = self.first | dict.fromkeys(COLUMNS)
-        rows = {each.path: empty | {"path": each.path, "error": each.error} for each in block}
-        good = [each for each in block if each.error is None]
-        if not good:
+    def rows(self, batch: list[ImageFile], pool: Executor) -> list[dict]:
+        """Return the rows of a batch of files. What is drawn of them is in place by then."""
+        rows = {file.path: self.empty_row | {"path": file.path, "error": file.error} for file in batch}
+        files = [file for file in batch if file.error is None]
+        if not files:
             return list(rows.values())
-        pixels = torch.from_numpy(np.stack([each.pixels for each in good])).permute(0, 3, 1, 2)
-        pixels = self.detector.fill(pixels.to(self.detector.device))  # as callbacks shall see them
-        prediction = self.detector.predict_batch(pixels, explain=self.explains)
+        pixels = self.view(files)
+        prediction = self.model.predict(pixels)
+        maps = self.model.heat(prediction) if self.model.has_maps or self.draw else [None] * len(files)
+        errors = pool.map(self.draw_one, files, maps) if self.draw else [None] * len(files)
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
-        drawn = self.has_maps or self.drawings
-        maps = list(self.detector.heat(prediction).cpu().numpy()) if drawn else [None] * len(good)
-        faults = [None] * len(good)
-        if self.drawings:
-            faults = list(pool.map(self.draw, [each.path for each in good], scores, maps))
-        for each, score, p, heat, fault in zip(good, scores, p_values, maps, faults):
-            if fault:
-                rows[each.path]["error"] = fault
+        for file, score, p, heat, error in zip(files, scores, p_values, maps, errors):
+            if error:
+                rows[file.path]["error"] = error
                 continue
-            rows[each.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.rate)}
-            if self.has_maps and (box := overlays.region(heat, self.threshold, each.size)):
-                rows[each.path] |= dict(zip(("x", "y", "width", "height"), box))
+            rows[file.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.model.rate)}
+            if self.model.has_maps and (box := overlays.region(heat, self.model.threshold, file.size)):
+                rows[file.path] |= dict(zip(("x", "y", "width", "height"), box))
         for callback in self.callbacks:
-            callback.on_batch([each.path for each in good], pixels, prediction)
+            callback([file.path for file in files], [file.size for file in files], pixels, prediction)
         return list(rows.values())
 
-    def draw(self, path: str, score: float, heat: np.ndarray) -> str | None:
-        """Draw an image with a map (h, w). Returns why it cannot be drawn."""
-        if not self.has_maps:
-            heat = overlays.as_score(heat, score)
+    def draw_one(self, file: ImageFile, heat: np.ndarray) -> str | None:
+        """Draw an image with its heat (h, w); return why that failed."""
         try:
-            self.drawings.draw(path, self.folders, heat, self.threshold, outlined=self.has_maps)
+            self.draw(file.path, heat)
         except InputError as error:
-            return reason(error, path)
+            return reason(error, file.path)
 
 
 def reason(error: InputError, path: str) -> str:
-    """What is wrong with a file, in one line, without its path."""
+    """Return what is wrong with a file, in one line, without its path."""
     return " ".join(str(error).removeprefix(f"{path}: ").splitlines())
 
 
 def in_order(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """work(item) of each, in order, done by a pool that is at most ``ahead`` items in front of who takes them."""
+    """Yield work(item) for each item, in order; the pool works on at most ``ahead`` items that nobody has asked for."""
     waiting = deque()
     try:
         for item in items:

@@ -81,8 +81,10 @@ class Gallery:
         self.detector, self.count = detector, 0
         self.heap: list[tuple[float, int, Tile]] = []  # the lowest score first, of equal scores the latest image
 
-    def on_batch(self, paths: Sequence[str], pixels: Tensor, prediction: BatchPrediction) -> None:
-        """Add images, by path and as (B, 3, H, W) uint8, with what the detector says of them."""
+    def on_batch(
+        self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], pixels: Tensor, prediction: BatchPrediction
+    ) -> None:
+        """Add images, by path and as (B, 3, H, W) uint8, with what the detector says of them. sizes: of their files."""
         maps = [None] * len(paths) if prediction.maps is None else prediction.maps.cpu().numpy()
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
         for path, image, heat, score, p_value in zip(paths, pixels, maps, scores, p_values):
@@ -92,9 +94,6 @@ class Gallery:
                 continue
             tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat))
             (heapq.heappushpop if full else heapq.heappush)(self.heap, (score, -self.count, tile))
-
-    def on_end(self) -> None:
-        """Nothing is left to do."""
 
     def page(self) -> Page:
         """Return the page of the images so far."""

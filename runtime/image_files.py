@@ -46,11 +46,18 @@ def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     Turned upright by its EXIF tag; 16-bit and float images brought to 8 bits; transparent pixels laid on white.
     Raises InputError, with the path, if the file is missing, truncated, no image, or claims to be too large.
     """
+    return decode_with_size(path, size)[0]
+
+
+def decode_with_size(path: str | Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the pixels of an image file, as ``decode`` does, and its own (H, W), as ``read_size`` does, in one
+    opening."""
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
+        file_size = image.size[::-1]
         image = _to_8_bits(image, path)
         image = image if size is None else _resized(image, size)
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB")), file_size
 
 
 def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,6 +1,9 @@
 """What the tests share: small categories of real textures, detectors trained on them, and ways to run a script."""
 
+import csv
 import importlib
+import io
+import itertools
 import os
 import shutil
 import subprocess
@@ -13,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forked import HAS_BF16, Forked
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -96,6 +100,44 @@ def models(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def detectors(data, tmp_path_factory) -> Path:
+    """Folders "whole" and "patch", image-level and patch models of brick and grass with their normal images, at 32 x 48
+    pixels; their small networks are untrained. Read only."""
+    from config import Config, PatchConfig
+    from dataset import load_train
+    from detector import Detector, detector_path, initial_network, save
+    from normals import normals_path, save_normals
+
+    folder = tmp_path_factory.mktemp("detectors")
+    kinds = {
+        "whole": {"level": (3,), "features": "level"},
+        "patch": {"level": (1,), "patches": PatchConfig(patch_size=32, window=8, stride=4, sigma=2.0)},
+    }
+    small = {"height": 32, "width": 48, "pretrained": False, "backbone": "mobilenet_v2", "false_alarm_rate": 0.2}
+    for kind, name in itertools.product(kinds, ("brick", "grass")):
+        config, train_set = Config(name, **small, **kinds[kind]), load_train(data, name, (32, 48), 0)
+        made = Detector(config, [initial_network(config)]).fit(train_set.images)
+        path = detector_path(folder / kind, name)
+        save(made, path)
+        save_normals(made, train_set, normals_path(path))
+    return folder
+
+
+@pytest.fixture
+def here(data, tmp_path, monkeypatch) -> Path:
+    """The working folder: photos/ with six images of three sizes and kinds, two of them in a sub-folder."""
+    from runtime.image_files import find_images
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos/more").mkdir(parents=True)
+    sources = [path for kind in ("good", "hole", "scratch") for path in find_images(data / "brick/test" / kind)]
+    names = ["b.png", "a.jpg", "c.TIF", "d.png", "more/a.png", "more/e.bmp"]
+    for name, source, size in zip(names, sources[::-1], itertools.cycle([(48, 32), (200, 100), (31, 77)])):
+        Image.open(source).convert("RGB").resize(size).save(tmp_path / "photos" / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator:
     """Chromium, without a window; tests of it are skipped where there is none."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -151,6 +193,26 @@ def wait_for_step(process, checkpoint, step):
 def network_of(detector):
     """The network of a detector's first member."""
     return detector.members[0].network
+
+
+def wait_for(condition, seconds=60):
+    """Wait until a condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.02)
+
+
+def rows_of(content: str | Path) -> list[dict[str, str]]:
+    """The rows of CSV: of a file, or text."""
+    if isinstance(content, Path):
+        content = os.fsdecode(content.read_bytes())
+    return list(csv.DictReader(io.StringIO(content, newline=""), strict=True))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What all files below a folder hold."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def one_line(done: SimpleNamespace, *words: str) -> None:

@@ -12,34 +12,39 @@ from scipy.stats import ks_2samp, mannwhitneyu
 from config import Config
 from conformal import FalseAlarmGuarantee, p_values
 from dataset import load_train
-from detector import APPEARANCE_IMAGES as MOST
 from detector import Detector, initial_network, load, save
 from image_ops import image_statistics
-from prediction.drift import Drift, difference, same_probability
+from prediction.drift import REMEMBERED, Drift, difference, same_probability
 from runtime.files import load_tensors, save_tensors
 from runtime.image_files import find_images
 
-PROMISE = FalseAlarmGuarantee("split", 99, 0.05)
+GUARANTEE = FalseAlarmGuarantee("split", 99, 0.05)
 CHANGED = "brick: the pictures have changed ("
 
 
 @pytest.fixture(scope="module")
 def detector(data):
-    """Of brick, with images held out; its network is as it begins."""
-    config = Config("brick", height=32, width=32, pretrained=False, false_alarm_rate=0.2, holdout=0.5)
+    """A detector of brick with images held out, untrained."""
+    small = {"backbone": "mobilenet_v2", "level": (3,), "features": "level", "pretrained": False}
+    config = Config("brick", height=32, width=32, false_alarm_rate=0.2, holdout=0.5, **small)
     return Detector(config, [initial_network(config)]).fit(load_train(data, "brick", (32, 32), 0).images)
 
 
 def pictures(count, generator, bright=128.0):
     """(count, 3, 8, 8) uint8 of noise, each with its own mean and deviation."""
-    drawn = torch.randn(count, 3, 8, 8, generator=generator)
+    noise = torch.randn(count, 3, 8, 8, generator=generator)
     mean, deviation = bright + 9 * torch.randn(count, generator=generator), 9 + torch.rand(count, generator=generator)
-    return (mean[:, None, None, None] + deviation[:, None, None, None] * drawn).clamp(0, 255).byte()
+    return (mean[:, None, None, None] + deviation[:, None, None, None] * noise).clamp(0, 255).byte()
 
 
-def judged(scores, normal):
-    """What a detector says that has these normal scores."""
-    return SimpleNamespace(p_values=p_values(scores[None], [normal]))
+def feed(drift, pixels, p):
+    """A batch of images, with p-values (B,) or one for all of them."""
+    drift.on_batch([], [], pixels, SimpleNamespace(p_values=torch.as_tensor(p).expand(len(pixels))))
+
+
+def p_values_of(scores, normal):
+    """What a detector says that has these calibration scores."""
+    return p_values(scores[None], [normal])
 
 
 def test_how_images_look_is_what_a_slow_loop_finds():
@@ -68,10 +73,10 @@ def test_images_like_the_normal_ones_are_seldom_warned_about(capsys):
     """Of 150 streams of 256 images at most 5: with a probability of 1 % it would be more once in 250 times."""
     generator, warned = torch.Generator().manual_seed(1), 0
     for _ in range(150):
-        drift = Drift("brick", image_statistics(pictures(60, generator)), PROMISE)
+        drift = Drift("brick", image_statistics(pictures(60, generator)), GUARANTEE)
         normal = torch.randn(99, generator=generator)
         for _ in range(4):
-            drift.on_batch([], pictures(64, generator), judged(torch.randn(64, generator=generator), normal))
+            feed(drift, pictures(64, generator), p_values_of(torch.randn(64, generator=generator), normal))
         drift.on_end()
         assert drift.warned or drift.comparisons == 3  # after 64, 128 and 256
         warned += drift.warned
@@ -93,27 +98,25 @@ def test_p_values_are_tested_like_mann_and_whitney_test_scores():
     generator = torch.Generator().manual_seed(2)
     normal = torch.randn(99, generator=generator)
     scores = torch.randn(50, generator=generator) + 0.3
-    p = judged(scores, normal).p_values.numpy()
-    drift = Drift("brick", torch.empty(0, 3), PROMISE)
+    p = p_values_of(scores, normal).numpy()
+    drift = Drift("brick", torch.empty(0, 3), GUARANTEE)
     below, limit = normal.sort().values[:94], normal.sort().values[94]
     kept = scores[scores <= limit]
-    assert 0 < (p > PROMISE.rate).sum() == len(kept) < 50
+    assert 0 < (p > GUARANTEE.rate).sum() == len(kept) < 50
     exact = mannwhitneyu(kept, below, method="asymptotic", use_continuity=False).pvalue
     expected = np.mean([1 + (94 - rank) + 5 for rank in range(95)]) / 100
-    probability, words = drift.ranked(p)
+    probability, words = drift.compare_p_values(p)
     assert math.isclose(probability, exact, rel_tol=1e-6)
     assert 1e-4 < exact < 0.5
     means = f"(mean {p[p > 0.05].mean():.2f}, expected {expected:.2f})"
     assert words == f"p-values of the {len(kept)} called normal {{}} {means}"
-    assert drift.ranked(np.full(50, 0.01)) == (1.0, "")  # all are called anomalous
+    assert drift.compare_p_values(np.full(50, 0.01)) == (1.0, "")  # all are called anomalous
 
 
 def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(capsys):
     for kind, warns in (("split", True), ("cross", True), ("seen", False)):
         drift = Drift("brick", torch.empty(0, 3), FalseAlarmGuarantee(kind, 99, 0.01))
-        drift.on_batch(
-            [], torch.zeros(64, 3, 8, 8, dtype=torch.uint8), SimpleNamespace(p_values=torch.full((64,), 0.1))
-        )
+        feed(drift, torch.zeros(64, 3, 8, 8, dtype=torch.uint8), 0.1)
         assert drift.warned == warns
         words = "p-values of the 64 called normal show it (mean 0.10, expected 0.51); the false-alarm rate is not to be"
         assert capsys.readouterr().err.count(words) == warns
@@ -122,10 +125,9 @@ def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(ca
 def test_a_change_is_told_once_with_its_size(capsys):
     generator = torch.Generator().manual_seed(3)
     known, normal = image_statistics(pictures(100, generator)), torch.randn(99, generator=generator)
-    drift = Drift("brick", known, PROMISE)
+    drift = Drift("brick", known, GUARANTEE)
     for _ in range(8):
-        new = pictures(16, generator, bright=100.0)
-        drift.on_batch([], new, judged(torch.full((16,), 9.0), normal))  # all of them anomalous
+        feed(drift, pictures(16, generator, bright=100.0), p_values_of(torch.full((16,), 9.0), normal))  # all anomalous
     drift.on_end()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{CHANGED}32 images): darker (mean gray 9")
@@ -133,8 +135,8 @@ def test_a_change_is_told_once_with_its_size(capsys):
     assert "contrast" not in line
     assert "p-values" not in line
     assert line.endswith("; the false-alarm rate is not to be relied on; see docs/decisions.md")
-    drift = Drift("brick", known, PROMISE)
-    drift.on_batch([], pictures(64, generator, bright=100.0), judged(torch.randn(64, generator=generator), normal))
+    drift = Drift("brick", known, GUARANTEE)
+    feed(drift, pictures(64, generator, bright=100.0), p_values_of(torch.randn(64, generator=generator), normal))
     assert " called normal do not show it (mean 0." in (line := capsys.readouterr().err)
     assert "relied" not in line  # the detector sees nothing of it
 
@@ -143,13 +145,13 @@ def test_of_a_long_stream_only_the_latest_images_are_compared():
     """A change that comes late is seen among as many images as are remembered."""
     generator = torch.Generator().manual_seed(4)
     drift = Drift("brick", image_statistics(pictures(300, generator)), FalseAlarmGuarantee("seen", 99, 0.05))
-    for count in range(512, 4 * MOST + 1, 512):
-        drift.on_batch([], pictures(512, generator), SimpleNamespace(p_values=torch.ones(512)))
+    for count in range(512, 4 * REMEMBERED + 1, 512):
+        feed(drift, pictures(512, generator), 1.0)
         assert drift.count == count
-        assert len(drift.recent) == min(count, MOST)
+        assert len(drift.recent) == min(count, REMEMBERED)
     assert (drift.comparisons, drift.warned) == (7, False)  # 512, ... 4096, and three times as many more
-    for _ in range(MOST // 512):
-        drift.on_batch([], pictures(512, generator, bright=120.0), SimpleNamespace(p_values=torch.ones(512)))
+    for _ in range(REMEMBERED // 512):
+        feed(drift, pictures(512, generator, bright=120.0), 1.0)
     assert drift.warned
     assert not drift.recent
 

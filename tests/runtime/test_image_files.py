@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from runtime.files import InputError
-from runtime.image_files import decode, decode_mask, find_images, read_size
+from runtime.image_files import decode, decode_mask, decode_with_size, find_images, read_size
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)
@@ -173,7 +173,9 @@ def test_files_are_turned_upright_before_resizing(tmp_path, suffix, kind):
         assert read_size(path) == decode(path).shape[:2] == expected.shape[:2]
         if suffix != "jpg":
             assert np.array_equal(decode(path), expected)
-            assert np.array_equal(decode(path, (9, 7)), decode(save(tmp_path / "b.png", expected), (9, 7)))
+            pixels, file_size = decode_with_size(path, (9, 7))
+            assert np.array_equal(pixels, decode(save(tmp_path / "b.png", expected), (9, 7)))
+            assert file_size == expected.shape[:2]
 
 
 @pytest.mark.parametrize("size", [(12, 20), (6, 10), (5, 20), (12, 7), (20, 6), (30, 50), (1, 1)])
