@@ -21,6 +21,8 @@ torch.set_num_threads(1)  # the work is tiny: threads would cost more than they 
 # In float32 on every processor: the precision that suits one would decide which bits a test compares
 TINY = ["--no-pretrained", "--size", "32", "--epochs", "12", "--batch_size", "4", "--test_epochs", "-1", "--amp", "off"]
 
+SMALL = ["--backbone", "mobilenet_v2", "--level", "3", "--epochs", "5"]  # beside TINY, for what trains several networks
+
 
 def run(*command: object, cwd: Path | None = None, preexec=None, **env: str) -> SimpleNamespace:
     """A script in a process of its own: returns code, out, err."""
@@ -76,6 +78,25 @@ def script(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def train_brick(script, data, tmp_path):
+    """run_training.py for brick, tiny, in this process, into tmp_path/models: returns code, out, err."""
+    return lambda *flags, data=data: again(script, data, tmp_path / "models", "--type", "brick", *flags)
+
+
+@pytest.fixture
+def train_unwritten(train_brick, monkeypatch):
+    """As ``train_brick``, but ended before the densities are fitted: the saved states are there, no detector is."""
+    import run_training
+
+    def call(*flags: object, **kwargs) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_training, "write_detector", lambda *_: None)
+            return train_brick(*flags, **kwargs)
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A data folder with the categories brick, grass and gravel at 32 pixels; read only."""
@@ -92,6 +113,24 @@ def models(data, tmp_path_factory) -> Path:
     done = train(data, folder, "--type", "brick,grass", by=run)
     assert done.code == 0, done.err
     assert done.out == ""
+    return folder
+
+
+@pytest.fixture(scope="session")
+def three(data, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a detector of three networks of brick, trained in one go, and what was told; read only."""
+    folder = tmp_path_factory.mktemp("three") / "models"
+    done = train(data, folder, "--type", "brick", *SMALL, "--folds", 3)
+    assert done.code == 0, done.err
+    return folder, done.err
+
+
+@pytest.fixture(scope="session")
+def seeds(data, tmp_path_factory) -> Path:
+    """Detectors of brick and grass by seeds 10 and 2; read only."""
+    folder = tmp_path_factory.mktemp("seeds") / "models"
+    done = train(data, folder, "--type", "brick,grass", *SMALL, "--epochs", 1, "--seed", "10,2")
+    assert done.code == 0, done.err
     return folder
 
 
