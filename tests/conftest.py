@@ -1,12 +1,13 @@
 """What the tests share: small categories of real textures, detectors trained on them, and ways to run a script."""
 
+import fcntl
 import importlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,41 +98,51 @@ def train_unwritten(train_brick, monkeypatch):
     return call
 
 
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], SimpleNamespace]) -> tuple[Path, str]:
+    """A folder, and what was told, of a script that the first of pytest's processes runs and the others wait for."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / name
+    folder.parent.mkdir(exist_ok=True)
+    told = folder.parent / "told.txt"
+    with open(folder.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            done = make(folder)
+            assert done.code == 0, done.err
+            assert done.out == ""
+            told.write_text(done.err)
+    return folder, told.read_text()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A data folder with the categories brick, grass and gravel at 32 pixels; read only."""
-    folder = tmp_path_factory.mktemp("data") / "Data"
-    done = run("prepare_data.py", "textures", "--data_dir", folder, "--size", 32, "--train", 8, "--test", 3)
-    assert done.code == 0, done.err
-    return folder
+    flags = ("--size", 32, "--train", 8, "--test", 3)
+    make = lambda folder: run("prepare_data.py", "textures", "--data_dir", folder, *flags)  # noqa: E731
+    return made_once(tmp_path_factory, "photographs/Data", make)[0]
 
 
 @pytest.fixture(scope="session")
 def models(data, tmp_path_factory) -> Path:
     """Detectors of brick and grass, trained for a few steps by run_training.py; read only."""
-    folder = tmp_path_factory.mktemp("trained") / "models"
-    done = train(data, folder, "--type", "brick,grass", by=run)
-    assert done.code == 0, done.err
-    assert done.out == ""
-    return folder
+    return made_once(
+        tmp_path_factory, "trained/models", lambda folder: train(data, folder, "--type", "brick,grass", by=run)
+    )[0]
 
 
 @pytest.fixture(scope="session")
 def three(data, tmp_path_factory) -> tuple[Path, str]:
     """The folder of a detector of three networks of brick, trained in one go, and what was told; read only."""
-    folder = tmp_path_factory.mktemp("three") / "models"
-    done = train(data, folder, "--type", "brick", *SMALL, "--folds", 3)
-    assert done.code == 0, done.err
-    return folder, done.err
+    flags = ("--type", "brick", *SMALL, "--folds", 3)
+    return made_once(tmp_path_factory, "three/models", lambda folder: train(data, folder, *flags))
 
 
 @pytest.fixture(scope="session")
 def seeds(data, tmp_path_factory) -> Path:
     """Detectors of brick and grass by seeds 10 and 2; read only."""
-    folder = tmp_path_factory.mktemp("seeds") / "models"
-    done = train(data, folder, "--type", "brick,grass", *SMALL, "--epochs", 1, "--seed", "10,2")
-    assert done.code == 0, done.err
-    return folder
+    flags = ("--type", "brick,grass", *SMALL, "--epochs", 1, "--seed", "10,2")
+    return made_once(tmp_path_factory, "seeds/models", lambda folder: train(data, folder, *flags))[0]
 
 
 @pytest.fixture(scope="session")
