@@ -28,6 +28,7 @@ VISIBLE_CHANGE = 0.5  # deviations of the whole image's values, the unit that --
 VISIBLE_PIXELS, VISIBLE_SHARE = 10.0, 0.5  # as many pixels, or that share of a patch that is smaller
 SAMPLE_SIDE = 64  # pixels along the shorter side of an image that its statistics are taken from
 BASES_AT_ONCE, PASTES_AT_ONCE = 1, 16  # images that fit into a processor's cache with all that is computed of them
+SURVEYED_VIEWS, SURVEY_BATCH = 128, 8  # views of each kind that invisible_shares makes, and how many together
 
 
 # Drawing ----------------------------------------------------------------------------------------------------------
@@ -360,6 +361,29 @@ def visible(views: Tensor, params: ViewParams, whole: Tensor) -> Tensor:
         changed = ((view - base).abs().amax(1) > least).sum((1, 2))
         found.append(changed >= enough.to(views.device, non_blocking=True))
     return torch.cat([torch.stack(found).any(0), *found])
+
+
+def invisible_shares(
+    images: Tensor,
+    sample: Callable[[int, Generator], ViewParams],
+    seed: int = 0,
+    numbers: Tensor | None = None,
+) -> dict[str, float]:
+    """Return the share, in [0, 1], of each kind of pasted view that shows nothing (see ``visible``), by its name.
+
+    images: (N, 3, H, W) uint8, of which SURVEYED_VIEWS are taken, evenly spaced. sample(count, generator): draws the
+    parameters of the views of ``count`` images, as ``sample_params``. numbers: the images that may be taken, (n,)
+    int64; default: all.
+    """
+    numbers = torch.arange(len(images)) if numbers is None else numbers
+    numbers = numbers[torch.arange(SURVEYED_VIEWS) * len(numbers) // SURVEYED_VIEWS]
+    generator, shown = torch.Generator().manual_seed(seed), []
+    for part in numbers.split(SURVEY_BATCH):
+        params = sample(len(part), generator)
+        views, _, whole = make_views_and_sample(images[part], params)
+        shown.append(visible(views, params, whole).view(-1, len(part)))
+    shares = 1 - torch.cat(shown, 1).float().mean(1)
+    return dict(zip(VARIANTS[params.variant].views[1:], shares[1:].tolist()))
 
 
 def _check_fit(images: Tensor, params: ViewParams) -> None:

@@ -111,13 +111,15 @@ def load_train(
     workers: int,
     storage: Storage = IN_MEMORY,
     ignored: str | Tensor | None = None,
+    paths: Sequence[Path] = (),
 ) -> TrainSet:
     """Return the normal training images of a category at ``size`` (H, W).
 
-    ignored: what does not count, the text of --ignore or the fill index of a finished detector. Raises InputError if
-    there are fewer than two images, one is bad, or what is ignored cannot be.
+    ignored: what does not count, the text of --ignore or the fill index of a finished detector. paths: what
+    ``train_paths`` has listed, or some of it; default: it is listed now. Raises InputError if there are fewer than two
+    images, one is bad, or what is ignored cannot be.
     """
-    paths = train_paths(data_dir, category)
+    paths = list(paths) or train_paths(data_dir, category)
     fill_index = load_fill_index(ignored, category, size, paths[0])
     return TrainSet(load_images(paths, size, workers, storage, fill_index=fill_index), paths, fill_index)
 

@@ -9,7 +9,7 @@ seeds below <model_dir>/seed<S>. The same command again continues where it stopp
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
@@ -28,9 +28,9 @@ from config import (
     storage,
     with_flag,
 )
-from dataset import TestSet, choose_categories, load_fill_index, load_images, load_test, train_paths
+from cutpaste import invisible_shares
+from dataset import choose_categories, load_train, train_paths
 from density import NotFiniteError
-from detector import Detector
 from model import BACKBONES, WeightsError
 from runtime.cli import (
     PRECISIONS,
@@ -44,16 +44,8 @@ from runtime.cli import (
 )
 from runtime.distributed import Ranks, from_environment
 from runtime.files import InputError, check_replaceable, say, write_file
-from runtime.image_files import find_images
-from training.jobs import (
-    Job,
-    RunOptions,
-    check_settings,
-    check_writable,
-    train_networks,
-    write_detector,
-)
-from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, invisible_shares
+from training.jobs import Job, check_masks, check_settings, check_writable, train_networks, write_detector
+from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, RunOptions
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -85,38 +77,32 @@ def main(args: argparse.Namespace) -> None:
         print_backbones()
         return
     try:
-        settings = config_of(args, "any")
+        config = config_of(args, "any")
     except SettingError as error:
         raise argparse.ArgumentTypeError(with_flag(error)) from error
-    if args.test_epochs is None:
-        args.test_epochs = 256 if settings.patches is None else -1
-    here = from_environment()
-    device = choose_device(args.cuda, here.local_rank)
+    ranks = from_environment()
+    options = run_options(args, config, ranks)
     categories = choose_categories(args.data_dir, args.type)
-    jobs = list(make_jobs(args, settings, categories))
-    # A missing folder or a bad mask now, not after hours of another category
-    paths = {category: train_paths(args.data_dir, category) for category in categories}
-    masks = [load_fill_index(settings.ignore, category, settings.size, paths[category][0]) for category in categories]
-    if settings.ignore and not any([fill_index.numel() for fill_index in masks]):
-        raise InputError(f"--ignore: {settings.ignore} has no <category>.png for any of {', '.join(categories)}")
+    jobs = make_jobs(args, config, categories)
+    check_masks(jobs[: len(categories)])
     if args.preview:
-        if here.is_main:
-            write_preview(args, [job.config for job in jobs[: len(categories)]])
+        if ranks.is_main:
+            write_preview(args.preview, jobs[: len(categories)], options)
         return
-    check_ranks(args, settings, here)
+    check_ranks(args, config, ranks)
     for job in jobs:
-        check_writable(job.folder, here)
+        check_writable(job.folder, ranks)
         if not args.overwrite:
             check_settings(job)
     torch.backends.cudnn.deterministic = True
-    if RECIPES[settings.recipe] and here.is_main:
-        own = {name: settings.to_dict()[name] for name in RECIPES[settings.recipe]}
-        own.pop("epochs" if settings.minutes else "", None)
-        say(f"recipe {settings.recipe}: " + ", ".join(f"{name} {flag_value(value)}" for name, value in own.items()))
-    make_detectors(args, jobs, device, here)
-    if here.is_main:
-        follow = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
-        say(f"detectors are in {args.model_dir}; next: {follow}")
+    if RECIPES[config.recipe] and ranks.is_main:
+        settings = {name: flag_value(config.to_dict()[name]) for name in RECIPES[config.recipe]}
+        settings.pop("epochs" if config.minutes else "", None)
+        say(f"recipe {config.recipe}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    make_detectors(jobs, options, ranks)
+    if ranks.is_main:
+        evaluation = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
+        say(f"detectors are in {args.model_dir}; next: {evaluation}")
 
 
 def print_backbones() -> None:
@@ -126,52 +112,71 @@ def print_backbones() -> None:
         print(f"{name}  level {spec.level}; stages (width/stride) {stages}; {spec.weights}")
 
 
-def make_jobs(args: argparse.Namespace, settings: Config, categories: list[str]) -> Iterator[Job]:
-    """Each seed's detectors; those of several seeds have folders of their own."""
-    for seed in args.seed or [settings.seed]:
-        own = f"seed{seed}" if len(args.seed or []) > 1 else ""
-        for category in categories:
-            logs = Path(args.logdir, folder_name(args.model_dir), own, category)
-            yield Job(replace(settings, category=category, seed=seed), Path(args.model_dir, own), logs)
-
-
-def make_detectors(args: argparse.Namespace, jobs: list[Job], device: torch.device, here: Ranks) -> None:
-    """Train what is not there yet. Ranks share the networks, or with --ddp the training of each."""
-    from tqdm import tqdm
-
-    work = [(job, number) for job in jobs for number in range(job.config.folds)]
-    own = work if args.ddp else here.shard(work)
-    own = [(job, [number for _, number in some]) for job, some in groupby(own, key=lambda item: item[0])]
-    running = RunOptions(
+def run_options(args: argparse.Namespace, config: Config, ranks: Ranks) -> RunOptions:
+    """Return how the trainings run."""
+    test_epochs = args.test_epochs
+    if test_epochs is None:
+        test_epochs = 256 if config.patches is None else -1
+    asked = {"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile}
+    return RunOptions(
+        device=choose_device(args.cuda, ranks.local_rank),
         data_dir=args.data_dir,
         workers=args.workers,
         storage=storage(args),
-        device=device,
-        ranks=here if args.ddp else Ranks(),
-        precision={"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile},
+        ranks=ranks if args.ddp else Ranks(),
+        asked_precision={name: value for name, value in asked.items() if value is not None},
         cores=torch.get_num_threads(),  # before a resumed category sets its own number
         overwrite=args.overwrite,
         explain=args.explain,
-        test_epochs=args.test_epochs,
+        test_epochs=test_epochs,
         save_minutes=args.save_minutes,
-        bar=here.is_main,
-        watcher=lambda config: watcher(args, config),
+        bar=ranks.is_main,
     )
-    shared = jobs[0].config.folds > 1 and here.world_size > 1 and not args.ddp  # a detector's networks, by the ranks
-    quiet = len(own) < 2 or not here.is_main
-    with running.ranks.joined(args.cuda), tqdm(own, "categories", file=sys.stderr, disable=quiet) as bar:
+
+
+def make_jobs(args: argparse.Namespace, config: Config, categories: list[str]) -> list[Job]:
+    """Return the detectors to make, seed by seed. Those of several seeds have folders of their own.
+
+    Raises InputError for a category without images: now, not after hours of another one.
+    """
+    paths = {category: train_paths(args.data_dir, category) for category in categories}
+    jobs = []
+    for seed in args.seed or [config.seed]:
+        folder = f"seed{seed}" if len(args.seed or []) > 1 else ""
+        for category in categories:
+            logs = Path(args.logdir, folder_name(args.model_dir), folder, category)
+            settings = replace(config, category=category, seed=seed)
+            jobs.append(Job(settings, Path(args.model_dir, folder), logs, paths[category]))
+    return jobs
+
+
+def make_detectors(jobs: list[Job], options: RunOptions, ranks: Ranks) -> None:
+    """Train and write the detectors that are not there yet.
+
+    ranks: all. With --ddp they train each network together, and are those of ``options``; else they share the networks.
+    """
+    from tqdm import tqdm
+
+    together, several = options.ranks.world_size > 1, jobs[0].config.folds > 1
+    networks = [(job, number) for job in jobs for number in range(job.config.folds)]
+    networks = networks if together else ranks.shard(networks)
+    work = [(job, [number for _, number in group]) for job, group in groupby(networks, key=lambda network: network[0])]
+    divided = several and ranks.world_size > 1 and not together  # the networks of a detector, among ranks
+    silent = len(work) < 2 or not ranks.is_main
+    cuda = options.device.type == "cuda"
+    with options.ranks.joined(cuda), tqdm(work, "categories", file=sys.stderr, disable=silent) as bar:
         for job, numbers in bar:
             with hints():
-                images = train_networks(job, numbers, running)
-                if not shared:
-                    write_detector(job, running, images)
-    if shared:
-        with here.joined(False):
-            here.all_reduce_max(0)  # wait for the networks of the others
-            for job in here.shard(jobs):
+                train_set = train_networks(job, numbers, options)
+                if not divided:
+                    write_detector(job, options, train_set)
+    if divided:
+        with ranks.joined(False):
+            ranks.all_reduce_max(0)  # wait for the networks of the others
+            for job in ranks.shard(jobs):
                 with hints():
-                    write_detector(job, running)
-            here.all_reduce_max(0)
+                    write_detector(job, options)
+            ranks.all_reduce_max(0)
 
 
 @contextmanager
@@ -191,68 +196,39 @@ def hints() -> Iterator[None]:
         raise
 
 
-# What is on disk --------------------------------------------------------------------------------------------------
-
-
-def check_ranks(args: argparse.Namespace, settings: Config, here: Ranks) -> None:
-    """Raises InputError for what several processes cannot do."""
-    if args.overwrite and here.restarts:
+def check_ranks(args: argparse.Namespace, config: Config, ranks: Ranks) -> None:
+    """Raise InputError for what several processes cannot do."""
+    if args.overwrite and ranks.restarts:
         raise InputError("a rank died, and --overwrite would start anew: give the same command without --overwrite")
-    if args.overwrite and here.machines > 1:  # torchrun does not tell a machine that another one's rank was restarted
+    if args.overwrite and ranks.machines > 1:  # torchrun does not tell a machine that another one's rank was restarted
         raise InputError("--overwrite: not on several machines, where a restart would start anew; empty --model_dir")
-    if settings.minutes and settings.folds > 1 and here.world_size > 1 and not args.ddp:
+    if config.minutes and config.folds > 1 and ranks.world_size > 1 and not args.ddp:
         raise InputError("--minutes: not with --folds shared by ranks, which would count other steps; give --epochs")
-    if args.ddp and settings.batch_size < here.world_size:
-        needed = f"at least one image for each of {here.world_size} ranks is needed"
-        raise InputError(f"--batch_size {settings.batch_size}: {needed}")
+    if args.ddp and config.batch_size < ranks.world_size:
+        needed = f"at least one image for each of {ranks.world_size} ranks is needed"
+        raise InputError(f"--batch_size {config.batch_size}: {needed}")
 
 
-def write_preview(args: argparse.Namespace, configs: list[Config]) -> None:
+def write_preview(path: str, jobs: list[Job], options: RunOptions) -> None:
+    """Write a sheet of augmented samples of some images of each category."""
     from reporting import figures
 
-    if Path(args.preview).suffix.lower() != ".png":
-        raise InputError(f"--preview {args.preview}: the name of a .png file is needed")
-    check_replaceable(args.preview, "take another --preview")
-    rows = max(1, PREVIEW_IMAGES // len(configs))
-    images, names = [], []
-    for config in configs:
-        paths = train_paths(args.data_dir, config.category)[:rows]
-        fill_index = load_fill_index(config.ignore, config.category, config.size, paths[0])
-        images.append(load_images(paths, config.size, args.workers, fill_index=fill_index))
-        names += [f"{config.category}\n{path.name}" for path in paths]
+    if Path(path).suffix.lower() != ".png":
+        raise InputError(f"--preview {path}: the name of a .png file is needed")
+    check_replaceable(path, "take another --preview")
+    rows = max(1, PREVIEW_IMAGES // len(jobs))
+    images, names, config = [], [], jobs[0].config
+    for job in jobs:
+        category, paths = job.config.category, job.paths[:rows]
+        train_set = load_train(
+            options.data_dir, category, config.size, options.workers, ignored=config.ignore, paths=paths
+        )
+        images.append(train_set.images)
+        names += [f"{category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
-    sheet = figures.preview(shown, names, configs[0], invisible_shares(configs[0], shown))
-    write_file(figures.png(sheet), args.preview)
-    say(f"wrote {args.preview}; nothing was trained")
-
-
-# Looking at the test images while training ------------------------------------------------------------------------
-
-
-def watcher(args: argparse.Namespace, config: Config) -> Callable[[Detector], float] | None:
-    """What gives the test AUROC of a detector, if there are test images of both kinds."""
-    test = load_watched_test(args, config)
-    return None if test is None else lambda detector: test_auroc(detector, test)
-
-
-def test_auroc(detector: Detector, test: TestSet) -> float:
-    from reporting.metrics import evaluate
-
-    return evaluate(detector, test).metrics["image_auroc"]
-
-
-def load_watched_test(args: argparse.Namespace, config: Config) -> TestSet | None:
-    """The test images to look at while training, if there are both normal and anomalous ones."""
-    category = config.category
-    folder = Path(args.data_dir) / category / "test"
-    if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
-        say(f"{category}: no test images, so no AUROC while training")
-        return None
-    test = load_test(args.data_dir, category, config.size, args.workers, storage(args), config.ignore)
-    if 0 < test.labels.sum() < len(test.labels):
-        return test
-    say(f"{category}: test images of one kind only, so no AUROC while training")
-    return None
+    sheet = figures.preview(shown, names, config, invisible_shares(shown, config.sample_params, config.seed))
+    write_file(figures.png(sheet), path)
+    say(f"wrote {path}; nothing was trained")
 
 
 if __name__ == "__main__":

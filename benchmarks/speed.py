@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's mo
 
 from config import RECIPES, Config, SettingError, with_flag
 from cutpaste import SCAR_IMAGE_SIZE, VARIANTS, VIEWS, make_views
-from dataset import load_images
+from dataset import TrainSet, load_images
 from detector import IMAGES_AT_ONCE, Detector, stream
-from image_ops import paste_, to_float
+from image_ops import NOTHING_IGNORED, paste_, to_float
 from model import CutPasteNet
 from runtime.cli import (
     PRECISIONS,
@@ -43,15 +43,13 @@ from runtime.cli import (
     device_name,
     int_at_least,
     new_parser,
-    open_tensorboard,
-    progress_bar,
     run_script,
     size,
     zero_or_one,
 )
 from runtime.files import InputError, say
 from runtime.image_files import decode, find_images
-from training.trainer import LOG_EVERY, Log, Trainer, choose_precision, new_optimizer
+from training.trainer import LOG_EVERY, RunOptions, Trainer, choose_precision, new_optimizer, open_log
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("scoring", "files", "step", "augmentation", "conventional")  # the one that needs the least memory first
@@ -115,7 +113,8 @@ def main(args: argparse.Namespace) -> None:
     photographs = load_photographs(args.data_dir, max(64, 2 * config.batch_size))
     with tempfile.TemporaryDirectory() as folder:
         paths = write_photographs(photographs, Path(folder), args.original)
-        run = Trainer(config, load_images(paths, args.size, os.cpu_count()), "", device, numerics)
+        train_set = TrainSet(load_images(paths, args.size, os.cpu_count()), paths, NOTHING_IGNORED)
+        run = Trainer(config, train_set, RunOptions(device), numerics)
         measure = {
             "scoring": lambda: scoring(run, args.repeats),
             "files": lambda: files(run, args.repeats, paths),
@@ -143,14 +142,8 @@ def step(run: Trainer, repeats: int) -> dict:
     run.train_step()
     peak = peak_mb(run.device)  # before there is another network
     bare = bare_step(run, run.precision.amp, run.precision.compile, torch.channels_last)
-    with tempfile.TemporaryDirectory() as folder, open_tensorboard(Path(folder), 0) as writer:
-        log = Log(run.config, run.step, run.batch_size, run.ranks, writer, progress_bar("", 0, 0, shown=False))
-
-        def work() -> None:
-            values = run.train_step()
-            log.add(run.step, values, run.optimizer.param_groups[0]["lr"])
-
-        ours, alone = medians(repeats, run.device, work, bare)
+    with tempfile.TemporaryDirectory() as folder, open_log(run, Path(folder), bar=False) as log:
+        ours, alone = medians(repeats, run.device, lambda: log.add(run.train_step()), bare)
     return {
         "step_seconds": ours,
         "bare_seconds": alone,

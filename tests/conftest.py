@@ -1,6 +1,7 @@
 """What the tests share: small categories of real textures, detectors trained on them, and ways to run a script."""
 
 import csv
+import fcntl
 import importlib
 import io
 import itertools
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,8 @@ torch.set_num_threads(1)  # the work is tiny: threads would cost more than they 
 
 # In float32 on every processor: the precision that suits one would decide which bits a test compares
 TINY = ["--no-pretrained", "--size", "32", "--epochs", "12", "--batch_size", "4", "--test_epochs", "-1", "--amp", "off"]
+
+SMALL = ["--backbone", "mobilenet_v2", "--level", "3", "--epochs", "5"]  # beside TINY, for what trains several networks
 
 
 def run(*command: object, cwd: Path | None = None, preexec=None, **env: str) -> SimpleNamespace:
@@ -80,23 +83,70 @@ def script(monkeypatch, capsys):
     return call
 
 
+@pytest.fixture
+def train_brick(script, data, tmp_path):
+    """run_training.py for brick, tiny, in this process, into tmp_path/models: returns code, out, err."""
+    return lambda *flags, data=data: again(script, data, tmp_path / "models", "--type", "brick", *flags)
+
+
+@pytest.fixture
+def train_unwritten(train_brick, monkeypatch):
+    """As ``train_brick``, but ended before the densities are fitted: the saved states are there, no detector is."""
+    import run_training
+
+    def call(*flags: object, **kwargs) -> SimpleNamespace:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_training, "write_detector", lambda *_: None)
+            return train_brick(*flags, **kwargs)
+
+    return call
+
+
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], SimpleNamespace]) -> tuple[Path, str]:
+    """A folder, and what was told, of a script that the first of pytest's processes runs and the others wait for."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / name
+    folder.parent.mkdir(exist_ok=True)
+    told = folder.parent / "told.txt"
+    with open(folder.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            done = make(folder)
+            assert done.code == 0, done.err
+            assert done.out == ""
+            told.write_text(done.err)
+    return folder, told.read_text()
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """A data folder with the categories brick, grass and gravel at 32 pixels; read only."""
-    folder = tmp_path_factory.mktemp("data") / "Data"
-    done = run("prepare_data.py", "textures", "--data_dir", folder, "--size", 32, "--train", 8, "--test", 3)
-    assert done.code == 0, done.err
-    return folder
+    flags = ("--size", 32, "--train", 8, "--test", 3)
+    make = lambda folder: run("prepare_data.py", "textures", "--data_dir", folder, *flags)  # noqa: E731
+    return made_once(tmp_path_factory, "photographs/Data", make)[0]
 
 
 @pytest.fixture(scope="session")
 def models(data, tmp_path_factory) -> Path:
     """Detectors of brick and grass, trained for a few steps by run_training.py; read only."""
-    folder = tmp_path_factory.mktemp("trained") / "models"
-    done = train(data, folder, "--type", "brick,grass", by=run)
-    assert done.code == 0, done.err
-    assert done.out == ""
-    return folder
+    return made_once(
+        tmp_path_factory, "trained/models", lambda folder: train(data, folder, "--type", "brick,grass", by=run)
+    )[0]
+
+
+@pytest.fixture(scope="session")
+def three(data, tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a detector of three networks of brick, trained in one go, and what was told; read only."""
+    flags = ("--type", "brick", *SMALL, "--folds", 3)
+    return made_once(tmp_path_factory, "three/models", lambda folder: train(data, folder, *flags))
+
+
+@pytest.fixture(scope="session")
+def seeds(data, tmp_path_factory) -> Path:
+    """Detectors of brick and grass by seeds 10 and 2; read only."""
+    flags = ("--type", "brick,grass", *SMALL, "--epochs", 1, "--seed", "10,2")
+    return made_once(tmp_path_factory, "seeds/models", lambda folder: train(data, folder, *flags))[0]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from config import Config, PatchConfig, SettingError
 from conformal import conformal_threshold
 from dataset import load_test, load_train
 from density import fit_density, held_out
-from detector import Detector, initial_network, load, load_config, save, scored_images, stream, unseen_by
+from detector import Detector, all_but, initial_network, load, load_config, save, scored_images, stream, unseen_by
 from model import CutPasteNet
 from reporting.metrics import evaluate
 from runtime.files import InputError, load_tensors, save_tensors
@@ -494,3 +494,76 @@ def test_predict_takes_paths_and_arrays_of_any_size(held, data, tmp_path):
     for wrong, words in ((tmp_path / "a.png", r"a\.png"), (np.zeros((8, 8)), r"\(H, W, 3\) uint8")):
         with pytest.raises(InputError, match=words):
             held.predict([wrong])
+
+
+# Several networks -------------------------------------------------------------------------------------------------
+
+FOLDS = replace(CONFIG, folds=3)
+
+
+@pytest.fixture(scope="module")
+def folds(images):
+    return Detector(FOLDS, [initial_network(FOLDS, member=number) for number in range(3)]).fit(images)
+
+
+def test_each_image_is_left_out_by_one_member():
+    for number in range(3):
+        assert all_but(unseen_by(FOLDS, 13, number), 13).tolist() == [i for i in range(13) if i % 3 != number]
+    assert unseen_by(CONFIG, 13, 0).tolist() == []
+    with pytest.raises(SettingError, match="brick: 5 training images make at most 2 folds of two, 3 were asked for"):
+        Detector(FOLDS).fit(pictures(5)[..., :32, :48])
+
+
+def test_scores_are_those_of_the_members_in_deviations_of_the_images_they_have_not_seen(folds, images):
+    expected, calibration = 0, torch.empty(12, dtype=torch.float64)
+    for number in range(3):
+        alone = Detector(CONFIG, [initial_network(FOLDS, member=number)])
+        alone.fit(images[[i for i in range(12) if i % 3 != number]], threshold=False)
+        unseen = scores_of(alone, images[number::3])
+        calibration[number::3] = (unseen - unseen.mean()) / unseen.std()
+        expected = expected + (scores_of(alone, images) - unseen.mean()) / unseen.std() / 3
+    assert torch.allclose(folds.calibration_scores, calibration, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(scores_of(folds, images), expected, rtol=1e-6, atol=1e-9)
+    assert folds.threshold == folds.calibration_scores.sort().values[11 - 1]  # the ceil(0.8 * 13)-th
+    assert folds.unit == "standardized Mahalanobis distance, mean of 3 networks"
+
+
+def test_members_begin_with_networks_of_their_own_the_first_as_if_alone(folds):
+    weights = [member.network.head[0].weight for member in folds.untrained().members]
+    assert torch.equal(weights[0], initial_network(CONFIG).head[0].weight)
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+@pytest.mark.parametrize("config", [FOLDS, replace(PATCHES, folds=2, level=(2, 3))], ids=["images", "patches"])
+def test_round_trip_of_several_networks(tmp_path, config):
+    normal = pictures(20)[..., : config.height, : config.width]
+    one = Detector(config).fit(normal)
+    save(one, tmp_path / "brick.pt")
+    other = load(tmp_path / "brick.pt")
+    for (scores, maps), (expected_scores, expected_maps) in zip(stream(other, normal), stream(one, normal)):
+        assert torch.equal(scores, expected_scores)
+        assert maps is expected_maps is None or torch.equal(maps, expected_maps)
+    assert other.config == config
+    assert torch.equal(other.calibration_scores, one.calibration_scores)
+    assert len(other.members) == config.folds
+
+
+def test_maps_are_averaged():
+    made, images = Detector(replace(PATCHES, folds=2)).fit(pictures(20)), pictures(3, seed=1)
+    scores, maps = made(images)
+    parts = [member(made.prepare(images)) for member in made.members]
+    assert torch.allclose(maps, (parts[0][1] + parts[1][1]) / 2, atol=1e-4)
+    assert torch.allclose(scores, (parts[0][0] + parts[1][0]) / 2)
+    assert torch.allclose(parts[0][0], parts[0][1].amax((1, 2)).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [FOLDS, replace(CONFIG, features="all")], ids=["folds", "stages"])
+def test_grad_cam_of_several_networks_or_stages(images, config):
+    made = Detector(config).fit(images)
+    prediction = made.predict_batch(images, explain=True)
+    maps = made.heat(prediction)
+    assert torch.allclose(prediction.scores, scores_of(made, images), rtol=1e-4, atol=1e-4)
+    assert maps.shape == (12, 32, 48)
+    assert maps.min() >= 0
+    assert maps.max() > 0

@@ -1,6 +1,6 @@
-"""The training of one network: the loop, what it tells, and the saved state that a killed run continues from.
+"""The training of one network: the loop, its log, and the saved state that a killed run continues from.
 
-Owns the files ``<model_dir>/<category>.checkpoint`` or, of a detector of several networks,
+Owns the files ``<model_dir>/<category>.checkpoint`` or, for a detector of several networks,
 ``<model_dir>/<category>.checkpoints/<number>.checkpoint``.
 """
 
@@ -8,9 +8,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from config import Config, SettingError, resume
-from cutpaste import VARIANTS, ViewParams, make_views_and_sample, rows, visible
+from cutpaste import ViewParams, invisible_shares, make_views_and_sample, rows, visible
+from dataset import TestSet, TrainSet
 from detector import Detector, all_but, category_seed, initial_network, unseen_by
-from image_ops import NOTHING_IGNORED
+from reporting.metrics import evaluate
+from runtime.cache import IN_MEMORY, Storage
 from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
 from runtime.files import InputError, load_tensors, remove_file, save_tensors, say
@@ -31,32 +33,14 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 
+FORMAT = "cutpaste-checkpoint"
+VERSION = 7  # raise it when the layout of the saved state changes: states of other versions are refused
+SUFFIX = ".checkpoint"
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
 TIMED_STEPS = 6  # that a budget of minutes is planned by, after two that warm up
-
-
-# Numerics ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Precision:
-    """What changes the rounding of a run but not the experiment: kept by a run that is resumed."""
-
-    threads: int  # of the network on the CPU: the order of floating point sums depends on it
-    amp: str  # of PRECISIONS
-    compile: bool
-
-
-def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int) -> Precision:
-    """asked: what was asked for, saved: what the saved state has, by the names of Numerics; what neither holds is
-    chosen to suit the device. Raises SettingError where they contradict each other, or the device cannot."""
-    fitting = {"threads": cores, "amp": suitable_precision(device)[0], "compile": False}
-    chosen = Precision(**fitting | resume(asked, saved))
-    if chosen.amp == "fp16" and device.type == "cpu":
-        raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
-    if chosen.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
-        raise SettingError("compile", "no C++ compiler is found; install g++, or do without")
-    return chosen
+LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
+PREVIEW_IMAGES = 6  # rows of a sheet of samples
+MANY_INVISIBLE = 0.1  # share of pasted views that show nothing; more are told
 
 
 # The loop ---------------------------------------------------------------------------------------------------------
@@ -73,37 +57,34 @@ class Batch:
 
 
 class Trainer:
-    """The training of one network. Everything that decides how it goes on is in ``state``.
+    """The training of one network. ``state`` holds everything that decides how it goes on.
 
-    images (N, 3, H, W) uint8, all of the category, on the device unless they are mapped from a file; digest: of them,
-    by which a saved state knows them. state: to continue from, or None. ranks: more than one train together, each on
-    its part of every batch. member: the network's number among those of the detector, which says which of the images it
-    sees. sources: (H, W), what takes the place of pixels that do not count.
+    train_set: all training images of the category. state: a saved state to continue from, or None. member: the
+    network's number in its detector, which decides which of the images it sees.
     """
 
     def __init__(
         self,
         config: Config,
-        images: Tensor,
-        digest: str,
-        device: torch.device,
-        precision: Precision,
+        train_set: TrainSet,
+        options: "RunOptions",
+        precision: "Precision",
         state: dict | None = None,
-        ranks: Ranks | None = None,
         member: int = 0,
-        fill_index: Tensor = NOTHING_IGNORED,
     ) -> None:
-        self.config, self.digest, self.device, self.precision = config, digest, device, precision
-        self.ranks = ranks or Ranks()
+        self.config, self.train_set, self.options, self.precision = config, train_set, options, precision
+        self.device, self.ranks = options.device, options.ranks
         self.name = config.category if config.folds == 1 else f"{config.category} {member + 1} of {config.folds}"
-        self.images, self.seen = images, all_but(unseen_by(config, len(images), member), len(images))
-        self.fill_index = fill_index.to(device)
-        self.network = initial_network(config, state is None, member).to(device)
+        # On the device for the whole run, unless they are too many
+        mapped = options.storage.maps(train_set.images.shape)
+        self.images = train_set.images if mapped else train_set.images.to(self.device)
+        self.seen = all_but(unseen_by(config, len(train_set), member), len(train_set))  # numbers of images
+        self.network = initial_network(config, state is None, member).to(self.device)
         if self.ranks.world_size > 1:
-            self.network = sync_batch_norm(self.network, device.type == "cuda")
+            self.network = sync_batch_norm(self.network, self.device.type == "cuda")
         self.generator = torch.Generator().manual_seed(category_seed(config.seed, config.category, member))
         self.optimizer = new_optimizer(config, self.network)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.amp == "fp16")
         self.step, self.seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
         self.schedule = None
         self.set_frozen()
@@ -113,7 +94,54 @@ class Trainer:
             self.generator.set_state(state["generator"])
         self.network.train()
 
+    def train(self, logs: Path, state_path: Path, test_set: TestSet | None = None) -> None:
+        """Run the steps that are left; log them, and save the state from time to time and after the last one.
+
+        logs: folder of TensorBoard's files. test_set: images whose AUROC is told every ``options.test_epochs`` steps;
+        it decides nothing. Ends in SystemExit (130, 143) on SIGINT or SIGTERM, the state saved.
+        """
+        steps, options, is_main = self.config.epochs, self.options, self.ranks.is_main
+        if self.step == steps:  # none was asked for, or all were done before
+            if is_main and not state_path.exists():
+                save_tensors(self.state(), state_path)
+            return
+        if self.step and is_main:
+            say(f"{self.name}: continuing at step {self.step} of {steps}")
+        with Interrupts() as interrupts, open_log(self, logs, options.bar) as log:
+            if self.step == 0:
+                log.add_samples()
+            stop, saved, began = 0, time.monotonic(), time.monotonic() - self.seconds
+            while self.step < steps and not stop:
+                values = self.train_step()
+                log.add(values)
+                last = self.step == steps
+                if test_set is not None and (last or self.step % options.test_epochs == 0):
+                    check_finite(self.name, self.step, values[0])
+                    log.add_test_auroc(self.test_auroc(test_set))
+                self.seconds = time.monotonic() - began
+                stop = self.ranks.all_reduce_max(interrupts.signal)  # all ranks at the same step
+                # The last step too: fitting the density can be stopped, or its file not be written
+                if is_main and (stop or last or time.monotonic() - saved >= 60 * options.save_minutes):
+                    check_finite(self.name, self.step, values[0], *self.network.parameters())
+                    save_tensors(self.state(), state_path)
+                    saved = time.monotonic()
+        if stop:
+            if is_main:
+                command = "the same command" + (" without --overwrite" if options.overwrite else "")
+                say(f"{self.name}: stopped at step {self.step}, state saved; {command} continues")
+            sys.exit(128 + stop)
+
+    def test_auroc(self, test_set: TestSet) -> float:
+        """Return the image AUROC, in [0, 1], of the network as it is now, with densities of the images that it sees."""
+        alone = replace(self.config, folds=1, holdout=0.0)
+        detector = Detector(alone, [self.network], self.train_set.fill_index.to(self.device))
+        detector.fit(self.images, threshold=False, numbers=self.seen)
+        auroc = evaluate(detector, test_set).metrics["image_auroc"]
+        self.network.train()
+        return auroc
+
     def parts(self) -> dict:
+        """Return what has a state of its own, by its name in the saved state."""
         return {
             "network": self.network,
             "optimizer": self.optimizer,
@@ -122,17 +150,18 @@ class Trainer:
         }
 
     def state(self) -> dict:
+        """Return what is saved, see ``load_checkpoint``."""
         return {
             "format": FORMAT,
             "version": VERSION,
             "config": self.config.to_dict(),
-            "images": self.digest,
+            "images": self.train_set.digest,
             **{name: part.state_dict() for name, part in self.parts().items()},
             "generator": self.generator.get_state(),
             "step": self.step,
             "seconds": self.seconds,
             "ranks": self.ranks.world_size,
-            "numerics": asdict(self.precision),
+            "precision": asdict(self.precision),
         }
 
     def set_frozen(self) -> None:
@@ -209,63 +238,6 @@ class Trainer:
             self.set_frozen()
         return torch.stack(values).detach()
 
-    def train(
-        self,
-        logdir: Path,
-        state_path: Path,
-        save_minutes: float,
-        watch: Callable[[Detector], float] | None = None,
-        watch_every: int = 0,
-        bar: bool = True,
-        again: str = "the same command",
-    ) -> None:
-        """Run the steps that are left.
-
-        watch: the test AUROC of a detector, to be looked at every ``watch_every`` steps; it decides nothing.
-        again: what continues, for the message. Leaves by SystemExit (130, 143) on SIGINT or SIGTERM, the state saved.
-        """
-        steps, category, is_main = self.config.epochs, self.name, self.ranks.is_main
-        state_path.parent.mkdir(parents=True, exist_ok=True)
-        if self.step == steps:  # 0 of 0, or done before
-            if is_main and not state_path.exists():
-                save_tensors(self.state(), state_path)
-            return
-        if self.step and is_main:
-            say(f"{category}: continuing at step {self.step} of {steps}")
-        with ExitStack() as stack:
-            purge = self.step + 1 if self.step else 0
-            writer = stack.enter_context(open_tensorboard(logdir, purge)) if is_main else None
-            interrupts = stack.enter_context(Interrupts())
-            progress = stack.enter_context(progress_bar(category, self.step, steps, bar and is_main))
-            if self.step == 0 and is_main:
-                log_start(writer, self.config, self.images, self.seen)
-            log = Log(self.config, self.step, self.batch_size, self.ranks, writer, progress)
-            saved, began = time.monotonic(), time.monotonic() - self.seconds
-            while self.step < steps:
-                values = self.train_step()
-                log.add(self.step, values, self.optimizer.param_groups[0]["lr"])
-                last = self.step == steps
-                if watch is not None and is_main and (self.step % watch_every == 0 or last):
-                    check_finite(category, self.step, values[0])
-                    looked = time.monotonic()
-                    alone = replace(self.config, folds=1, holdout=0.0)
-                    detector = Detector(alone, [self.network], self.fill_index)
-                    auroc = watch(detector.fit(self.images, threshold=False, numbers=self.seen))
-                    self.network.train()
-                    log.add_test_auroc(self.step, auroc, time.monotonic() - looked)
-                self.seconds = time.monotonic() - began
-                stop = self.ranks.all_reduce_max(interrupts.signal)  # all at the same step
-                # The last step too: fitting the density can be stopped, or its file not be written
-                if is_main and (stop or last or time.monotonic() - saved >= 60 * save_minutes):
-                    check_finite(category, self.step, values[0], *self.network.parameters())
-                    save_tensors(self.state(), state_path)
-                    saved = time.monotonic()
-                if stop:
-                    progress.close()
-                    if is_main:
-                        say(f"{category}: stopped at step {self.step}, state saved; {again} continues")
-                    sys.exit(128 + stop)
-
 
 def batch_values(logits: Tensor, batch: Batch, share: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, accuracy and share of views left out, of logits (V*B, C): each this rank's part of that of all ranks, which
@@ -308,135 +280,117 @@ def steps_within(seconds: float, run: Trainer) -> int:
     return max(1, int((seconds - (now - began)) / (now - lap) * TIMED_STEPS))
 
 
-LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
-PREVIEW_IMAGES = 6
-LOOKED_AT, AT_ONCE, MANY_INVISIBLE = 128, 8, 0.1  # views of each kind, images together, the share that is told
+# The log ----------------------------------------------------------------------------------------------------------
 
 
 class NotFiniteLossError(InputError):
     """The training has diverged."""
 
 
-def check_finite(category: str, step: int, loss: float | Tensor, *weights: Tensor) -> None:
-    """Raises NotFiniteLossError if the loss or a weight is not finite."""
-    for name, value in (("loss", torch.as_tensor(loss)), *(("network", weight) for weight in weights)):
-        if not torch.isfinite(value).all():
-            what = f"the loss is {float(value)}" if name == "loss" else "a weight of the network is not finite"
-            raise NotFiniteLossError(f"{category}: {what} at step {step}")
+def check_finite(name: str, step: int, loss: float | Tensor, *weights: Tensor) -> None:
+    """Raise NotFiniteLossError if the loss or a weight is not finite. name: the network's."""
+    if not torch.isfinite(torch.as_tensor(loss)).all():
+        raise NotFiniteLossError(f"{name}: the loss is {float(loss)} at step {step}")
+    if not all(torch.isfinite(weight).all() for weight in weights):
+        raise NotFiniteLossError(f"{name}: a weight of the network is not finite at step {step}")
+
+
+@contextmanager
+def open_log(trainer: Trainer, folder: Path, bar: bool) -> Iterator["Log"]:
+    """Open the log of a run: TensorBoard's files in ``folder`` and, if ``bar``, a progress bar; both on rank 0 alone.
+
+    Entries of steps that the saved state does not know, left by a killed run, are hidden.
+    """
+    is_main, purge_step = trainer.ranks.is_main, trainer.step + 1 if trainer.step else 0
+    with (
+        open_tensorboard(folder, purge_step) if is_main else nullcontext() as writer,
+        progress_bar(trainer.name, trainer.step, trainer.config.epochs, bar and is_main) as progress,
+    ):
+        yield Log(trainer, writer, progress)
 
 
 class Log:
-    """Loss, accuracy, learning rate and speed of a run's steps, to TensorBoard and the progress bar every LOG_EVERY
-    steps; of several ranks the first one's. step: those done before; writer None: not written."""
+    """What is told of a run. Every LOG_EVERY steps: loss, accuracy, learning rate, speed, share of views left out.
 
-    def __init__(
-        self,
-        config: Config,
-        step: int,
-        batch_size: int,
-        ranks: Ranks,
-        writer: "SummaryWriter | None",
-        progress: "tqdm",
-    ) -> None:
-        self.config, self.batch_size, self.ranks, self.writer, self.progress = (
-            config,
-            batch_size,
-            ranks,
-            writer,
-            progress,
-        )
-        self.sums: Tensor | int = 0
-        self.since, self.lap = step, time.monotonic()
+    writer: None on all ranks but the first, whose steps count too.
+    """
 
-    def add(self, step: int, values: Tensor, lr: float) -> None:
-        """What a step returned: loss, accuracy, share of views left out, (3,)."""
+    def __init__(self, trainer: Trainer, writer: "SummaryWriter | None", progress: "tqdm") -> None:
+        self.trainer, self.writer, self.progress = trainer, writer, progress
+        self.sums: Tensor | int = 0  # of the steps since the last entry
+        self.last_step, self.last_time = trainer.step, time.monotonic()  # of the last entry
+
+    def add_samples(self) -> None:
+        """Write the settings and a sheet of samples, and warn of views that show nothing."""
+        if self.writer is None:
+            return
+        from reporting import figures
+
+        config, images, seen = self.trainer.config, self.trainer.images, self.trainer.seen
+        shares = invisible_shares(images, config.sample_params, config.seed, seen)
+        table = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
+        self.writer.add_text("settings", "\n".join(table), 0)
+        samples = images[seen[:PREVIEW_IMAGES]]
+        figure = figures.preview(samples, [f"image {number}" for number in range(len(samples))], config, shares)
+        figure.set_dpi(80)
+        self.writer.add_figure("views", figure, 0)
+        many = ", ".join(f"{100 * share:.0f} % of {view}" for view, share in shares.items() if share > MANY_INVISIBLE)
+        if many:
+            consequence = "they are learned as anomalous (--invisible drop leaves them out)"
+            if config.invisible == "drop":
+                consequence = "they are left out of the loss"
+            say(f"{config.category}: views that show no difference from the image: {many}; {consequence}")
+
+    def add(self, values: Tensor) -> None:
+        """Add what a step returned: loss, accuracy, share of views left out, (3,)."""
+        self.added = time.monotonic()
         self.sums = self.sums + values  # on the device: not waited for here
         self.progress.update()
-        if step % LOG_EVERY and step < self.config.epochs:
+        trainer, step = self.trainer, self.trainer.step
+        if step % LOG_EVERY and step < trainer.config.epochs:
             return
-        count, now = step - self.since, time.monotonic()
-        loss, accuracy, left_out = (self.ranks.all_reduce_sum(self.sums) / count).tolist()
-        check_finite(self.config.category, step, loss)
+        steps, now = step - self.last_step, time.monotonic()
+        loss, accuracy, left_out = (trainer.ranks.all_reduce_sum(self.sums) / steps).tolist()
+        check_finite(trainer.name, step, loss)
         if self.writer is not None:
-            speed = count * self.batch_size / (now - self.lap)
-            values = {"loss": loss, "acc": accuracy, "lr": lr, "images_per_second": speed, "left_out": left_out}
-            for tag, value in values.items():
+            speed, rate = steps * trainer.batch_size / (now - self.last_time), trainer.optimizer.param_groups[0]["lr"]
+            entries = {"loss": loss, "acc": accuracy, "lr": rate, "images_per_second": speed, "left_out": left_out}
+            for tag, value in entries.items():
                 self.writer.add_scalar(tag, value, step)
             self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
-        self.sums, self.since, self.lap = 0, step, now
+        self.sums, self.last_step, self.last_time = 0, step, now
 
-    def add_test_auroc(self, step: int, auroc: float, seconds: float) -> None:
-        """The test AUROC so far. The time it took does not count in the speed."""
-        self.writer.add_scalar("eval_auc", auroc, step)
-        say(f"{self.config.category}: step {step}, test AUROC {auroc:.4f}")
-        self.lap += seconds
-
-
-def log_start(
-    writer: "SummaryWriter",
-    config: Config,
-    images: Tensor,
-    seen: Tensor | None = None,
-) -> None:
-    """Write settings, a sheet of samples and a warning of views that show nothing, once at the start.
-
-    seen: the numbers of the images that are meant; default: all.
-    """
-    from reporting import figures
-
-    seen = torch.arange(len(images)) if seen is None else seen
-    invisible = invisible_shares(config, images, seen)
-    rows = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
-    writer.add_text("settings", "\n".join(rows), 0)
-    samples = images[seen[:PREVIEW_IMAGES]]
-    figure = figures.preview(samples, [f"image {i}" for i in range(len(samples))], config, invisible)
-    figure.set_dpi(80)
-    writer.add_figure("views", figure, 0)
-    many = ", ".join(f"{100 * share:.0f} % of {name}" for name, share in invisible.items() if share > MANY_INVISIBLE)
-    if many:
-        done = "are left out of the loss" if config.invisible == "drop" else "are learned as anomalous"
-        way_out = "" if config.invisible == "drop" else " (--invisible drop leaves them out)"
-        say(f"{config.category}: views that show no difference from the image: {many}; they {done}{way_out}")
+    def add_test_auroc(self, auroc: float) -> None:
+        """Add the test AUROC after the last step. The time that it took does not count in the speed."""
+        self.writer.add_scalar("eval_auc", auroc, self.trainer.step)
+        say(f"{self.trainer.name}: step {self.trainer.step}, test AUROC {auroc:.4f}")
+        self.last_time += time.monotonic() - self.added
 
 
-def invisible_shares(config: Config, images: Tensor, seen: Tensor | None = None) -> dict[str, float]:
-    """Return for each kind of view, by its name in VIEWS, the share that shows no difference from the image, see
-    cutpaste.visible. images: (N, 3, H, W) uint8, of which LOOKED_AT are taken, evenly spaced among those whose numbers
-    are ``seen`` (default: all)."""
-    seen = torch.arange(len(images)) if seen is None else seen
-    generator, found = torch.Generator().manual_seed(config.seed), []
-    for part in seen[torch.arange(LOOKED_AT) * len(seen) // LOOKED_AT].split(AT_ONCE):
-        params = config.sample_params(len(part), generator)
-        views, _, whole = make_views_and_sample(images[part], params)
-        found.append(visible(views, params, whole).view(-1, len(part)))
-    shares = 1 - torch.cat(found, 1).float().mean(1)
-    return dict(zip(VARIANTS[config.variant].views[1:], shares[1:].tolist()))
-
-
-FORMAT = "cutpaste-checkpoint"
-VERSION = 6
-SUFFIX = ".checkpoint"
+# The saved state --------------------------------------------------------------------------------------------------
 
 
 def checkpoint_paths(folder: str | Path, category: str, folds: int) -> list[Path]:
-    """The file of each of a detector's networks."""
+    """Return the file of the saved state of each network of a detector."""
     if folds == 1:
         return [Path(folder) / (category + SUFFIX)]
     return [_several(folder, category) / f"{number}{SUFFIX}" for number in range(folds)]
 
 
 def _several(folder: str | Path, category: str) -> Path:
+    """Return the folder of the saved states of a detector of several networks."""
     return Path(folder) / f"{category}{SUFFIX}s"
 
 
-def found_checkpoints(folder: str | Path, category: str) -> list[Path]:
-    """The saved states of a category that there are, of however many networks."""
+def find_checkpoints(folder: str | Path, category: str) -> list[Path]:
+    """Return the files of the saved states of a category that exist, of however many networks."""
     single = Path(folder) / (category + SUFFIX)
     return [path for path in (single, *sorted(_several(folder, category).glob("*" + SUFFIX))) if path.exists()]
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What ``Trainer.state`` gave, its config as a Config. Raises InputError if the file holds something else."""
+    """Return what ``Trainer.state`` gave, its config as a Config. Raises InputError if the file holds something else,
+    or a state of another version."""
     state = load_tensors(path, "checkpoint")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path}: not a saved state of this program; remove it or start anew (--overwrite)")
@@ -445,18 +399,63 @@ def load_checkpoint(path: Path) -> dict:
     except SettingError:
         config = None
     if config is None:
-        message = "saved by another version of this program; finish it there or start anew (--overwrite)"
-        raise InputError(f"{path}: {message}")
+        way_out = "finish it there or start anew (--overwrite)"
+        raise InputError(f"{path}: saved by another version of this program; {way_out}")
     return state | {"config": config}
 
 
 def remove_checkpoints(folder: str | Path, category: str) -> None:
-    """Remove a category's saved states. Those of several networks go at once, for some that were left would look like
-    a training that was stopped."""
+    """Remove the saved states of a category. Those of several networks go at once: if some were left, they would look
+    like a training that was stopped."""
     remove_file(Path(folder) / (category + SUFFIX))
     several = _several(folder, category)
-    gone = several.with_name(f".{several.name}")
-    shutil.rmtree(gone, ignore_errors=True)  # of a run that was killed here
+    removed = several.with_name(f".{several.name}")
+    shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed here
     if several.exists():
-        os.replace(several, gone)
-        shutil.rmtree(gone)
+        os.replace(several, removed)
+        shutil.rmtree(removed)
+
+
+# How a run runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How trainings run. Nothing of it decides what a detector is."""
+
+    device: torch.device
+    data_dir: str = "Data"
+    workers: int = 0
+    storage: Storage = IN_MEMORY
+    ranks: Ranks = field(default_factory=Ranks)  # that train each network together; the first one writes and tells
+    asked_precision: dict = field(default_factory=dict)  # by the names of Precision; what it lacks is chosen
+    cores: int = 1
+    overwrite: bool = False
+    explain: bool = True  # keep normal images beside the detector
+    test_epochs: int = -1  # steps between two looks at the test AUROC; -1: none
+    save_minutes: float = 3.0
+    bar: bool = False  # show progress
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What changes the rounding of a run but not the experiment. A run that is resumed keeps it."""
+
+    threads: int  # of the network on the CPU: the order of floating point sums depends on it
+    amp: str  # of PRECISIONS
+    compile: bool
+
+
+def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int) -> Precision:
+    """Return the precision that was asked for, else that of the saved state, else what suits the device.
+
+    asked, saved: values by the names of Precision, any of which may be missing. Raises SettingError where the two
+    contradict each other, or for what the device cannot do.
+    """
+    suitable = {"threads": cores, "amp": suitable_precision(device)[0], "compile": False}
+    precision = Precision(**suitable | resume(asked, saved))
+    if precision.amp == "fp16" and device.type == "cpu":
+        raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
+    if precision.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
+        raise SettingError("compile", "no C++ compiler is found; install g++, or do without")
+    return precision
