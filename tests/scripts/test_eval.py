@@ -1,9 +1,10 @@
-"""eval.py: lines on stdout, tables, plots, decisions, the report, maps, and what it refuses."""
+"""eval.py: lines on stdout, tables, plots, several seeds, decisions, the report, maps, and what it refuses."""
 
 import re
 import resource
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -11,15 +12,15 @@ import pandas
 import pytest
 import tifffile
 import torch
-from conftest import TINY, fork, one_line, run, train
+from conftest import TINY, contents, fork, made_once, one_line, run, train
 from PIL import Image
 from scipy.stats import beta
 
 import run_training
 from config import config_of
 from dataset import load_masks, load_test, load_train
-from detector import Detector, initial_network, load, save
-from reporting.metrics import evaluate, pixel_metrics
+from detector import Detector, initial_network, load, save, stream
+from reporting.metrics import evaluate, image_metrics, pixel_metrics
 
 
 def lines(done):
@@ -33,11 +34,7 @@ def table(folder, name="results.csv"):
     return pandas.read_csv(folder / name)  # whose last digit may differ
 
 
-def files_in(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def patch_models(data, tmp_path_factory):
     """Patch models of brick and grass, of networks that are not the untrained ones."""
     folder = tmp_path_factory.mktemp("patches") / "patch_models"
@@ -52,29 +49,34 @@ def patch_models(data, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def held(data, tmp_path_factory):
-    """A detector trained by the script, with three of eight images held out."""
-    folder = tmp_path_factory.mktemp("held") / "models"
-    done = train(data, folder, "--type", "brick", "--holdout", "0.4", "--false_alarm_rate", "0.25")
-    assert done.code == 0, done.err
-    return folder
+    """A detector of brick trained by the script, with three of eight images held out."""
+    flags = ("--type", "brick", "--holdout", 0.4, "--false_alarm_rate", 0.25)
+    return made_once(tmp_path_factory, "held/models", lambda folder: train(data, folder, *flags))[0]
 
 
-@pytest.fixture(scope="module")
+def evaluated_once(tmp_path_factory, by, data, model_dir, *flags):
+    """What eval.py --control 1 prints, and the folder of its tables."""
+
+    def make(folder):
+        where = ("--data_dir", data, "--model_dir", model_dir, "--eval_dir", folder)
+        done = by("eval.py", *where, "--control", 1, *flags)
+        (folder / "stdout").write_text(done.out)
+        return SimpleNamespace(code=done.code, out="", err=done.err)
+
+    folder, err = made_once(tmp_path_factory, f"evaluated_{model_dir.name}/Eval", make)
+    return SimpleNamespace(code=0, out=(folder / "stdout").read_text(), err=err), folder / model_dir.name
+
+
+@pytest.fixture(scope="session")
 def evaluated(data, models, tmp_path_factory):
-    """One run with the baseline and all plots, in a new process."""
-    folder = tmp_path_factory.mktemp("evaluated")
-    done = run("eval.py", "--data_dir", data, "--model_dir", models, "--eval_dir", folder, "--control", 1)
-    return done, folder / "models"
+    return evaluated_once(tmp_path_factory, run, data, models)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def mapped(data, patch_models, tmp_path_factory):
-    """The same of patch models, with their maps saved, in a forked process."""
-    folder = tmp_path_factory.mktemp("mapped")
-    where = ("--data_dir", data, "--model_dir", patch_models, "--eval_dir", folder)
-    return fork("eval.py", *where, "--control", 1, "--save_maps", 1), folder / "patch_models"
+    return evaluated_once(tmp_path_factory, fork, data, patch_models, "--save_maps", 1)
 
 
 @pytest.fixture
@@ -137,9 +139,7 @@ def test_plots_are_pictures(evaluated, mapped):
     image_plots, patch_plots = ("histogram", "roc", "tsne"), ("heatmaps", "histogram", "roc")
     for (_, folder), plots in ((evaluated, image_plots), (mapped, patch_plots)):
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
-        assert names == [f"{category}/{plot}.png" for category in ("brick", "grass") for plot in plots] + [
-            "summary.png"
-        ]
+        assert names == [*(f"{name}/{plot}.png" for name in ("brick", "grass") for plot in plots), "summary.png"]
         for name in names:
             picture = matplotlib.image.imread(folder / name)[..., :3]
             assert min(picture.shape[:2]) > 200
@@ -156,6 +156,60 @@ def test_without_anomalous_images_there_are_scores_but_no_auc(data, models, tmp_
     assert "grass: has a detector" in done.err
     assert len(table(tmp_path / "Eval/models", "scores.csv")) == 3
     assert {path.name for path in (tmp_path / "Eval").rglob("*.png")} == {"histogram.png", "tsne.png"}
+
+
+# Several seeds and several networks ------------------------------------------------------------------------------
+
+
+def test_mean_standard_error_and_averaged_scores_of_seeds(seeds, data, tmp_path, script):
+    done = script("eval", "--data_dir", data, "--model_dir", seeds, "--eval_dir", tmp_path)
+    printed, rows = lines(done), table(tmp_path / "models")
+    assert rows.category.tolist() == 2 * ["brick"] + 2 * ["grass"]
+    assert rows.seed.tolist() == 2 * [2, 10]
+    for name in ("brick", "grass"):
+        aurocs = rows[rows.category == name].image_auroc
+        test, total = load_test(data, name, (32, 32), 0), 0
+        for seed in (2, 10):
+            detector = load(seeds / f"seed{seed}/{name}.pt")
+            scores, normal = torch.cat([x for x, _ in stream(detector, test.images)]), detector.calibration_scores
+            total = total + (scores - normal.mean()) / normal.std()
+        averaged = image_metrics(test.labels, np.asarray(total))["image_auroc"]
+        values = {"AUC": aurocs.mean(), "AUC standard error": aurocs.sem(), "AUC of averaged scores": averaged}
+        assert {metric: printed[name, metric] for metric in values} == pytest.approx(values)
+        assert table(tmp_path / "models", "seeds.csv").set_index("category").averaged_auroc[name] == pytest.approx(
+            averaged
+        )
+    assert printed["average", "AUC"] == pytest.approx(rows.image_auroc.mean())
+    assert len(printed) == 7
+    assert table(tmp_path / "models", "seeds.csv").seeds.tolist() == [2, 2]
+    assert (tmp_path / "models/seed10/brick/roc.png").is_file()
+    assert sorted(set(table(tmp_path / "models", "scores.csv").seed)) == ["seed10", "seed2"]
+
+
+def test_folders_of_seeds_are_told_from_all_else(seeds, call, data, tmp_path):
+    """A category may begin as they do: its file, and the folder of its networks' states, are none of them. Detectors
+    beside them are refused."""
+    (tmp_path / "Data").mkdir()
+    (tmp_path / "Data/brick").symlink_to(data / "brick")
+    folder = tmp_path / "several"
+    (folder / "seedling.checkpoints").mkdir(parents=True)
+    for name in ("brick.pt", "seedling.pt"):
+        shutil.copy(seeds / "seed2/brick.pt", folder / name)
+    where = ("--data_dir", tmp_path / "Data", "--type", "all")
+    assert list(lines(call(folder, *where))) == [("brick", "AUC"), ("average", "AUC")]
+    (folder / "seed3").mkdir()
+    one_line(call(folder, *where), "of its own and of several seeds", "seed3")
+
+
+def test_the_training_images_are_listed_as_networks_saw_them_that_had_not_seen_them(three, call, tmp_path):
+    assert ("brick", "control AUC") in lines(call(three[0], "--control", 1))
+    rows, detector = table(tmp_path / "models", "normal_scores.csv"), load(three[0] / "brick.pt")
+    assert rows.score.is_monotonic_decreasing
+    scores = detector.calibration_scores
+    expected = {f"brick/train/good/{i:03}.png": score for i, score in enumerate(scores.tolist())}
+    assert dict(zip(rows.path, rows.score)) == pytest.approx(expected)
+    assert rows.above_threshold.sum() == (scores > detector.threshold).sum()
+    assert table(tmp_path / "models").folds[0] == 3
 
 
 # Other densities --------------------------------------------------------------------------------------------------
@@ -181,7 +235,7 @@ WINDOWS = {"window": 16, "stride": 8, "level": 4, "dense": False, "location": "s
 def test_what_flags_change_is_fitted_anew(call, models, patch_models, tmp_path, kind, flags, columns):
     """Those that agree with the detector change nothing; none changes its file."""
     folder = models if kind == "image" else patch_models
-    before = files_in(folder)
+    before = contents(folder)
     done = call(folder, *flags.split(), "--control", 1)
     metrics = {"AUC", "control AUC"} | ({"pixel AUROC", "AUPRO", "control pixel AUROC"} if kind == "patch" else set())
     assert {metric for _, metric in lines(done)} == metrics
@@ -190,7 +244,7 @@ def test_what_flags_change_is_fitted_anew(call, models, patch_models, tmp_path, 
     if columns == {"location": "auto"}:
         assert re.search(r"brick: one Gaussian for \w+ locations? \(mean log", done.err)
     assert not list(tmp_path.rglob("*.png"))
-    assert files_in(folder) == before
+    assert contents(folder) == before
 
 
 def test_two_ways_to_the_same_scores(call, models, evaluated, tmp_path):
@@ -244,7 +298,7 @@ def test_flags_that_cannot_be_get_one_line(call, models, patch_models, tmp_path,
     done = call(models if kind == "image" else patch_models, *every, *flags.format(tmp_path=tmp_path).split())
     one_line(done, *words)
     assert done.out == ""
-    assert files_in(tmp_path) == {tmp_path / "mine.html": b"<p>mine</p>"}
+    assert contents(tmp_path) == {tmp_path / "mine.html": b"<p>mine</p>"}
 
 
 def test_wrong_usage_exits_with_2(script):
@@ -258,7 +312,7 @@ def test_broken_files_get_one_line_and_leave_earlier_results_as_they_were(evalua
     shutil.copytree(evaluated[1], tmp_path / "Eval/models")
     shutil.copytree(data, tmp_path / "Data")
     where = ["--data_dir", tmp_path / "Data", "--model_dir", models, "--eval_dir", tmp_path / "Eval"]
-    before = files_in(tmp_path / "Eval")
+    before = contents(tmp_path / "Eval")
     assert len(before) == 9
 
     small_disk = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2**13, 2**13))  # the tables fit, a plot does not
@@ -277,7 +331,7 @@ def test_broken_files_get_one_line_and_leave_earlier_results_as_they_were(evalua
     broken.mkdir()
     (broken / "grass.pt").write_bytes((models / "grass.pt").read_bytes()[:1000])
     one_line(script("eval", *where, "--model_dir", broken), "grass.pt", "truncated, damaged")
-    assert files_in(tmp_path / "Eval") == before
+    assert contents(tmp_path / "Eval") == before
 
 
 # Decisions and the report -----------------------------------------------------------------------------------------
@@ -329,25 +383,19 @@ def test_the_report_counts_what_results_csv_says(held, call, tmp_path, browser):
 # Maps -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["is", "holds", "lies in"])
 @pytest.mark.parametrize("linked", [False, True])
-def test_maps_are_not_written_among_images(data, patch_models, tmp_path, script, place, linked):
-    maps = tmp_path / "x/patch_models/maps"
-    folder = {"is": maps, "holds": maps / "brick", "lies in": tmp_path / "x"}[place]
-    if place == "lies in":
-        shutil.copytree(data / "brick", tmp_path / "brick")
-        folder = tmp_path
-        maps = folder / "brick/patch_models/maps"
-    else:
-        shutil.copytree(data, folder)
-    before = files_in(tmp_path)
-    eval_dir = maps.parents[1]
+@pytest.mark.parametrize(
+    ("data_dir", "eval_dir"), [("x/patch_models/maps", "x"), ("x/patch_models/maps/brick", "x"), ("", "brick")]
+)
+def test_maps_are_not_written_among_images(data, patch_models, tmp_path, call, data_dir, eval_dir, linked):
+    """Where their folder is that of a category, holds it, or lies in it; also by a link."""
+    shutil.copytree(data / "brick", tmp_path / data_dir / "brick")
+    before = contents(tmp_path)
     if linked:
-        eval_dir = tmp_path / "link"
-        eval_dir.symlink_to(maps.parents[1])
-    words = ["--data_dir", folder, "--model_dir", patch_models, "--type", "brick", "--save_maps", 1]
-    one_line(script("eval", *words, "--eval_dir", eval_dir), "maps/brick: maps would lie among", "--eval_dir")
-    assert files_in(tmp_path) == before
+        (tmp_path / "link").symlink_to(tmp_path / eval_dir)
+    where = ("--data_dir", tmp_path / data_dir, "--eval_dir", tmp_path / ("link" if linked else eval_dir))
+    one_line(call(patch_models, *where, "--save_maps", 1), "maps/brick: maps would lie among", "--eval_dir")
+    assert contents(tmp_path) == before
 
 
 def test_saved_maps_are_those_that_were_measured(mapped, data):
