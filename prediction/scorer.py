@@ -60,7 +60,7 @@ class Model:
     threshold: float
     rate: float
     has_maps: bool
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
     @classmethod
     def of(cls, detector: Detector, explain: bool) -> "Model":
