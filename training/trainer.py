@@ -321,7 +321,7 @@ class Trainer:
         config, side = self.config, self.config.patches and self.config.patches.patch_size
         how = config.variant, side, config.invisible == "drop"
         make = make_packed_views if self.device.type == "cpu" else compiled_views(images.shape, *how)
-        views, whole, learned = make(images, packed, *how)
+        views, whole, learned = make(images, packed.contiguous(), *how)
         labels = torch.arange(VARIANTS[config.variant].num_classes, device=self.device).repeat_interleave(len(images))
         with rate_of(self.optimizer, rate[0, 0]):
             return self.update(self._batch(views, labels, whole, learned), 1.0)
