@@ -378,9 +378,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--workers",
         type=int_at_least(0),
-        default=min(8, os.cpu_count() or 1),
+        default=min(16, os.cpu_count() or 1),
         metavar="N",
-        help="threads that decode images (default: one per core, 8 at most)",
+        help="threads that decode images (default: one per core, 16 at most)",
     )
     add(
         "--cache_dir",

@@ -6,6 +6,7 @@ augmentation (translation, color jitter), the crops of a patch model, and which 
 Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, 2.4, A.1, A.2 and A.5.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
@@ -13,7 +14,22 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from image_ops import HUE, JitterParams, PasteParams, color_jitter, half_extents, paste_, to_float, translate
+from image_ops import (
+    HUE,
+    JITTER_NUMBERS,
+    PASTE_NUMBERS,
+    JitterParams,
+    PasteParams,
+    color_jitter,
+    half_extents,
+    jitter_numbers,
+    jitter_planes,
+    paste_,
+    paste_numbers,
+    paste_planes,
+    to_float,
+    translate,
+)
 
 AREA = (0.02, 0.15)  # patch area as a fraction of the image's (A.2)
 ASPECT = (0.3, 3.3)  # patch width over height, relative to the image's (A.2)
@@ -34,7 +50,32 @@ SURVEYED_VIEWS, SURVEY_BATCH = 128, 8  # views of each kind that invisible_share
 # Drawing ----------------------------------------------------------------------------------------------------------
 
 
-def draw_patch(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+@dataclass
+class Drawn:
+    """Random numbers that were drawn before, each batch's in a row: (batches, n) uniform in [0, 1).
+
+    It takes the place of a generator: the parameters of many batches then come from the operations of one, and are
+    those that each batch would have drawn for itself.
+    """
+
+    numbers: Tensor
+    taken: int = 0  # of each row
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        """The next numbers, those of a batch after those of the one before."""
+        start, self.taken = self.taken, self.taken + math.prod(shape) // len(self.numbers)
+        return self.numbers[:, start : self.taken].reshape(shape)
+
+
+Source = Generator | Drawn  # of random numbers, on the CPU
+
+
+def _rand(shape: Sequence[int], source: Source) -> Tensor:
+    """Uniform random numbers in [0, 1)."""
+    return source.take(shape) if isinstance(source, Drawn) else torch.rand(shape, generator=source)
+
+
+def draw_patch(count: int, height: int, width: int, scar_scale: float, generator: Source) -> dict[str, Tensor]:
     """Large upright patches."""
     w, h = _patch_size(count, height, width, generator)
     x, y, angle = whole_numbers(width - w, generator), whole_numbers(height - h, generator), torch.zeros(count)
@@ -42,24 +83,24 @@ def draw_patch(count: int, height: int, width: int, scar_scale: float, generator
     return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
 
 
-def draw_scar(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+def draw_scar(count: int, height: int, width: int, scar_scale: float, generator: Source) -> dict[str, Tensor]:
     """Thin rotated rectangles whose bounding box lies inside the image. scar_scale: 1 means the paper's pixels."""
     w, h = _scar_size(count, height, width, scar_scale, generator)
     return _turned(w, h, _uniform(-SCAR_ANGLE, SCAR_ANGLE, count, generator), height, width, generator)
 
 
-def draw_soft_patch(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+def draw_soft_patch(count: int, height: int, width: int, scar_scale: float, generator: Source) -> dict[str, Tensor]:
     """Patches of the same sizes, turned any way, half of them with soft edges. In an image that is not square, a long
     one that is turned too far to fit sticks out of it."""
     return _softened(*_patch_size(count, height, width, generator), height, width, generator)
 
 
-def draw_soft_scar(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+def draw_soft_scar(count: int, height: int, width: int, scar_scale: float, generator: Source) -> dict[str, Tensor]:
     """Scars of the same sizes, turned any way, half of them with soft edges."""
     return _softened(*_scar_size(count, height, width, scar_scale, generator), height, width, generator)
 
 
-def _patch_size(count: int, height: int, width: int, generator: Generator) -> tuple[Tensor, Tensor]:
+def _patch_size(count: int, height: int, width: int, generator: Source) -> tuple[Tensor, Tensor]:
     """Widths and heights of patches. The aspect ratio is relative to the image's, so that a patch always fits, and
     log-uniform, so that both are exchangeable: the paper, all of square images, does not say how it is distributed."""
     area = _uniform(*AREA, count, generator)
@@ -68,25 +109,25 @@ def _patch_size(count: int, height: int, width: int, generator: Generator) -> tu
     return w, (height * (area / aspect).sqrt()).round().clamp(1, height)
 
 
-def _scar_size(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> tuple[Tensor, Tensor]:
+def _scar_size(count: int, height: int, width: int, scar_scale: float, generator: Source) -> tuple[Tensor, Tensor]:
     """Widths and heights of scars."""
     w = (_uniform(*SCAR_WIDTH, count, generator) * scar_scale).round().clamp(1, width)
     return w, (_uniform(*SCAR_LENGTH, count, generator) * scar_scale).round().clamp(1, height)
 
 
-def _softened(w: Tensor, h: Tensor, height: int, width: int, generator: Generator) -> dict[str, Tensor]:
+def _softened(w: Tensor, h: Tensor, height: int, width: int, generator: Source) -> dict[str, Tensor]:
     """Boxes of rectangles turned any way, around some of each a soft edge, half of it inside the given size.
 
     Defects have both kinds of edges, and cuts alone would be all that a network learns to see; without any, it misses
     what is scratched or cut.
     """
     soft = _uniform(*SOFT_EDGE, len(w), generator) * torch.minimum(w, h)
-    soft *= torch.rand(len(w), generator=generator) < SOFT_SHARE
+    soft *= _rand((len(w),), generator) < SOFT_SHARE
     w, h = ((size + soft).round().clamp(max=side) for size, side in ((w, width), (h, height)))
     return _turned(w, h, _uniform(-180.0, 180.0, len(w), generator), height, width, generator) | {"soft": soft}
 
 
-def _turned(w: Tensor, h: Tensor, angle: Tensor, height: int, width: int, generator: Generator) -> dict[str, Tensor]:
+def _turned(w: Tensor, h: Tensor, angle: Tensor, height: int, width: int, generator: Source) -> dict[str, Tensor]:
     """Boxes of rotated rectangles, from anywhere to anywhere in the image."""
     count = len(w)
     x, y = whole_numbers(width - w, generator), whole_numbers(height - h, generator)
@@ -95,31 +136,31 @@ def _turned(w: Tensor, h: Tensor, angle: Tensor, height: int, width: int, genera
     return {"width": w, "height": h, "source_x": x, "source_y": y, "center_x": to_x, "center_y": to_y, "angle": angle}
 
 
-def draw_either(count: int, height: int, width: int, scar_scale: float, generator: Generator) -> dict[str, Tensor]:
+def draw_either(count: int, height: int, width: int, scar_scale: float, generator: Source) -> dict[str, Tensor]:
     """Patches and scars in equal parts: one class of both, drawn per image, so that the classes stay balanced."""
     patch, scar = (draw(count, height, width, scar_scale, generator) for draw in (draw_patch, draw_scar))
-    is_scar = torch.rand(count, generator=generator) < 0.5
+    is_scar = _rand((count,), generator) < 0.5
     return {name: torch.where(is_scar, scar[name], patch[name]) for name in patch}
 
 
-def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=generator)
+def _uniform(low: float | Tensor, high: float | Tensor, count: int, generator: Source) -> Tensor:
+    return low + (high - low) * _rand((count,), generator)
 
 
-def whole_numbers(high: Tensor, generator: Generator) -> Tensor:
+def whole_numbers(high: Tensor, generator: Source) -> Tensor:
     """Whole numbers from 0 to ``high``, both included, as float32."""
-    draw = (torch.rand(high.shape, generator=generator) * (high + 1)).floor()
+    draw = (_rand(high.shape, generator) * (high + 1)).floor()
     return torch.minimum(draw, high)  # float32 rounding could reach high + 1
 
 
-def draw_jitter(count: int, amount: float, generator: torch.Generator) -> JitterParams | None:
+def draw_jitter(count: int, amount: float, generator: Source) -> JitterParams | None:
     """Draw factors uniformly, at most ``amount`` (0 to 0.5) from those that change nothing, and orders all equally
     likely. None, and nothing is drawn, if the amount is 0. generator: on the CPU."""
     if not amount:
         return None
-    factors = (2 * torch.rand(count, 4, generator=generator) - 1) * amount
+    factors = (2 * _rand((count, 4), generator) - 1) * amount
     factors[:, :HUE] += 1
-    order = torch.rand(count, 4, generator=generator).argsort(dim=1, stable=True)
+    order = _rand((count, 4), generator).argsort(dim=1, stable=True)
     return JitterParams(factors, order)
 
 
@@ -128,7 +169,7 @@ class View:
     """A way to alter an image: draw(count, height, width, scar_scale, generator) gives the boxes, as ``draw_scar``, and
     act(target, images, params) changes copies of the images, as ``paste_``. "image", always the first, has neither."""
 
-    draw: Callable[[int, int, int, float, Generator], dict[str, Tensor]] | None
+    draw: Callable[[int, int, int, float, Source], dict[str, Tensor]] | None
     paste: Callable[[Tensor, Tensor, PasteParams], object] | None
     title: str  # in previews and legends
     color: str  # likewise, hex
@@ -200,7 +241,7 @@ def sample_params(
     batch_size: int,
     height: int,
     width: int,
-    generator: Generator,
+    generator: Source,
     *,
     translate: float = 0.04,
     jitter: float = 0.1,
@@ -241,7 +282,7 @@ def sample_params(
     return ViewParams(variant, height, width, shift, base, tuple(pastes), corner, patch_size, source)
 
 
-def _corner(count: int, height: int, width: int, side: int, generator: Generator) -> Tensor:
+def _corner(count: int, height: int, width: int, side: int, generator: Source) -> Tensor:
     """(top, left) of squares anywhere in images: (count, 2) int64."""
     most = [torch.full((count,), float(size - side)) for size in (height, width)]
     return torch.stack([whole_numbers(each, generator) for each in most], 1).long()
@@ -288,11 +329,13 @@ def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | 
     image's: the color jitter of a whole image would cost more than all else that is done to the crops.
     """
     _check_fit(images, params)
-    count, side, apart = len(images), params.patch_size, max(1, min(params.height, params.width) // SAMPLE_SIDE)
-    first = torch.full((count, 2), apart // 2)
-    counts = [len(range(apart // 2, size, apart)) for size in (params.height, params.width)]
+    count, side, size = len(images), params.patch_size, (params.height, params.width)
+    start, step, counts = _sample_grid(*size)
     squares = [(corner, (side, side), 1) for corner in (params.corner, params.source) if corner is not None]
-    places = [_places(*piece, params, images.device) for piece in (*squares, (first, counts, apart))]
+    places = []
+    for corner, shape, apart in (*squares, (torch.full((count, 2), start), counts, step)):
+        corner = corner if params.shift is None else corner - params.shift
+        places.append(_places(corner.to(images.device, non_blocking=True), shape, apart, size))
     pixels = to_float(images.flatten(2).gather(2, torch.cat(places, 1)[:, None].expand(-1, 3, -1)))
     pixels = pixels[:, :, None]  # (B, 3, 1, pixels)
     if params.jitter is not None:
@@ -304,19 +347,23 @@ def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | 
     return base, source[0] if source else None, sample
 
 
-def _places(corner: Tensor, size: Sequence[int], step: int, params: ViewParams, device: torch.device) -> Tensor:
+def _sample_grid(height: int, width: int) -> tuple[int, int, tuple[int, int]]:
+    """The even sample of an image's pixels: first row and column, step, number of rows and of columns."""
+    step = max(1, min(height, width) // SAMPLE_SIDE)
+    return step // 2, step, tuple(len(range(step // 2, side, step)) for side in (height, width))
+
+
+def _places(corner: Tensor, shape: Sequence[int], step: int, size: tuple[int, int]) -> Tensor:
     """Where the pixels of rectangles in translated images come from, as numbers of an image's pixels: (B, h * w).
 
-    corner (B, 2), size (h, w), a pixel every ``step``. What ``translate`` does, for these pixels alone.
+    corner (B, 2) int64, less the translation; shape (h, w), a pixel every ``step``; size (H, W) of the images. What
+    ``translate`` does, for these pixels alone.
     """
-    if params.shift is not None:
-        corner = corner - params.shift
-    corner = corner.to(device, non_blocking=True)
     down, across = (
-        _reflected(corner[:, axis, None] + step * torch.arange(size[axis], device=device), side)
-        for axis, side in enumerate((params.height, params.width))
+        _reflected(corner[:, axis, None] + step * torch.arange(shape[axis], device=corner.device), side)
+        for axis, side in enumerate(size)
     )
-    return (down[:, :, None] * params.width + across[:, None]).flatten(1)
+    return (down[:, :, None] * size[1] + across[:, None]).flatten(1)
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:
@@ -353,14 +400,19 @@ def visible(views: Tensor, params: ViewParams, whole: Tensor) -> Tensor:
     A pasted view in which nothing can be seen to differ from the image is no anomaly: smooth surfaces and backgrounds
     give many, and each is a wrong label. whole: pixels of the augmented whole images, (B, 3, h, w), or a sample.
     """
-    base, *further = views.chunk(1 + len(params.pastes))
+    areas = [(boxes.width * boxes.height).to(views.device, non_blocking=True) for boxes in params.pastes]
+    return _visible(views, areas, whole)
+
+
+def _visible(views: Tensor, areas: Sequence[Tensor], whole: Tensor) -> Tensor:
+    """``visible`` of pasted rectangles of these areas, (B,) on the device for each view after the first."""
+    base, *further = views.chunk(1 + len(areas))
     least = VISIBLE_CHANGE * whole.flatten(1).std(1, correction=0).clamp(min=1e-3)[:, None, None]
-    found = []
-    for view, boxes in zip(further, params.pastes):
-        enough = (VISIBLE_SHARE * boxes.width * boxes.height).clamp(max=VISIBLE_PIXELS)
+    results = []
+    for view, area in zip(further, areas):
         changed = ((view - base).abs().amax(1) > least).sum((1, 2))
-        found.append(changed >= enough.to(views.device, non_blocking=True))
-    return torch.cat([torch.stack(found).any(0), *found])
+        results.append(changed >= (VISIBLE_SHARE * area).clamp(max=VISIBLE_PIXELS))
+    return torch.cat([torch.stack(results).any(0), *results])
 
 
 def invisible_shares(
@@ -405,3 +457,70 @@ def rows(params: Any, part: slice | Tensor) -> Any:
     if isinstance(params, tuple):
         return tuple(rows(each, part) for each in params)
     return type(params)(*[rows(each, part) for each in vars(params).values()]) if is_dataclass(params) else params
+
+
+# The same for a GPU -----------------------------------------------------------------------------------------------
+
+
+def packable(variant: str) -> bool:
+    """Whether ``make_packed_views`` knows how to make every view of a variant."""
+    return all(view.paste is paste_ for view in pasted_views(variant))
+
+
+def pack_params(params: ViewParams) -> Tensor:
+    """All that was drawn for a batch as a row of numbers for each image, (B, K) float32: one copy to the device."""
+    count = len(params.pastes[0].width)
+    neutral = JitterParams(torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(count, 4), torch.arange(4).expand(count, 4))
+    jitters = [neutral if jitter is None else jitter for jitter in (params.jitter, *(p.jitter for p in params.pastes))]
+    factors, order = (torch.cat([getattr(each, name) for each in jitters]) for name in ("factors", "order"))
+    base, *others = jitter_numbers(JitterParams(factors, order)).split(count)
+    corners = [
+        torch.zeros(count, 2) if corner is None else corner.float()
+        for corner in (params.shift, params.corner, params.source)
+    ]
+    pastes = [part for boxes, jitter in zip(params.pastes, others) for part in (paste_numbers(boxes), jitter)]
+    return torch.cat([*corners, base, *pastes], 1)
+
+
+def make_packed_views(
+    images: Tensor, numbers: Tensor, variant: str, patch_size: int | None = None, with_visible: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Make the views of images (B, 3, H, W) uint8 by ``pack_params``'s numbers (B, K), on the device of both.
+
+    Returns views (V*B, 3, H, W), as ``make_views``; the third result of ``augment_crops``, None without a patch size;
+    what ``visible`` gives, None unless asked for. No value of ``numbers`` reaches the host, and none decides which
+    operations run or on how many pixels.
+    """
+    further, size = pasted_views(variant), tuple(images.shape[2:])
+    widths = [2, 2, 2, JITTER_NUMBERS, (PASTE_NUMBERS + JITTER_NUMBERS) * len(further)]
+    shift, corner, source_corner, base_jitter, pastes = numbers.split(widths, 1)
+    # All views after the first as one batch, view after view
+    pastes = pastes.unflatten(1, (len(further), -1)).transpose(0, 1).flatten(0, 1)
+    boxes, jitter = pastes.split([PASTE_NUMBERS, JITTER_NUMBERS], 1)
+
+    # Pixels of the squares, of those that patches come from, of the sample; or the whole image, which is all three
+    shape = size if patch_size is None else (patch_size, patch_size)
+    pieces = [(corner, shape, 1)]
+    if patch_size is not None:
+        anywhere = any(view.source_anywhere for view in further)
+        start, step, counts = _sample_grid(*size)
+        pieces += [(source_corner, shape, 1)] * anywhere + [(torch.full_like(corner, start), counts, step)]
+    places = [_places((corner - shift).long(), *piece, size) for corner, *piece in pieces]
+    here = torch.cat(places, 1)
+    pixels = tuple(plane.gather(1, here).float() / 255 for plane in images.flatten(2).unbind(1))
+    sampled = slice(here.shape[1] - places[-1].shape[1], None)
+    pixels = jitter_planes(pixels, base_jitter, tuple(plane[:, sampled] for plane in pixels))
+
+    count = math.prod(shape)
+    base = tuple(plane[:, :count] for plane in pixels)
+    elsewhere = tuple(plane[:, count : 2 * count] for plane in pixels)
+    sources = [elsewhere if view.source_anywhere and len(pieces) == 3 else base for view in further]
+    targets, sources = (tuple(map(torch.cat, zip(*parts))) for parts in ([base] * len(further), sources))
+    pasted = paste_planes(targets, sources, shape[1], boxes, jitter)
+    views = torch.stack([torch.cat(planes) for planes in zip(base, pasted)], 2)  # (V*B, H*W, 3)
+    views = views.unflatten(1, shape).permute(0, 3, 1, 2)
+    whole = torch.stack([plane[:, sampled] for plane in pixels], 1)[:, :, None]
+    seen = None
+    if with_visible:
+        seen = _visible(views, (boxes[:, 0] * boxes[:, 1]).chunk(len(further)), whole)
+    return views, whole if patch_size is not None else None, seen

@@ -26,6 +26,7 @@ from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_stati
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
 from runtime.files import InputError, load_tensors, save_tensors, say
+from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import decode, resized
 
 FORMAT = "cutpaste-detector"
@@ -36,7 +37,8 @@ APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 DENSITY_IMAGES = 10_000
 PATCH_DENSITY_IMAGES = 1000  # of which all windows are held
 IMAGES_AT_ONCE = 64  # that go through the network together
-PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = 4, 4096  # of a patch model, and their windows, whichever is less
+# Of a patch model, and their windows, whichever is less. A GPU takes more: fewer would keep it waiting for launches
+PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = {"cpu": 4, "cuda": 32}, {"cpu": 4096, "cuda": 32768}
 
 
 class BatchPrediction(NamedTuple):
@@ -103,8 +105,8 @@ class Detector(nn.Module):
         """Images that go through it together."""
         if self.config.patches is None:
             return IMAGES_AT_ONCE
-        windows = max(math.prod(level.grid.shape) for level in self.members[0].levels)
-        return max(1, min(PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE // windows))
+        windows, kind = max(math.prod(level.grid.shape) for level in self.members[0].levels), self.device.type
+        return max(1, min(PATCH_IMAGES_AT_ONCE[kind], PATCHES_AT_ONCE[kind] // windows))
 
     @property
     def unit(self) -> str:
@@ -195,11 +197,17 @@ class Detector(nn.Module):
     def predict(self, images: Iterable[str | Path | np.ndarray]) -> Prediction:
         """Return scores, p-values, decisions and maps of N images: paths of image files, or arrays (H, W, 3) uint8 of
         any size. They are read batch by batch; all maps are held. Raises InputError, with the path, for no image."""
-        batches, rest, size = [], iter(images), self.config.size
-        while block := list(islice(rest, self.batch_size)):
-            arrays = [resized(x, size) if isinstance(x, np.ndarray) else decode(x, size) for x in block]
-            pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device)
-            batches.append([None if part is None else part.cpu().numpy() for part in self.predict_batch(pixels)[:3]])
+        rest, size = iter(images), self.config.size
+
+        def predictions() -> Iterator[BatchPrediction]:
+            while block := list(islice(rest, self.batch_size)):
+                arrays = [resized(x, size) if isinstance(x, np.ndarray) else decode(x, size) for x in block]
+                yield self.predict_batch(to_device(torch.from_numpy(np.stack(arrays)), self.device).permute(0, 3, 1, 2))
+
+        batches = [
+            [None if part is None else part.cpu().numpy() for part in prediction[:3]]
+            for prediction in issued_ahead(predictions(), self.device)
+        ]
         scores, p, maps = zip(*batches) if batches else ([np.empty(0)], [np.empty(0)], [None])
         p = np.concatenate(p)
         maps = None if maps[0] is None else np.concatenate(maps)
@@ -461,7 +469,8 @@ def batches_of(
     numbers = torch.arange(len(images)) if numbers is None else numbers
     numbers = numbers[evenly_spaced(len(numbers), limit)]
     for part in numbers.split(detector.batch_size) if len(numbers) else ():
-        yield images.index_select(0, part.to(images.device)).to(detector.device)
+        block = images.index_select(0, part.to(images.device, non_blocking=True))
+        yield block if block.device == detector.device else to_device(block, detector.device)
 
 
 @torch.inference_mode()
@@ -476,8 +485,8 @@ def stream(
 
     images, limit, numbers: as ``batches_of`` takes them.
     """
-    for block in batches_of(detector, images, limit, numbers):
-        yield (function or detector.score_prepared)(detector.prepare(block))
+    function, blocks = function or detector.score_prepared, batches_of(detector, images, limit, numbers)
+    yield from issued_ahead((function(detector.prepare(block)) for block in blocks), detector.device)
 
 
 # What a member sees --------------------------------------------------------------------------------------------------

@@ -37,11 +37,7 @@ def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = Non
     refers to (all, if None); the others are changed too and mean nothing.
     """
     device, order = images.device, params.order
-    factors = params.factors.gather(1, order)  # (B, 4): the factor of each place
-    # Each of the first three blends the image with another: black, its mean gray, its gray. Factor 1 changes nothing.
-    blend = torch.where(order == HUE, torch.ones_like(factors), factors)
-    kinds = torch.stack([blend, (1 - blend) * (order == CONTRAST), (1 - blend) * (order == SATURATION)])
-    kinds = kinds.to(device, torch.float32, non_blocking=True)[..., None, None]  # (3, B, 4, 1, 1)
+    kinds = _blends(params).to(device, torch.float32, non_blocking=True)[..., None, None]  # (3, B, 4, 1, 1)
     images = images.clone(memory_format=torch.contiguous_format)  # by planes, and from here on in place
     for place, present in enumerate(map(set, order.T.tolist())):
         factor, to_mean, to_gray = kinds[:, :, place]  # each (B, 1, 1)
@@ -53,13 +49,24 @@ def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = Non
             images.clamp_(0, 1)
         if HUE in present:
             hue = (order[:, place] == HUE).nonzero()[:, 0]
-            turn = factors[hue, place].to(device, non_blocking=True)
+            turn = params.factors[hue, HUE].to(device, non_blocking=True)
             if len(hue) == len(order):
                 rotate_hue_(images, turn)
             else:
                 hue = hue.to(device, non_blocking=True)
                 images[hue] = rotate_hue_(images[hue], turn)
     return images
+
+
+def _blends(params: JitterParams) -> Tensor:
+    """What each place blends: factors of the image itself, of its mean gray and of its gray, (3, B, 4).
+
+    Brightness, contrast and saturation blend the image with another: black, its mean gray, its gray. Factors 1, 0, 0
+    change nothing; they stand where the hue is turned.
+    """
+    order, factors = params.order, params.factors.gather(1, params.order)
+    blend = torch.where(order == HUE, torch.ones_like(factors), factors)
+    return torch.stack([blend, (1 - blend) * (order == CONTRAST), (1 - blend) * (order == SATURATION)])
 
 
 def _blended_with(images: Tensor, to_mean: Tensor, to_gray: Tensor, mask: Tensor | None) -> Tensor:
@@ -181,6 +188,104 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
             patch = torch.where(inside.view(-1, 1), new, covered)
     changed.index_copy_(0, place.view(-1), patch)
     return target
+
+
+# The same for a GPU -----------------------------------------------------------------------------------------------
+#
+# Above, numbers that the host knows decide which operations run, and on how many pixels. That is fast on a CPU; a GPU
+# would wait for Python, which issues hundreds of small operations. Below, what was drawn lies on the device as rows of
+# numbers, and operations and shapes are the same for every batch: torch.compile makes some ten kernels of them, and a
+# CUDA graph can replay those. On a CPU it is several times slower. Tests hold the two against each other.
+
+Planes = tuple[Tensor, Tensor, Tensor]  # red, green and blue of B images, each (B, n) in [0, 1]
+BLENDS = 9  # numbers of three places that blend
+JITTER_NUMBERS, PASTE_NUMBERS = 2 * (2 * BLENDS + 1), 9
+
+
+def jitter_numbers(params: JitterParams) -> Tensor:
+    """The numbers of a color jitter, (B, JITTER_NUMBERS): blends of the places before the hue and of those after it,
+    and its turn; then the same up to the contrast, neutral from there on, by which ``jitter_planes`` finds the mean."""
+    order, place = params.order, torch.arange(4)
+    blends, neutral = _blends(params).movedim(0, 2), torch.tensor([1.0, 0.0, 0.0])  # (B, 4, 3)
+    hue, contrast = ((order == kind).int().argmax(1, keepdim=True) for kind in (HUE, CONTRAST))  # their places (B, 1)
+    numbers = []
+    for counts in (place < 4, place < contrast):
+        before, after = (
+            torch.where((counts & part)[..., None], blends, neutral) for part in (place < hue, place > hue)
+        )
+        turn = params.factors[:, HUE:] * counts.expand_as(order).gather(1, hue)
+        numbers += [before[:, :3].flatten(1), after[:, 1:].flatten(1), turn]
+    return torch.cat(numbers, 1)
+
+
+def jitter_planes(
+    planes: Planes, numbers: Tensor, of: Planes, inside: Tensor | None = None, count: Tensor | None = None
+) -> Planes:
+    """Color jitter, as ``color_jitter``, by ``jitter_numbers``. The contrast refers to the mean gray of the images
+    ``of``, or of their pixels ``inside`` (B, n), ``count`` (B, 1) each."""
+    all_places, up_to_contrast = numbers[..., None].chunk(2, 1)
+    gray = _gray(_jittered(of, up_to_contrast, 2))  # two places at most are before the contrast, beside the hue
+    mean = gray.mean(1, keepdim=True) if inside is None else (gray * inside).sum(1, keepdim=True) / count
+    return _jittered(planes, all_places, 3, mean)
+
+
+def _jittered(planes: Planes, numbers: Tensor, places: int, mean: Tensor | float = 0.0) -> Planes:
+    """Blend in the places before the hue, turn the hue, blend in those after it: only one of them turns it."""
+    before, after, (turn,) = (part.unbind(1) for part in numbers.split([BLENDS, BLENDS, 1], 1))
+    for place in range(places):
+        planes = _blended(planes, *before[3 * place : 3 * place + 3], mean)
+    planes = tuple(torch.where(turn != 0, new, old) for new, old in zip(_hue_turned(planes, turn), planes))
+    for place in range(places):
+        planes = _blended(planes, *after[3 * place : 3 * place + 3], mean)
+    return planes
+
+
+def _blended(planes: Planes, factor: Tensor, to_mean: Tensor, to_gray: Tensor, mean: Tensor | float) -> Planes:
+    other = _gray(planes) * to_gray + to_mean * mean
+    return tuple((plane * factor + other).clamp(0, 1) for plane in planes)
+
+
+def _gray(planes: Planes) -> Tensor:
+    return planes[0] * GRAY[0] + planes[1] * GRAY[1] + planes[2] * GRAY[2]
+
+
+def _hue_turned(planes: Planes, turn: Tensor) -> Planes:
+    """What ``rotate_hue_`` does; turn: (B, 1)."""
+    red, green, blue = planes
+    low, value = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - low
+    hue = ((green + blue - red - low) / chroma.clamp(min=1e-12) + 1).copysign(green - blue) + 6 * turn
+    hue = hue - 6 * (hue / 6).floor()
+    red, green, blue = (chroma * ((hue - middle).abs() - 1).clamp(0, 1) for middle in (3, 2, 4))
+    return low + red, value - green, value - blue
+
+
+def paste_numbers(params: PasteParams) -> Tensor:
+    """The numbers of a pasted rectangle, its jitter apart: (B, PASTE_NUMBERS)."""
+    p, turn = params, params.angle.deg2rad()
+    soft = torch.zeros_like(turn) if p.soft is None else p.soft.clamp(min=1e-3)
+    boxes = [p.width, p.height, p.source_x, p.source_y, p.center_x, p.center_y]
+    return torch.stack([*boxes, turn.cos(), turn.sin(), soft], 1)
+
+
+def paste_planes(target: Planes, images: Planes, width: int, boxes: Tensor, jitter: Tensor) -> Planes:
+    """What ``paste_`` does, by ``paste_numbers`` and ``jitter_numbers``: pixels row by row, ``width`` in a row. Every
+    pixel of the image looks for its source in the box, by the inverse rotation; outside, what it finds is not used."""
+    w, h, source_x, source_y, center_x, center_y, cos, sin, soft = boxes[..., None].unbind(1)  # (B, 1) each
+    pixel = torch.arange(images[0].shape[1], device=boxes.device)
+    y, x = pixel // width, pixel % width
+    in_source = (x >= source_x) & (x < source_x + w) & (y >= source_y) & (y < source_y + h)
+    dx, dy = x + 0.5 - center_x, y + 0.5 - center_y
+    across, along = cos * dx + sin * dy, cos * dy - sin * dx  # from the upright rectangle's center, (B, n)
+    u, v = across + w / 2, along + h / 2
+    inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
+    u, v = torch.minimum(u.floor().clamp(min=0), w - 1), torch.minimum(v.floor().clamp(min=0), h - 1)
+    source = ((source_y + v) * width + source_x + u).long()
+    patch = jitter_planes(tuple(plane.gather(1, source) for plane in images), jitter, images, in_source, w * h)
+    edge = soft.clamp(min=1e-3)
+    share = ((w / 2 - across.abs()) / edge).clamp(0, 1) * ((h / 2 - along.abs()) / edge).clamp(0, 1)
+    share = torch.where(soft > 0, share, inside.float())
+    return tuple(torch.lerp(old, new, share) for old, new in zip(target, patch))
 
 
 NOTHING_IGNORED = torch.empty(0, dtype=torch.int32)  # the sources of images without such a region

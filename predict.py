@@ -85,8 +85,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--watch", action="store_true", help="go on with files that come to the folders later, until Ctrl-C")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
-    workers = "threads that decode images (default: one per core, 8 at most)"
-    add("--workers", type=int_at_least(1), default=min(8, os.cpu_count() or 1), metavar="N", help=workers)
+    workers = "threads that decode images (default: one per core, 16 at most)"
+    add("--workers", type=int_at_least(1), default=min(16, os.cpu_count() or 1), metavar="N", help=workers)
     return parser
 
 

@@ -21,6 +21,7 @@ from detector import BatchPrediction, Detector
 from prediction.outputs import COLUMNS, RowsFile
 from reporting import overlays
 from runtime.files import InputError
+from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import decode_with_size
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -59,12 +60,13 @@ class Model:
     threshold: float
     rate: float
     has_maps: bool
+    device: torch.device
 
     @classmethod
     def of(cls, detector: Detector, explain: bool) -> "Model":
         """Return that of a detector. explain: keep the features that Grad-CAM and panels need."""
         return cls(
-            view=lambda images: detector.fill(images.to(detector.device)),
+            view=lambda images: detector.fill(to_device(images, detector.device)),
             predict=partial(detector.predict_batch, explain=explain),
             heat=partial(heat_maps, detector),
             size=detector.config.size,
@@ -72,6 +74,7 @@ class Model:
             threshold=detector.threshold.item(),
             rate=detector.guarantee.rate,
             has_maps=detector.config.patches is not None,
+            device=detector.device,
         )
 
 
@@ -110,8 +113,9 @@ class Scorer:
         )
         missing = (path for path in paths if path not in rows.done)
         with closing(in_order(pool, self.read, missing, self.ahead)) as files:
-            while batch := list(islice(files, self.model.batch_size)):
-                rows.add(self.rows(batch, pool))
+            batches = iter(lambda: list(islice(files, self.model.batch_size)), [])
+            for batch, pixels, prediction in issued_ahead(map(self.predict, batches), self.model.device):
+                rows.add(self.rows(batch, pixels, prediction, pool))
                 tell(len(batch))
 
     @torch.inference_mode()
@@ -141,14 +145,22 @@ class Scorer:
         return self.model.view(torch.from_numpy(np.stack([file.pixels for file in files])).permute(0, 3, 1, 2))
 
     @torch.inference_mode()
-    def rows(self, batch: list[ImageFile], pool: Executor) -> list[dict]:
+    def predict(self, batch: list[ImageFile]) -> tuple[list[ImageFile], Tensor | None, BatchPrediction | None]:
+        """Return a batch of files, those that could be read as the model sees them, and what it says of them; None if
+        there are none. A GPU is not waited for."""
+        files = [file for file in batch if file.error is None]
+        pixels = self.view(files) if files else None
+        return batch, pixels, self.model.predict(pixels) if files else None
+
+    @torch.inference_mode()
+    def rows(
+        self, batch: list[ImageFile], pixels: Tensor | None, prediction: BatchPrediction | None, pool: Executor
+    ) -> list[dict]:
         """Return the rows of a batch of files. What is drawn of them is in place by then."""
         rows = {file.path: self.empty_row | {"path": file.path, "error": file.error} for file in batch}
         files = [file for file in batch if file.error is None]
         if not files:
             return list(rows.values())
-        pixels = self.view(files)
-        prediction = self.model.predict(pixels)
         maps = self.model.heat(prediction) if self.model.has_maps or self.draw else [None] * len(files)
         errors = pool.map(self.draw_one, files, maps) if self.draw else [None] * len(files)
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()

@@ -4,11 +4,13 @@ Owns the files ``<model_dir>/<category>.checkpoint`` or, for a detector of sever
 ``<model_dir>/<category>.checkpoints/<number>.checkpoint``.
 """
 
+import functools
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from config import Config, SettingError, resume
-from cutpaste import ViewParams, invisible_shares, make_views_and_sample, rows, visible
+from cutpaste import (
+    VARIANTS,
+    Drawn,
+    ViewParams,
+    invisible_shares,
+    make_packed_views,
+    make_views_and_sample,
+    pack_params,
+    packable,
+    rows,
+    visible,
+)
 from dataset import TestSet, TrainSet
 from detector import Detector, all_but, category_seed, initial_network, unseen_by
 from reporting.metrics import evaluate
@@ -27,6 +40,7 @@ from runtime.cache import IN_MEMORY, Storage
 from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
 from runtime.files import InputError, load_tensors, remove_file, save_tensors, say
+from runtime.gpu import SETTLING, Recorded, can_compile, to_device
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,7 +51,8 @@ FORMAT = "cutpaste-checkpoint"
 VERSION = 7  # raise it when the layout of the saved state changes: states of other versions are refused
 SUFFIX = ".checkpoint"
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
-TIMED_STEPS = 6  # that a budget of minutes is planned by, after two that warm up
+TIMED_STEPS = 6  # that a budget of minutes is planned by, after some that warm up
+DRAWN_AHEAD = 20  # batches whose random numbers are drawn at once where steps are replayed
 LOG_EVERY = 10  # steps between two entries in TensorBoard; the only times the device is waited for
 PREVIEW_IMAGES = 6  # rows of a sheet of samples
 MANY_INVISIBLE = 0.1  # share of pasted views that show nothing; more are told
@@ -85,6 +100,10 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(category_seed(config.seed, config.category, member))
         self.optimizer = new_optimizer(config, self.network)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.amp == "fp16")
+        self.replays = self._can_replay()
+        self.recorded: Recorded | None = None  # the step, where it is replayed
+        self.ahead: deque[tuple[Tensor, Tensor, Tensor]] = deque()  # batches that were drawn, see ``sample_packed``
+        self.generator_state: Tensor | None = None  # after the last of them that was used; None: the generator's own
         self.step, self.seconds = (0, 0.0) if state is None else (state["step"], state["seconds"])
         self.schedule = None
         self.set_frozen()
@@ -125,6 +144,8 @@ class Trainer:
                     check_finite(self.name, self.step, values[0], *self.network.parameters())
                     save_tensors(self.state(), state_path)
                     saved = time.monotonic()
+        self.recorded = None  # and its memory, gradients included
+        self.optimizer.zero_grad(set_to_none=True)
         if stop:
             if is_main:
                 command = "the same command" + (" without --overwrite" if options.overwrite else "")
@@ -157,7 +178,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "images": self.train_set.digest,
             **{name: part.state_dict() for name, part in self.parts().items()},
-            "generator": self.generator.get_state(),
+            "generator": self.generator.get_state() if self.generator_state is None else self.generator_state,
             "step": self.step,
             "seconds": self.seconds,
             "ranks": self.ranks.world_size,
@@ -166,7 +187,7 @@ class Trainer:
 
     def set_frozen(self) -> None:
         """Freeze the backbone or let it go on, set the learning rate's schedule, and make ``forward``, the network as a
-        step runs it.
+        step runs it. What was recorded of a step before is forgotten.
 
         The rate falls along one cosine over all steps or, with ``lr_unfrozen``, along one of its own before and after
         the backbone is let go on.
@@ -183,7 +204,26 @@ class Trainer:
         if self.ranks.world_size > 1:
             self.forward = data_parallel(self.network, self.ranks, self.device.type == "cuda")
         if self.precision.compile:
-            self.forward = torch.compile(self.forward)
+            self.forward = torch.compile(self.forward, dynamic=False)
+        self.recorded = Recorded(self.device) if self.replays else None
+
+    def _can_replay(self) -> bool:
+        """Whether steps are recorded and replayed. If not though there is a GPU, it is said why, once."""
+        if self.device.type != "cuda":
+            return False
+        if self.ranks.world_size > 1:
+            reason = "several processes train together"
+        elif self.precision.amp == "fp16":
+            reason = "with fp16 the host looks at the gradients"
+        elif not packable(self.config.variant):
+            reason = f"{self.config.variant} has views that are made one by one"
+        elif not can_compile(self.device):
+            reason = "torch.compile finds no Triton or no C compiler"
+        else:
+            return True
+        if self.ranks.is_main:
+            _say_once(f"training steps are issued one operation at a time, which a GPU waits for: {reason}")
+        return False
 
     @property
     def batch_size(self) -> int:
@@ -202,41 +242,116 @@ class Trainer:
     def load_batch(self, chosen: Tensor) -> Tensor:
         """Images by number, (B, 3, H, W) uint8 on the device, filled where they do not count."""
         batch = self.images.index_select(0, chosen.to(self.images.device, non_blocking=True))
-        if batch.device != self.device:
-            batch = batch.pin_memory().to(self.device, non_blocking=True)
-        return batch
+        return batch if batch.device == self.device else to_device(batch, self.device)
 
     def make_views(self, images: Tensor, params: ViewParams) -> Batch:
         """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
         windows of a test image will be."""
         views, labels, whole = make_views_and_sample(images, params)
+        learned = visible(views, params, whole) if self.config.invisible == "drop" else None
+        return self._batch(views, labels, whole if params.corner is not None else None, learned)
+
+    def _batch(self, views: Tensor, labels: Tensor, whole: Tensor | None, learned: Tensor | None) -> Batch:
+        """whole: of crops, pixels of the whole images."""
         statistics = None
-        if params.corner is not None:
+        if whole is not None:
             mean, std = self.network.statistics(whole)
             if mean.ndim == 4:  # of each image
-                mean, std = (each.repeat(len(views) // len(images), 1, 1, 1) for each in (mean, std))
+                mean, std = (each.repeat(len(views) // len(whole), 1, 1, 1) for each in (mean, std))
             statistics = mean, std
-        learned = visible(views, params, whole) if self.config.invisible == "drop" else None
         return Batch(views, labels, statistics, learned)
 
     def train_step(self) -> Tensor:
         """One step. Returns loss, accuracy and share of views left out of its batch, each this rank's share of that of
         all ranks: (3,) on the device."""
-        chosen, params = self.sample_batch()
-        batch = self.make_views(self.load_batch(chosen), params)
-        precision = PRECISIONS[self.precision.amp]
-        with torch.autocast(self.device.type, precision, enabled=precision is not None):
-            logits, _ = self.forward(batch.views, batch.statistics)
-        values = batch_values(logits, batch, len(chosen) / self.batch_size, self.ranks)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(values[0] * self.ranks.world_size).backward()  # the ranks' gradients are averaged
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.recorded is None:
+            chosen, params = self.sample_batch()
+            batch = self.make_views(self.load_batch(chosen), params)
+            values = self.update(batch, len(chosen) / self.batch_size)
+        else:
+            values = self.recorded(self.packed_step, *self.sample_packed())
         self.schedule.step()
         self.step += 1
         if self.step == self.config.frozen_steps:
             self.set_frozen()
+        return values
+
+    def update(self, batch: Batch, share: float) -> Tensor:
+        """Forward, loss, backward, optimizer. share: this rank's of the batch. Returns what ``train_step`` does."""
+        precision = PRECISIONS[self.precision.amp]
+        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+            logits, _ = self.forward(batch.views, batch.statistics)
+        values = batch_values(logits, batch, share, self.ranks)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(values[0] * self.ranks.world_size).backward()  # the ranks' gradients are averaged
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return torch.stack(values).detach()
+
+    # The step that is replayed ------------------------------------------------------------------------------------
+
+    def sample_packed(self) -> list[Tensor]:
+        """The next batch as ``packed_step`` takes it, on the CPU: the same images and parameters as ``sample_batch``.
+
+        Those of DRAWN_AHEAD batches are made at once: hundreds of small operations take longer than a GPU takes for a
+        step. Each batch's numbers are drawn in the same order as if it were made alone.
+        """
+        if not self.ahead:
+            count, steps = self.batch_size, max(1, min(DRAWN_AHEAD, self.config.epochs - self.step))
+            needed = Drawn(torch.zeros(1, 1).expand(1, 2**30))
+            self.config.sample_params(count, needed)  # to see how many numbers it takes
+            chosen, numbers, states = [], [], []
+            for _ in range(steps):
+                chosen.append(self.seen[torch.randperm(len(self.seen), generator=self.generator)[:count]])
+                numbers.append(torch.rand(needed.taken, generator=self.generator))
+                states.append(self.generator.get_state())
+            packed = pack_params(self.config.sample_params(steps * count, Drawn(torch.stack(numbers))))
+            self.ahead.extend(zip(chosen, packed.split(count), states))
+        chosen, packed, self.generator_state = self.ahead.popleft()
+        rate = torch.tensor(self.optimizer.param_groups[0]["lr"])
+        numbers = torch.cat([rate.expand(len(chosen), 1), chosen[:, None].float(), packed], 1)
+        return [numbers] if self.images.device == self.device else [numbers, self.images.index_select(0, chosen)]
+
+    def packed_step(self, numbers: Tensor, images: Tensor | None = None) -> Tensor:
+        """A step of which no value reaches the host. numbers (B, 2 + K) on the device: in each row the learning rate,
+        which would be frozen into a recording as a float; the image's number; those of ``pack_params``. images: the
+        batch (B, 3, H, W) uint8, if they do not all lie on the device. Returns what ``train_step`` does."""
+        rate, chosen, packed = numbers.split([1, 1, numbers.shape[1] - 2], 1)
+        images = self.images.index_select(0, chosen[:, 0].long()) if images is None else images
+        config, side = self.config, self.config.patches and self.config.patches.patch_size
+        how = config.variant, side, config.invisible == "drop"
+        make = make_packed_views if self.device.type == "cpu" else compiled_views(images.shape, *how)
+        views, whole, learned = make(images, packed.contiguous(), *how)
+        labels = torch.arange(VARIANTS[config.variant].num_classes, device=self.device).repeat_interleave(len(images))
+        with rate_of(self.optimizer, rate[0, 0]):
+            return self.update(self._batch(views, labels, whole, learned), 1.0)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    say(message)
+
+
+@functools.lru_cache(maxsize=1)
+def compiled_views(*_shapes: object) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    """``make_packed_views`` compiled for batches of these shapes and settings."""
+    torch.compiler.reset()  # torch gives up on a function that it has compiled for eight others
+    return torch.compile(make_packed_views, fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def rate_of(optimizer: torch.optim.Optimizer, rate: Tensor) -> Iterator[None]:
+    """Within it the optimizer steps by a rate on the device, and lets itself be recorded; its schedule and every saved
+    state keep the float."""
+    (group,) = optimizer.param_groups
+    own = {name: group[name] for name in ("lr", "capturable") if name in group}
+    group["lr"] = rate
+    if rate.is_cuda and "capturable" in group:
+        group["capturable"] = torch.cuda.is_current_stream_capturing()  # elsewhere torch warns of it
+    try:
+        yield
+    finally:
+        group.update(own)
 
 
 def batch_values(logits: Tensor, batch: Batch, share: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,13 +386,17 @@ def cosine(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.opt
 
 def steps_within(seconds: float, run: Trainer) -> int:
     """The number of steps that fit into that time, by some steps of a run that is given up then. At least 1."""
-    began = time.monotonic()
-    for number in range(2 + TIMED_STEPS):
-        if number == 2:
+    began, warm_up, timed = time.monotonic(), 2, TIMED_STEPS
+    if run.replays:  # steps that are short, after those that compile and record
+        warm_up, timed = SETTLING + 2, 10 * TIMED_STEPS
+    for number in range(warm_up + timed):
+        if number == warm_up:
             lap = time.monotonic()
-        run.train_step().tolist()  # waits for the device
+        values = run.train_step()
+        if number in (warm_up - 1, warm_up + timed - 1):
+            values.tolist()  # waits for the device
     now = time.monotonic()
-    return max(1, int((seconds - (now - began)) / (now - lap) * TIMED_STEPS))
+    return max(1, int((seconds - (now - began)) / (now - lap) * timed))
 
 
 # The log ----------------------------------------------------------------------------------------------------------
@@ -456,6 +575,12 @@ def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int)
     precision = Precision(**suitable | resume(asked, saved))
     if precision.amp == "fp16" and device.type == "cpu":
         raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
-    if precision.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++"))):
+    if precision.compile and device.type == "cuda" and not can_compile(device):
+        raise SettingError("compile", "torch finds no Triton or no C compiler; install both, or do without")
+    if (
+        precision.compile
+        and device.type == "cpu"
+        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++")))
+    ):
         raise SettingError("compile", "no C++ compiler is found; install g++, or do without")
     return precision

@@ -85,7 +85,9 @@ def test_any_function_of_a_batch_can_score(here):
         return BatchPrediction(scores, 1 / (1 + (scores - 100).clamp(0)), maps)
 
     heat = lambda prediction: prediction.maps.numpy()  # noqa: E731
-    model = Model(lambda x: x, predict, heat, (20, 30), 4, threshold=120.0, rate=0.5, has_maps=True)
+    model = Model(
+        lambda x: x, predict, heat, (20, 30), 4, threshold=120.0, rate=0.5, has_maps=True, device=torch.device("cpu")
+    )
     batches, drawn = [], {}
     paths = [*list_paths(["photos"]), "none.png"]
     rows = scored(model, paths, [lambda *args: batches.append(args)], drawn.__setitem__)
