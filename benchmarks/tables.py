@@ -23,7 +23,7 @@ from pandas import DataFrame, Series
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
-from config import RECIPES, Config, PatchConfig, settings_of
+from config import RECIPES, SETTINGS
 from model import BACKBONES
 from runtime.cli import new_parser, run_script
 from runtime.files import InputError, write_file
@@ -31,8 +31,7 @@ from runtime.files import InputError, write_file
 ROOT = Path(__file__).resolve().parents[1]
 START, END = re.compile(r"<!-- table: (.*) -->\n"), "<!-- end of table -->"
 # What a table that does not show it must not mix; of "location" it is location_chosen that counts
-SETTINGS = [setting.name for part in (Config, PatchConfig) for setting in settings_of(part)]
-SETTINGS = [name for name in SETTINGS if name not in ("category", "weights", "false_alarm_rate", "location")]
+COMPARED = [name for name in SETTINGS if name not in ("category", "weights", "false_alarm_rate", "location")]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -116,7 +115,7 @@ def newest(name: str, rows: DataFrame, shown: list[str], repeated: Sequence[str]
     with the file's name if rows that agree in ``shown`` differ in another setting: the table would mix them. A row
     without a value fits any.
     """
-    hidden = [column for column in SETTINGS if column in rows and column not in (*shown, *repeated)]
+    hidden = [column for column in COMPARED if column in rows and column not in (*shown, *repeated)]
     differ = rows.groupby(shown, sort=False, dropna=False)[hidden].nunique() > 1
     for key, settings in differ[differ.any(axis=1)].iterrows():
         values = (key,) if len(shown) == 1 else key
