@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_image_ops import noise, seeded
-from test_paste import STILL
+from test_image_ops import STILL, noise, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutpaste import (
