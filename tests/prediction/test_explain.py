@@ -212,14 +212,6 @@ def test_panels_are_there_before_rows(detectors, here, script, monkeypatch):
     assert len(panels_in(here / "why")) == 2
 
 
-def test_panels_of_several_categories(detectors, here, script):
-    shutil.copytree(here / "photos/more", here / "all/brick/more")
-    shutil.copytree(here / "photos/more", here / "all/grass")
-    words = ["predict", "--model_dir", detectors / "whole", "all", "--false_alarm_rate", 1]
-    assert script(*words, "--explain", "why").code == 0
-    assert panels_in(here / "why") == {f"{folder}/{name}.png" for folder in ("brick/more", "grass") for name in "ae"}
-
-
 def test_without_a_gradient_there_is_no_heat(data, here, script):
     images = load_train(data, "brick", (32, 32), 0).images
     detector = untrained(images, density="kde")

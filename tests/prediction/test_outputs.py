@@ -170,3 +170,9 @@ def test_no_drawing_is_in_the_way_of_another_file(here):
     assert not (here / "a").exists()
     for _ in range(2):  # what this program has drawn is replaced
         draw(("heat", "masks"), "photos/d.png")
+    drawings = Drawings("heat", None)
+    drawings.prepare([("photos/d.png", ["photos"])])
+    (here / "heat/d.png").write_text("came in the way since")
+    with pytest.raises(InputError, match=r"heat/d\.png: is there already"):
+        drawings.draw("photos/d.png", np.zeros((4, 4), np.float32), ["photos"], 1.0, outlined=True)
+    assert (here / "heat/d.png").read_text() == "came in the way since"

@@ -15,6 +15,7 @@ from prediction.inputs import list_paths
 from prediction.outputs import COLUMNS, RowsFile
 from prediction.scorer import Model, Scorer
 from reporting.overlays import region
+from runtime.files import InputError
 from runtime.image_files import decode, find_images, read_size
 
 
@@ -90,10 +91,17 @@ def test_any_function_of_a_batch_can_score(here):
     )
     batches, drawn = [], {}
     paths = [*list_paths(["photos"]), "none.png"]
-    rows = scored(model, paths, [lambda *args: batches.append(args)], drawn.__setitem__)
+
+    def draw(path, heat):
+        drawn[path] = heat
+        if path == paths[-2]:
+            raise InputError(f"{path}: is in\nthe way")
+
+    rows = scored(model, paths, [lambda *args: batches.append(args)], draw)
     assert [row["path"] for row in rows] == paths
-    assert rows[-1] == dict.fromkeys(COLUMNS) | {"path": "none.png", "error": "No such file or directory"}
-    for row in rows[:-1]:
+    for row, error in zip(rows[-2:], ("is in the way", "No such file or directory")):
+        assert row == dict.fromkeys(COLUMNS) | {"path": row["path"], "error": error}
+    for row in rows[:-2]:
         red = decode(row["path"], (20, 30))[:, :, 0].astype(np.float32)
         assert row["score"] == pytest.approx(red.mean(), rel=1e-5)
         assert row["anomalous"] == (red.mean() >= 101)
@@ -106,7 +114,7 @@ def test_any_function_of_a_batch_can_score(here):
         assert np.array_equal(pixels.permute(0, 2, 3, 1), [decode(path, (20, 30)) for path in batch])
         assert len(prediction.scores) == len(batch)
     some = {row["path"]: row["score"] for row in rows[:3]}
-    assert scored(model, paths, done=some) == rows[3:]
+    assert scored(model, paths, draw=draw, done=some) == rows[3:]
 
 
 def test_broken_files_do_not_stop_the_others(detectors, data, here):
