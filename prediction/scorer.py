@@ -25,16 +25,16 @@ from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import decode_with_size
 
 T, R = TypeVar("T"), TypeVar("R")
-ROWS_COMPARED = 3  # earlier rows whose images are scored again
 # What is called with each batch: paths, sizes (H, W) of the files, pixels (B, 3, H, W) uint8 as the detector sees them
 # and on its device, what it says of them
 Callback = Callable[[Sequence[str], Sequence[tuple[int, int]], Tensor, BatchPrediction], object]
+ROWS_COMPARED = 3  # earlier rows whose images are scored again
 SAME_SCORE = 0.01  # relative difference; devices and batches round otherwise, in bfloat16 by a few thousandths
 
 
 class ImageFile(NamedTuple):
-    """One file that was read: pixels (h, w, 3) uint8 at the model's size, and the file's own size (H, W); or the
-    error, why there are none."""
+    """One file that was read: pixels (h, w, 3) uint8 at the model's size, and the file's own size (H, W); or only the
+    error that says why there are none."""
 
     path: str
     pixels: np.ndarray | None = None
@@ -48,8 +48,8 @@ class Model:
 
     view: images (B, 3, H, W) uint8 on the CPU, at most ``batch_size`` of ``size`` (H, W) -> the same as the model sees
     them, on its device. predict: those -> what the model says of them. heat: that -> maps (B, H, W) float32 in the
-    score's unit. has_maps: whether the score is the maximum of the map. rate: an image with a p-value <= rate is
-    anomalous.
+    score's unit. has_maps: True if the score is the maximum of the map. rate: an image with a p-value <= rate is
+    anomalous. device: where the model is.
     """
 
     view: Callable[[Tensor], Tensor]
@@ -64,7 +64,7 @@ class Model:
 
     @classmethod
     def of(cls, detector: Detector, explain: bool) -> "Model":
-        """Return that of a detector. explain: keep the features that Grad-CAM and panels need."""
+        """Return a detector as a Model. explain: keep the features that Grad-CAM and panels need."""
         return cls(
             view=lambda images: detector.fill(to_device(images, detector.device)),
             predict=partial(detector.predict_batch, explain=explain),
@@ -91,7 +91,8 @@ class Scorer:
     """Paths in; rows, drawings and calls of callbacks out.
 
     ahead: how many images are decoded before their turn, beside those of one batch. draw: called in threads with each
-    path and its heat (h, w); None: nothing is drawn. first: the columns before those of an image, with their values.
+    path and its heat (h, w), raises InputError where it cannot; None: nothing is drawn. first: columns that come before
+    those of an image, and their values.
     """
 
     def __init__(
@@ -108,9 +109,8 @@ class Scorer:
     def score(self, paths: Iterable[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
         """Add a row for each path that has none, one batch at a time, and call ``tell`` with the size of each batch.
         Raises InputError if rows that are there already are another detector's."""
-        self.check_earlier(
-            list(islice((path for path in paths if rows.done.get(path) is not None), ROWS_COMPARED)), rows
-        )
+        scored = (path for path in paths if rows.done.get(path) is not None)
+        self.check_earlier(list(islice(scored, ROWS_COMPARED)), rows)
         missing = (path for path in paths if path not in rows.done)
         with closing(in_order(pool, self.read, missing, self.ahead)) as files:
             batches = iter(lambda: list(islice(files, self.model.batch_size)), [])
