@@ -108,8 +108,8 @@ class Drift:
 
 
 def same_probability(new: np.ndarray, known: np.ndarray) -> float:
-    """Of samples (m,) and (n,) of one distribution to be at least as far apart as these, by the test of Kolmogorov and
-    Smirnov; in the limit of many values, which is a little high for few."""
+    """Return the probability that samples (m,) and (n,) of one distribution are at least as far apart as these, by the
+    test of Kolmogorov and Smirnov; in the limit of many values, which is a little high for few."""
     from scipy.special import kolmogorov  # scipy.stats takes a second to import, for each command
 
     all_values = np.concatenate([new, known])

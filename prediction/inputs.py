@@ -68,9 +68,12 @@ def spreadsheet_safe(path: str) -> str:
 
 
 def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
-    """The image files of a folder by name, then those of its sub-folders; hidden ones are not. A folder that cannot be
-    listed is given as if it were a file. skipped: sub-folders that are left out, such as those that are written to."""
-    seen = {os.path.realpath(each) for each in skipped} - {os.path.realpath(folder)}
+    """Yield the image files of a folder by name, then those of its sub-folders, without hidden ones.
+
+    A folder that cannot be listed is given as if it were a file. skipped: sub-folders that are left out, such as those
+    that are written to.
+    """
+    seen = {*map(os.path.realpath, skipped)} - {os.path.realpath(folder)}
 
     def inside(folder: str) -> Iterator[str]:
         real = os.path.realpath(folder)
@@ -80,7 +83,7 @@ def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
         try:
             yield from (spreadsheet_safe(str(path)) for path in find_images(Path(folder)))
             with os.scandir(folder) as entries:
-                names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
+                names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         except OSError:
             yield folder
             return
