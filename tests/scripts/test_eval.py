@@ -293,8 +293,8 @@ def test_two_ways_to_the_same_scores(call, models, evaluated, tmp_path):
 )
 def test_flags_that_cannot_be_get_one_line(call, models, patch_models, tmp_path, kind, flags, words):
     (tmp_path / "mine.html").write_text("<p>mine</p>")
-    every = () if "--type" in flags else ("--type", "all")
-    done = call(models if kind == "image" else patch_models, *every, *flags.format(tmp_path=tmp_path).split())
+    all_types = () if "--type" in flags else ("--type", "all")
+    done = call(models if kind == "image" else patch_models, *all_types, *flags.format(tmp_path=tmp_path).split())
     one_line(done, *words)
     assert done.out == ""
     assert contents(tmp_path) == {tmp_path / "mine.html": b"<p>mine</p>"}
