@@ -249,7 +249,7 @@ FLAT, STEEP = 0.1, 0.5  # deviations by which scores rise when half of the image
 
 
 class SubsetScores(NamedTuple):
-    """What the densities say that were fitted to a subset of the images."""
+    """Hold what densities say that were fitted to a subset of the images."""
 
     images: int  # in the subset
     scores: np.ndarray  # (P,) of new normal images

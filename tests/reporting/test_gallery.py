@@ -49,7 +49,7 @@ def some_page(labelled=True, maps=True) -> Page:
 
 
 def decided(page: Page, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Of each tile whether it is called anomalous at p <= level, and its label."""
+    """Whether each tile is called anomalous at p <= level, and its label."""
     p = np.array([tile.p_value for tile in page.tiles])
     return p <= level + 1e-9, np.array([tile.label for tile in page.tiles])
 
@@ -88,11 +88,11 @@ def test_the_roc_curve_joins_the_shares_above_every_score():
     normal, anomalous = rng.integers(0, 9, 30).astype(float), rng.integers(3, 12, 40).astype(float)  # with ties
     points = gallery.roc_path(normal, anomalous).removeprefix("M").split("L")
     shares = [[(scores >= level).mean() for scores in (normal, anomalous)] for level in range(12, -1, -1)]
-    every = [f"{x * gallery.WIDTH:.1f},{(1 - y) * gallery.ROC_HEIGHT:.1f}" for x, y in shares]
+    curve = [f"{x * gallery.WIDTH:.1f},{(1 - y) * gallery.ROC_HEIGHT:.1f}" for x, y in shares]
     x, y = np.array([point.split(",") for point in points], dtype=float).T / [[gallery.WIDTH], [gallery.ROC_HEIGHT]]
     area = (np.diff(x) * (1 - (y[1:] + y[:-1]) / 2)).sum()
-    assert set(points) <= set(every)
-    assert (points[0], points[-1]) == (every[0], every[-1])
+    assert set(points) <= set(curve)
+    assert (points[0], points[-1]) == (curve[0], curve[-1])
     assert area == pytest.approx(roc_auc_score([0] * 30 + [1] * 40, np.append(normal, anomalous)), abs=1e-3)
 
 
@@ -137,8 +137,8 @@ def visit(browser, tmp_path) -> Iterator:
         tab.on("console", lambda message: troubles.append(message.text))
         tab.on("pageerror", lambda error: troubles.append(str(error)))
         tab.on("dialog", lambda dialog: troubles.append(dialog.message))
-        own = ("data:", file.as_uri())
-        tab.on("request", lambda request: request.url.startswith(own) or troubles.append(request.url))
+        allowed = ("data:", file.as_uri())
+        tab.on("request", lambda request: request.url.startswith(allowed) or troubles.append(request.url))
         tab.goto(file.as_uri())
         opened.append(tab)
         return tab

@@ -26,7 +26,7 @@ def pairs_ranked_right(labels, scores):
 
 
 def precisions_and_recalls(labels, scores):
-    """Of each threshold, the highest first."""
+    """Yield both at each threshold, the highest first."""
     for threshold in sorted(set(scores), reverse=True):
         hits = sum(1 for label, score in zip(labels, scores) if score >= threshold and label == 1)
         yield hits / sum(1 for score in scores if score >= threshold), hits / sum(labels)
@@ -126,8 +126,8 @@ def slow_aupro(masks: np.ndarray, maps: np.ndarray, limit: float) -> float:
             regions.append((number, region))
     curve = [(0.0, 0.0)]
     for threshold in sorted(set(maps.reshape(-1).tolist()), reverse=True):
-        found = [np.mean([maps[n][p] >= threshold for p in region]) for n, region in regions]
-        curve.append((float((maps[masks == 0] >= threshold).mean()), float(np.mean(found))))
+        overlaps = [np.mean([maps[n][p] >= threshold for p in region]) for n, region in regions]
+        curve.append((float((maps[masks == 0] >= threshold).mean()), float(np.mean(overlaps))))
     area = 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x0 >= limit:
@@ -156,9 +156,9 @@ def example(seed: int, levels: int | None) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seed", range(4))
 def test_pixel_metrics_against_oracles(seed, levels):
     masks, maps = example(seed, levels)
-    found = pixel_metrics(masks, maps)
-    assert found["pixel_auroc"] == pytest.approx(roc_auc_score(masks.reshape(-1), maps.reshape(-1)), abs=1e-12)
-    assert found["aupro"] == pytest.approx(slow_aupro(masks, maps, 0.3), abs=1e-12)
+    metrics = pixel_metrics(masks, maps)
+    assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(masks.reshape(-1), maps.reshape(-1)), abs=1e-12)
+    assert metrics["aupro"] == pytest.approx(slow_aupro(masks, maps, 0.3), abs=1e-12)
 
 
 def test_aupro_counts_regions_not_pixels():
@@ -167,10 +167,10 @@ def test_aupro_counts_regions_not_pixels():
     masks[0, 0, :2] = masks[0, 3, 20] = 1
     maps = np.zeros(masks.shape, dtype=np.float32)
     maps[0, 0, :2] = 1
-    found = pixel_metrics(masks, maps)
+    metrics = pixel_metrics(masks, maps)
     # the rest, at score 0, is a straight line from (0, 1/2) to (1, 1) and from (0, 2/3) to (1, 1)
-    assert found["aupro"] == pytest.approx(0.5 + 0.5 * 0.3 / 2)
-    assert found["pixel_auroc"] == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["aupro"] == pytest.approx(0.5 + 0.5 * 0.3 / 2)
+    assert metrics["pixel_auroc"] == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_diagonal_neighbors_are_one_region():

@@ -164,6 +164,7 @@ def test_without_anomalous_images_there_are_scores_but_no_auc(data, models, tmp_
 def test_mean_standard_error_and_averaged_scores_of_seeds(seeds, data, tmp_path, script):
     done = script("eval", "--data_dir", data, "--model_dir", seeds, "--eval_dir", tmp_path)
     printed, rows = lines(done), table(tmp_path / "models")
+    means = table(tmp_path / "models", "seeds.csv").set_index("category")
     assert rows.category.tolist() == 2 * ["brick"] + 2 * ["grass"]
     assert rows.seed.tolist() == 2 * [2, 10]
     for name in ("brick", "grass"):
@@ -176,12 +177,10 @@ def test_mean_standard_error_and_averaged_scores_of_seeds(seeds, data, tmp_path,
         averaged = image_metrics(test.labels, np.asarray(total))["image_auroc"]
         values = {"AUC": aurocs.mean(), "AUC standard error": aurocs.sem(), "AUC of averaged scores": averaged}
         assert {metric: printed[name, metric] for metric in values} == pytest.approx(values)
-        assert table(tmp_path / "models", "seeds.csv").set_index("category").averaged_auroc[name] == pytest.approx(
-            averaged
-        )
+        assert means.averaged_auroc[name] == pytest.approx(averaged)
     assert printed["average", "AUC"] == pytest.approx(rows.image_auroc.mean())
     assert len(printed) == 7
-    assert table(tmp_path / "models", "seeds.csv").seeds.tolist() == [2, 2]
+    assert means.seeds.tolist() == [2, 2]
     assert (tmp_path / "models/seed10/brick/roc.png").is_file()
     assert sorted(set(table(tmp_path / "models", "scores.csv").seed)) == ["seed10", "seed2"]
 
@@ -294,8 +293,8 @@ def test_two_ways_to_the_same_scores(call, models, evaluated, tmp_path):
 )
 def test_flags_that_cannot_be_get_one_line(call, models, patch_models, tmp_path, kind, flags, words):
     (tmp_path / "mine.html").write_text("<p>mine</p>")
-    every = () if "--type" in flags else ("--type", "all")
-    done = call(models if kind == "image" else patch_models, *every, *flags.format(tmp_path=tmp_path).split())
+    all_types = () if "--type" in flags else ("--type", "all")
+    done = call(models if kind == "image" else patch_models, *all_types, *flags.format(tmp_path=tmp_path).split())
     one_line(done, *words)
     assert done.out == ""
     assert contents(tmp_path) == {tmp_path / "mine.html": b"<p>mine</p>"}
