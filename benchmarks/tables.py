@@ -15,7 +15,7 @@ import io
 import re
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pandas
@@ -316,17 +316,38 @@ def paper_made() -> str:
 # Speed ------------------------------------------------------------------------------------------------------------
 
 
-def speed_table() -> str:
-    """Show what benchmarks/speed.py measured, one column a row of the file."""
+def speed_rows(*named: str) -> DataFrame:
+    """Return the rows of results/speed.csv, with the columns named, empty where the file has none of them."""
     rows = pandas.read_csv(ROOT / "results/speed.csv")
+    return rows.reindex(columns=[*rows, *(name for name in named if name not in rows)])
+
+
+def columns(rows: DataFrame, lines: dict[str, Callable[[Series], str]]) -> str:
+    """Show rows as columns. lines: what a line shows of each; one that shows nothing of any is left out."""
+    cells = []
+    for title, cell in lines.items():
+        texts = [str(cell(row)) for row in rows.itertuples()]
+        texts = ["" if text.startswith("nan") else text for text in texts]
+        if any(texts):
+            cells.append([title, *texts])
+    return markdown([""] * (1 + len(rows)), cells)
+
+
+WHERE = {
+    "device": lambda r: r.processor if pandas.isna(r.gpu) else r.gpu,
+    "cores": lambda r: r.cores,
+    "torch": lambda r: r.torch,
+    "commit": lambda r: r.commit,
+    "recipe": lambda r: r.recipe,
+    "variant, size, images per step": lambda r: f"{r.variant}, {r.width} x {r.height}, {r.batch_size}",
+    "precision": lambda r: r.amp + (", network compiled" if r.compile else ""),
+}
+
+
+def speed_table() -> str:
+    """Show what benchmarks/speed.py measured on CPUs, one column a row of the file."""
+    rows = speed_rows()
     lines = {
-        "device": lambda r: r.processor if pandas.isna(r.gpu) else r.gpu,
-        "cores": lambda r: r.cores,
-        "torch": lambda r: r.torch,
-        "commit": lambda r: r.commit,
-        "recipe": lambda r: getattr(r, "recipe", "paper"),
-        "variant, size, images per step": lambda r: f"{r.variant}, {r.width} x {r.height}, {r.batch_size}",
-        "precision": lambda r: r.amp + (", compiled" if r.compile else ""),
         "training step, seconds": lambda r: f"{r.step_seconds:.2f}",
         "training step over bare step": lambda r: f"{r.step_over_bare:.3f}",
         "conventional step over ours": lambda r: f"{r.conventional_over_ours:.2f}",
@@ -340,11 +361,45 @@ def speed_table() -> str:
         "peak memory of training, MB": lambda r: f"{r.training_peak_mb:.0f}",
         "peak memory of scoring, MB": lambda r: f"{r.scoring_peak_mb:.0f}",
     }
-    cells = []
-    for title, cell in lines.items():
-        texts = [str(cell(row)) for row in rows.itertuples()]
-        cells.append([title, *("" if text == "nan" else text for text in texts)])
-    return markdown([""] * (1 + len(rows)), cells)
+    timed = rows.step_seconds.notna() | rows.scoring_images_per_second.notna()
+    return columns(rows[rows.gpu.isna() & timed], WHERE | lines)
+
+
+def gpu_table() -> str:
+    """Show what benchmarks/speed.py measured on GPUs, one column a row of the file."""
+    measured = ("views_seconds", "issued_step_seconds", "settling_seconds", "step_kernels", "step_kernel_seconds")
+    measured += ("views_kernels", "replayed_equal", "replayed_steps", "views_pixels", "views_pixels_that_differ")
+    rows = speed_rows(*measured)
+    equal = lambda r: f"{r.replayed_steps:.0f}" if r.replayed_equal else "not all"  # noqa: E731
+    differ = lambda r: f"{r.views_pixels_that_differ:.0f} of {r.views_pixels:,.0f}"  # noqa: E731
+    lines = {
+        "training step, ms": lambda r: f"{1000 * r.step_seconds:.2f}",
+        "bare step, ms": lambda r: f"{1000 * r.bare_seconds:.2f}",
+        "training step over bare step": lambda r: f"{r.step_over_bare:.3f}",
+        "the step issued operation by operation, ms": lambda r: f"{1000 * r.issued_step_seconds:.1f}",
+        "views of a step, ms": lambda r: f"{1000 * r.views_seconds:.3f}",
+        "kernels of a step": lambda r: f"{r.step_kernels:.0f}",
+        "those of the views": lambda r: f"{r.views_kernels:.0f}",
+        "time of a step's kernels alone, ms": lambda r: f"{1000 * r.step_kernel_seconds:.2f}",
+        "first steps (compiling, recording), s": lambda r: f"{r.settling_seconds:.0f}",
+        "10,000 steps, s": lambda r: f"{r.settling_seconds + 10_000 * r.step_seconds:.0f}",
+        "replayed steps that equal issued ones": lambda r: "" if pandas.isna(r.replayed_equal) else equal(r),
+        "pixels of views that differ from a CPU's": differ,
+        "peak memory of training, MB": lambda r: f"{r.training_peak_mb:.0f}",
+    }
+    return columns(rows[rows.gpu.notna() & rows.step_seconds.notna()], WHERE | lines)
+
+
+def launches_table() -> str:
+    """Show what a step issues on the device, of each recipe; the newest row counts."""
+    rows = speed_rows()
+    rows = rows[rows.views_operations.notna()].drop_duplicates("recipe", keep="last")
+    lines = {
+        "views, operations one by one": lambda r: f"{r.views_operations:.0f}",
+        "with copies to the device": lambda r: f"{r.views_copies:.0f}",
+        "network, loss, optimizer": lambda r: f"{r.network_operations:.0f}",
+    }
+    return columns(rows, {"recipe": WHERE["recipe"]} | lines)
 
 
 TABLES = {
@@ -355,6 +410,8 @@ TABLES = {
     "paper_runs": paper_runs_table,
     "paper_made": paper_made,
     "speed": speed_table,
+    "speed_gpu": gpu_table,
+    "launches": launches_table,
 }
 
 

@@ -200,7 +200,7 @@ def test_each_table_has_one_place():
         "results": "README.md",
         **dict.fromkeys(("paper", "paper_runs", "paper_made"), "results.md"),
         **dict.fromkeys(("transfer", "transfer_pixel"), "transfer.md"),
-        "speed": "speed.md",
+        **dict.fromkeys(("speed", "speed_gpu", "launches"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
 
