@@ -136,7 +136,8 @@ class Trainer:
                 last = self.step == steps
                 if test_set is not None and (last or self.step % options.test_epochs == 0):
                     check_finite(self.name, self.step, values[0])
-                    log.add_test_auroc(self.test_auroc(test_set))
+                    paused = time.monotonic()
+                    log.add_test_auroc(self.test_auroc(test_set), paused)
                 self.seconds = time.monotonic() - began
                 stop = self.ranks.all_reduce_max(interrupts.signal)  # all ranks at the same step
                 # The last step too: fitting the density can be stopped, or its file not be written
@@ -462,7 +463,6 @@ class Log:
 
     def add(self, values: Tensor) -> None:
         """Add what a step returned: loss, accuracy, share of views left out, (3,)."""
-        self.added = time.monotonic()
         self.sums = self.sums + values  # on the device: not waited for here
         self.progress.update()
         trainer, step = self.trainer, self.trainer.step
@@ -479,11 +479,12 @@ class Log:
             self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
         self.sums, self.last_step, self.last_time = 0, step, now
 
-    def add_test_auroc(self, auroc: float) -> None:
-        """Add the test AUROC after the last step. The time that it took does not count in the speed."""
+    def add_test_auroc(self, auroc: float, paused: float) -> None:
+        """Add the test AUROC of the network as it is now. paused: the time.monotonic() since which training has waited
+        for it, which does not count in the speed."""
         self.writer.add_scalar("eval_auc", auroc, self.trainer.step)
         say(f"{self.trainer.name}: step {self.trainer.step}, test AUROC {auroc:.4f}")
-        self.last_time += time.monotonic() - self.added
+        self.last_time += time.monotonic() - paused
 
 
 # The saved state --------------------------------------------------------------------------------------------------
