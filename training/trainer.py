@@ -136,7 +136,8 @@ class Trainer:
                 last = self.step == steps
                 if test_set is not None and (last or self.step % options.test_epochs == 0):
                     check_finite(self.name, self.step, values[0])
-                    log.add_test_auroc(self.test_auroc(test_set))
+                    paused = time.monotonic()
+                    log.add_test_auroc(self.test_auroc(test_set), paused)
                 self.seconds = time.monotonic() - began
                 stop = self.ranks.all_reduce_max(interrupts.signal)  # all ranks at the same step
                 # The last step too: fitting the density can be stopped, or its file not be written
@@ -186,11 +187,11 @@ class Trainer:
         }
 
     def set_frozen(self) -> None:
-        """Freeze the backbone or let it go on, set the learning rate's schedule, and make ``forward``, the network as a
-        step runs it. What was recorded of a step before is forgotten.
+        """Freeze or unfreeze the backbone, set the learning rate's schedule, and make ``forward``, the network as a
+        step runs it. What was recorded of a step is forgotten.
 
-        The rate falls along one cosine over all steps or, with ``lr_unfrozen``, along one of its own before and after
-        the backbone is let go on.
+        The rate falls along one cosine over all steps or, with ``lr_unfrozen``, along one before the backbone is
+        unfrozen and another one after.
         """
         config, frozen = self.config, self.step < self.config.frozen_steps
         self.network.freeze_backbone(frozen, config.freeze_bn)
@@ -208,7 +209,7 @@ class Trainer:
         self.recorded = Recorded(self.device) if self.replays else None
 
     def _can_replay(self) -> bool:
-        """Whether steps are recorded and replayed. If not though there is a GPU, it is said why, once."""
+        """Return whether steps are recorded and replayed. Says once why not, if there is a GPU."""
         if self.device.type != "cuda":
             return False
         if self.ranks.world_size > 1:
@@ -227,12 +228,14 @@ class Trainer:
 
     @property
     def batch_size(self) -> int:
-        """Images per step, over all ranks: all different, so never more than there are."""
+        """The number of images per step, over all ranks: all different, so at most as many as there are."""
         return min(self.config.batch_size, len(self.seen))
 
     def sample_batch(self) -> tuple[Tensor, ViewParams]:
-        """The next batch's images (B,), by number, and the parameters of their views: this rank's part of what every
-        rank draws alike."""
+        """Draw the next batch: the numbers of its images (B,) and the parameters of their views.
+
+        Every rank draws the same and returns its part.
+        """
         chosen = self.seen[torch.randperm(len(self.seen), generator=self.generator)[: self.batch_size]]
         params = self.config.sample_params(self.batch_size, self.generator)
         if self.ranks.world_size == 1:
@@ -240,30 +243,30 @@ class Trainer:
         return chosen[self.ranks.rows], rows(params, self.ranks.rows)
 
     def load_batch(self, chosen: Tensor) -> Tensor:
-        """Images by number, (B, 3, H, W) uint8 on the device, filled where they do not count."""
+        """Return images by their numbers, (B, 3, H, W) uint8, on the device."""
         batch = self.images.index_select(0, chosen.to(self.images.device, non_blocking=True))
         return batch if batch.device == self.device else to_device(batch, self.device)
 
     def make_views(self, images: Tensor, params: ViewParams) -> Batch:
-        """The views of images (B, 3, H, W) uint8. Crops are normalized by the whole images that they are from, as the
-        windows of a test image will be."""
+        """Make the views of images (B, 3, H, W) uint8. Crops are normalized by the statistics of their whole images, as
+        the windows of a test image will be."""
         views, labels, whole = make_views_and_sample(images, params)
         learned = visible(views, params, whole) if self.config.invisible == "drop" else None
         return self._batch(views, labels, whole if params.corner is not None else None, learned)
 
     def _batch(self, views: Tensor, labels: Tensor, whole: Tensor | None, learned: Tensor | None) -> Batch:
-        """whole: of crops, pixels of the whole images."""
+        """Return views with what a step needs beside them. whole: pixels of the whole images that crops are from."""
         statistics = None
         if whole is not None:
             mean, std = self.network.statistics(whole)
             if mean.ndim == 4:  # of each image
-                mean, std = (each.repeat(len(views) // len(whole), 1, 1, 1) for each in (mean, std))
+                mean, std = (value.repeat(len(views) // len(whole), 1, 1, 1) for value in (mean, std))
             statistics = mean, std
         return Batch(views, labels, statistics, learned)
 
     def train_step(self) -> Tensor:
-        """One step. Returns loss, accuracy and share of views left out of its batch, each this rank's share of that of
-        all ranks: (3,) on the device."""
+        """Run one step. Returns loss, accuracy and share of views left out, (3,) on the device: this rank's part of
+        each, so that their sum over all ranks is that of the batch."""
         if self.recorded is None:
             chosen, params = self.sample_batch()
             batch = self.make_views(self.load_batch(chosen), params)
@@ -277,7 +280,8 @@ class Trainer:
         return values
 
     def update(self, batch: Batch, share: float) -> Tensor:
-        """Forward, loss, backward, optimizer. share: this rank's of the batch. Returns what ``train_step`` does."""
+        """Run forward, loss, backward and optimizer. share: this rank's, of the batch. Returns what ``train_step``
+        does."""
         precision = PRECISIONS[self.precision.amp]
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             logits, _ = self.forward(batch.views, batch.statistics)
@@ -291,10 +295,10 @@ class Trainer:
     # The step that is replayed ------------------------------------------------------------------------------------
 
     def sample_packed(self) -> list[Tensor]:
-        """The next batch as ``packed_step`` takes it, on the CPU: the same images and parameters as ``sample_batch``.
+        """Draw the next batch as ``packed_step`` takes it, on the CPU: the same as ``sample_batch`` draws.
 
-        Those of DRAWN_AHEAD batches are made at once: hundreds of small operations take longer than a GPU takes for a
-        step. Each batch's numbers are drawn in the same order as if it were made alone.
+        DRAWN_AHEAD batches are drawn at once: the hundreds of small operations for one take longer than a GPU's step.
+        Each batch's numbers are drawn in the same order as if it were drawn alone.
         """
         if not self.ahead:
             count, steps = self.batch_size, max(1, min(DRAWN_AHEAD, self.config.epochs - self.step))
@@ -313,9 +317,12 @@ class Trainer:
         return [numbers] if self.images.device == self.device else [numbers, self.images.index_select(0, chosen)]
 
     def packed_step(self, numbers: Tensor, images: Tensor | None = None) -> Tensor:
-        """A step of which no value reaches the host. numbers (B, 2 + K) on the device: in each row the learning rate,
-        which would be frozen into a recording as a float; the image's number; those of ``pack_params``. images: the
-        batch (B, 3, H, W) uint8, if they do not all lie on the device. Returns what ``train_step`` does."""
+        """Run a step of which no value reaches the host. Returns what ``train_step`` does.
+
+        numbers: (B, 2 + K) on the device. In each row: the learning rate, which would be frozen into a recording as a
+        float; the image's number; those of ``pack_params``. images: the batch (B, 3, H, W) uint8, if not all images lie
+        on the device.
+        """
         rate, chosen, packed = numbers.split([1, 1, numbers.shape[1] - 2], 1)
         images = self.images.index_select(0, chosen[:, 0].long()) if images is None else images
         config, side = self.config, self.config.patches and self.config.patches.patch_size
@@ -334,29 +341,32 @@ def _say_once(message: str) -> None:
 
 @functools.lru_cache(maxsize=1)
 def compiled_views(*_shapes: object) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
-    """``make_packed_views`` compiled for batches of these shapes and settings."""
+    """Compile ``make_packed_views`` for batches of these shapes and settings."""
     torch.compiler.reset()  # torch gives up on a function that it has compiled for eight others
     return torch.compile(make_packed_views, fullgraph=True, dynamic=False)
 
 
 @contextmanager
 def rate_of(optimizer: torch.optim.Optimizer, rate: Tensor) -> Iterator[None]:
-    """Within it the optimizer steps by a rate on the device, and lets itself be recorded; its schedule and every saved
-    state keep the float."""
+    """Let the optimizer, within it, take its rate from the device and be recorded. Its schedule and every saved state
+    keep the float."""
     (group,) = optimizer.param_groups
-    own = {name: group[name] for name in ("lr", "capturable") if name in group}
+    before = {name: group[name] for name in ("lr", "capturable") if name in group}
     group["lr"] = rate
     if rate.is_cuda and "capturable" in group:
         group["capturable"] = torch.cuda.is_current_stream_capturing()  # elsewhere torch warns of it
     try:
         yield
     finally:
-        group.update(own)
+        group.update(before)
 
 
 def batch_values(logits: Tensor, batch: Batch, share: float, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, accuracy and share of views left out, of logits (V*B, C): each this rank's part of that of all ranks, which
-    have to be here together. share: this rank's of the batch. The loss is the mean over all views that are learned."""
+    """Return loss, accuracy and share of views left out, from logits (V*B, C): of each, this rank's part.
+
+    All ranks have to call it together. share: this rank's, of the batch. The loss is the mean over all views that are
+    learned.
+    """
     hits = (logits.detach().argmax(1) == batch.labels).float()
     if batch.learned is None:
         loss = functional.cross_entropy(logits, batch.labels)
@@ -368,6 +378,7 @@ def batch_values(logits: Tensor, batch: Batch, share: float, ranks: Ranks) -> tu
 
 
 def new_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer of a network, with the momentum and the weight decay of the paper (A.1)."""
     parameters = list(network.parameters())
     if config.optim == "adam":
         return torch.optim.Adam(parameters, config.lr, weight_decay=WEIGHT_DECAY, fused=True)
@@ -378,14 +389,14 @@ def new_optimizer(config: Config, network: torch.nn.Module) -> torch.optim.Optim
 
 
 def cosine(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of a rate that falls from ``lr`` to zero in that many steps."""
+    """Return the schedule of a rate that falls from ``lr`` to zero in that many steps."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = lr
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
 
 
 def steps_within(seconds: float, run: Trainer) -> int:
-    """The number of steps that fit into that time, by some steps of a run that is given up then. At least 1."""
+    """Return how many steps fit into that time, at least 1. It times some steps of a run that is given up then."""
     began, warm_up, timed = time.monotonic(), 2, TIMED_STEPS
     if run.replays:  # steps that are short, after those that compile and record
         warm_up, timed = SETTLING + 2, 10 * TIMED_STEPS
@@ -462,7 +473,6 @@ class Log:
 
     def add(self, values: Tensor) -> None:
         """Add what a step returned: loss, accuracy, share of views left out, (3,)."""
-        self.added = time.monotonic()
         self.sums = self.sums + values  # on the device: not waited for here
         self.progress.update()
         trainer, step = self.trainer, self.trainer.step
@@ -479,11 +489,12 @@ class Log:
             self.progress.set_postfix(loss=f"{loss:.3f}", acc=f"{accuracy:.3f}", refresh=False)
         self.sums, self.last_step, self.last_time = 0, step, now
 
-    def add_test_auroc(self, auroc: float) -> None:
-        """Add the test AUROC after the last step. The time that it took does not count in the speed."""
+    def add_test_auroc(self, auroc: float, paused: float) -> None:
+        """Add the test AUROC of the network as it is now. paused: the time.monotonic() since which training has waited
+        for it, which does not count in the speed."""
         self.writer.add_scalar("eval_auc", auroc, self.trainer.step)
         say(f"{self.trainer.name}: step {self.trainer.step}, test AUROC {auroc:.4f}")
-        self.last_time += time.monotonic() - self.added
+        self.last_time += time.monotonic() - paused
 
 
 # The saved state --------------------------------------------------------------------------------------------------
@@ -577,10 +588,7 @@ def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int)
         raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
     if precision.compile and device.type == "cuda" and not can_compile(device):
         raise SettingError("compile", "torch finds no Triton or no C compiler; install both, or do without")
-    if (
-        precision.compile
-        and device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "c++")))
-    ):
+    compilers = os.environ.get("CXX", "g++"), "clang++", "c++"
+    if precision.compile and device.type == "cpu" and not any(map(shutil.which, compilers)):
         raise SettingError("compile", "no C++ compiler is found; install g++, or do without")
     return precision
