@@ -59,6 +59,8 @@ def get_parser() -> argparse.ArgumentParser:
     auto = "precision; auto: bf16 or fp16 where the GPU, AMX or avx512_bf16 has it (default: auto)"
     add("--amp", choices=("auto", *PRECISIONS), default="auto", help=auto)
     add("--compile", type=zero_or_one, metavar="0|1", help="torch.compile, needs a C++ compiler (default: 0)")
+    replay = "record a training step and let the GPU repeat it as one launch (default: 0)"
+    add("--replay", type=zero_or_one, metavar="0|1", help=replay)
     ddp = "under torchrun: all ranks train each category together (default: 0, each its own)"
     add("--ddp", type=zero_or_one, default=False, metavar="0|1", help=ddp)
     add("--logdir", default="logdirs", metavar="DIR", help="folder of TensorBoard's files (default: logdirs)")
@@ -117,7 +119,8 @@ def run_options(args: argparse.Namespace, config: Config, ranks: Ranks) -> RunOp
     test_epochs = args.test_epochs
     if test_epochs is None:
         test_epochs = 256 if config.patches is None else -1
-    asked = {"threads": args.threads, "amp": None if args.amp == "auto" else args.amp, "compile": args.compile}
+    asked = {"threads": args.threads, "amp": None if args.amp == "auto" else args.amp}
+    asked |= {"compile": args.compile, "replay": args.replay}
     return RunOptions(
         device=choose_device(args.cuda, ranks.local_rank),
         data_dir=args.data_dir,

@@ -37,7 +37,7 @@ while (($#)); do
   shift
 done
 python=${PYTHON:-python3} out=${OUT:-results} cuda=1
-speed=(--repeats 3) run=(--epochs 10000)
+speed=(--repeats 3) run=(--epochs 10000 --replay 1)
 if [[ -n $tiny ]]; then
   cuda=0 speed=(--repeats 1 --size 64 --batch_size 4 --amp off) run=(--epochs 3 --size 32 --batch_size 4 --amp off)
 fi

@@ -146,7 +146,9 @@ def measure(
     """Print and record a row. Returns the names of parts that have failed."""
     threads = torch.get_num_threads()
     try:
-        asked = {"compile": compiled} | ({} if args.amp == "auto" else {"amp": args.amp})
+        asked = {"compile": compiled, "replay": device.type == "cuda"} | (
+            {} if args.amp == "auto" else {"amp": args.amp}
+        )
         precision = choose_precision(asked, {}, device, threads)
     except SettingError as error:
         raise argparse.ArgumentTypeError(with_flag(error)) from error

@@ -209,8 +209,8 @@ class Trainer:
         self.recorded = Recorded(self.device) if self.replays else None
 
     def _can_replay(self) -> bool:
-        """Return whether steps are recorded and replayed. Says once why not, if there is a GPU."""
-        if self.device.type != "cuda":
+        """Return whether steps are recorded and replayed. Says once why not, where that was asked for."""
+        if self.device.type != "cuda" or not self.precision.replay:
             return False
         if self.ranks.world_size > 1:
             reason = "several processes train together"
@@ -574,6 +574,7 @@ class Precision:
     threads: int  # of the network on the CPU: the order of floating point sums depends on it
     amp: str  # of PRECISIONS
     compile: bool
+    replay: bool = False  # record a step on the GPU, and replay it as one launch
 
 
 def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int) -> Precision:
@@ -582,10 +583,12 @@ def choose_precision(asked: dict, saved: dict, device: torch.device, cores: int)
     asked, saved: values by the names of Precision, any of which may be missing. Raises SettingError where the two
     contradict each other, or for what the device cannot do.
     """
-    suitable = {"threads": cores, "amp": suitable_precision(device)[0], "compile": False}
+    suitable = {"threads": cores, "amp": suitable_precision(device)[0], "compile": False, "replay": False}
     precision = Precision(**suitable | resume(asked, saved))
     if precision.amp == "fp16" and device.type == "cpu":
         raise SettingError("amp", "fp16 needs a GPU (--cuda 1); a CPU computes in bf16 or float32")
+    if precision.replay and device.type == "cpu":
+        raise SettingError("replay", "only a GPU replays steps (--cuda 1)")
     if precision.compile and device.type == "cuda" and not can_compile(device):
         raise SettingError("compile", "torch finds no Triton or no C compiler; install both, or do without")
     compilers = os.environ.get("CXX", "g++"), "clang++", "c++"

@@ -136,7 +136,9 @@ def test_replayed_steps_are_the_eager_ones(flags, amp, on_device, tmp_path):
     def started(state=None):
         train_set = TrainSet(noise(config), [Path(f"{number}.png") for number in range(8)], NOTHING_IGNORED)
         storage = IN_MEMORY if on_device else Storage(tmp_path, memory=0)
-        return Trainer(config, train_set, RunOptions(device, storage=storage), Precision(1, amp, False), state)
+        return Trainer(
+            config, train_set, RunOptions(device, storage=storage), Precision(1, amp, False, replay=True), state
+        )
 
     eager, run = started(), started()
     inputs, eager.recorded = eager.sample_packed, Issued()
