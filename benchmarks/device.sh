@@ -94,8 +94,8 @@ everything() {
   done
   [[ -n $present ]] || { echo "== $data_dir has none of $categories"; return 1; }
   part "training of $present" "$(($(left) - reserve))" "$python" run_training.py --type "$present" \
-    --data_dir "$data_dir" --model_dir "$models" --logdir "$models/logs" --cuda "$cuda" --no-pretrained --variant 3way --test_epochs -1 \
-    --compile "$compile" --cache_dir none "${run[@]}"
+    --data_dir "$data_dir" --model_dir "$models" --logdir "$models/logs" --cuda "$cuda" --no-pretrained \
+    --variant 3way --test_epochs -1 --compile "$compile" --cache_dir none "${run[@]}"
   present=""
   for name in ${categories//,/ }; do
     [[ ! -f $models/$name.pt ]] || present+=${present:+,}$name
