@@ -2,8 +2,8 @@
 
 ``sample_params`` draws every random number of a batch, on the CPU, so that a seed gives the same batches on every
 device; ``make_views`` acts on the images' device and changes no input; ``make_packed_views`` does the same for a GPU,
-from the numbers that ``pack_params`` gives. Owns what a patch and a scar are, the base
-augmentation (translation, color jitter), the crops of a patch model, and which views show anything.
+from the numbers that ``pack_params`` gives. Owns what a patch and a scar are, the base augmentation (translation, color
+jitter), the crops of a patch model, and which views show anything.
 Source: Li, Sohn, Yoon, Pfister, "CutPaste", CVPR 2021 (arXiv 2104.04015), sections 2.2, 2.4, A.1, A.2 and A.5.
 """
 
