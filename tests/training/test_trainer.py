@@ -76,45 +76,34 @@ def weights_of(network) -> torch.Tensor:
 # Continuing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory):
-    """A detector of brick, trained by SMALL in one go."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "models"
-    done = train(data, folder, "--type", "brick", *SMALL)
-    assert done.code == 0, done.err
-    return folder / "brick.pt"
+@pytest.fixture
+def uninterrupted(script, data, tmp_path):
+    """The file of a detector of brick that is trained in one go."""
+
+    def call(*flags):
+        done = again(script, data, tmp_path / "whole/models", "--type", "brick", *flags)
+        assert done.code == 0, done.err
+        return tmp_path / "whole/models/brick.pt"
+
+    return call
 
 
-def test_killed_twice_equals_uninterrupted(data, uninterrupted, tmp_path, train_brick):
+@pytest.mark.parametrize(
+    "flags", [SMALL, (*SMALL, "--level", 1, *PATCHES, "--location", "each")], ids=["whole", "patches"]
+)
+def test_killed_twice_equals_uninterrupted(data, uninterrupted, tmp_path, train_brick, flags):
     folder = tmp_path / "models"
     for step in (1, 3):
-        process = start(data, folder, "--type", "brick", *SMALL)
+        process = start(data, folder, "--type", "brick", *flags)
         wait_for_step(process, folder / "brick.checkpoint", step)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not (folder / "brick.pt").exists()
-    done = train_brick(*SMALL)
-    assert done.code == 0, done.err
-    assert "brick: continuing at step" in done.err
-    assert same_weights(folder / "brick.pt", uninterrupted)
-    assert not (folder / "brick.checkpoint").exists()
-
-
-def test_a_killed_patch_model_equals_an_uninterrupted_one(data, tmp_path, script, train_brick):
-    flags, whole = (*SMALL, "--level", 1, *PATCHES, "--location", "each"), tmp_path / "whole/models"
-    done = again(script, data, whole, "--type", "brick", *flags)
-    assert done.code == 0, done.err
-    made = load(whole / "brick.pt")
-    assert made.config.patches.patch_size == 32
-    assert made.members[0].levels[0].density.mean.shape == (6 * 6, 24)
-    assert made.calibration_scores.shape == (8,)
-    process = start(data, tmp_path / "models", "--type", "brick", *flags)
-    wait_for_step(process, tmp_path / "models/brick.checkpoint", 2)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
     done = train_brick(*flags)
+    assert done.code == 0, done.err
     assert "brick: continuing at step" in done.err
-    assert same_weights(tmp_path / "models/brick.pt", whole / "brick.pt")
+    assert same_weights(folder / "brick.pt", uninterrupted(*flags))
+    assert not (folder / "brick.checkpoint").exists()
 
 
 def test_a_signal_saves_the_state_and_the_same_command_continues(data, uninterrupted, tmp_path, train_brick):
@@ -128,7 +117,7 @@ def test_a_signal_saves_the_state_and_the_same_command_continues(data, uninterru
     assert "Traceback" not in err
     done = train_brick(*flags)
     assert done.code == 0, done.err
-    assert same_weights(folder / "brick.pt", uninterrupted)  # looking at the test images changes nothing
+    assert same_weights(folder / "brick.pt", uninterrupted(*SMALL))  # looking at the test images changes nothing
 
 
 def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_path, train_brick):
@@ -441,8 +430,11 @@ def test_location_auto_says_what_it_chose(tmp_path, train_brick):
     each = float(spread["each"]) > float(spread["shared"])
     assert ("for each location" in line) == each
     made = load(tmp_path / "models/brick.pt")
-    assert made.members[0].levels[0].shared != each
-    assert made.config.patches.location == "auto"
+    (level,) = made.members[0].levels
+    assert level.shared != each
+    assert level.density.mean.shape == (36 if each else 1, 64)
+    assert (made.config.patches.location, made.config.patches.patch_size) == ("auto", 32)
+    assert made.calibration_scores.shape == (8,)
 
 
 def test_the_fast_recipe_trains_and_tells_what_it_sets(data, tmp_path, script):
