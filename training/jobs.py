@@ -75,7 +75,8 @@ def train_networks(job: Job, numbers: list[int], options: RunOptions) -> TrainSe
     train_set = load_normal(job, options)
     if len(train_set) < config.batch_size and ranks.is_main:
         say(f"{category}: {len(train_set)} training images, so {len(train_set)} per step (--batch_size)")
-    test_set = load_watched(config, options) if options.test_epochs > 0 and ranks.is_main else None
+    watches = options.test_epochs > 0 and ranks.is_main
+    test_set = load_watched(config, options, train_set.fill_index) if watches else None
     if options.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
     for number in numbers:
@@ -108,15 +109,15 @@ def load_normal(job: Job, options: RunOptions) -> TrainSet:
     return train_set
 
 
-def load_watched(config: Config, options: RunOptions) -> TestSet | None:
+def load_watched(config: Config, options: RunOptions, fill_index: Tensor) -> TestSet | None:
     """Return the test images to watch while training; None, which is told, unless there are normal and anomalous
-    ones."""
+    ones. fill_index: of the training images, for what is ignored in both."""
     folder = Path(options.data_dir) / config.category / "test"
     if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
         say(f"{config.category}: no test images, so no AUROC while training")
         return None
     where = options.data_dir, config.category, config.size, options.workers, options.storage
-    test_set = load_test(*where, config.ignore)
+    test_set = load_test(*where, fill_index)
     if 0 < test_set.labels.sum() < len(test_set.labels):
         return test_set
     say(f"{config.category}: test images of one kind only, so no AUROC while training")
