@@ -209,7 +209,7 @@ VARIANTS = {
 
 
 def pasted_views(variant: str) -> list[View]:
-    """The views of a variant after the first, the image. Raises ValueError for an unknown variant or view."""
+    """Return the views of a variant after the first, the image. Raises ValueError for an unknown variant or view."""
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
     for place, name in enumerate(VARIANTS[variant].views):
@@ -265,8 +265,8 @@ def sample_params(
             raise ValueError(f"{name} lies in [0, 0.5], not {value}")
     if patch_size is not None and not 1 <= patch_size <= min(height, width):
         raise ValueError(f"patch_size lies in [1, {min(height, width)}], the image's shorter side, not {patch_size}")
-    most = torch.tensor([int(translate * height), int(translate * width)])
-    shift = whole_numbers((2 * most).expand(batch_size, 2), generator).long() - most if translate else None
+    largest = torch.tensor([int(translate * height), int(translate * width)])
+    shift = whole_numbers((2 * largest).expand(batch_size, 2), generator).long() - largest if translate else None
     base = draw_jitter(batch_size, jitter, generator)
     corner, source, size, scar_scale = None, None, (height, width), min(height, width) / SCAR_IMAGE_SIZE
     if patch_size is not None:
@@ -284,9 +284,9 @@ def sample_params(
 
 
 def _corner(count: int, height: int, width: int, side: int, generator: Source) -> Tensor:
-    """(top, left) of squares anywhere in images: (count, 2) int64."""
-    most = [torch.full((count,), float(size - side)) for size in (height, width)]
-    return torch.stack([whole_numbers(each, generator) for each in most], 1).long()
+    """Draw (top, left) of squares anywhere in images: (count, 2) int64."""
+    room = [torch.full((count,), float(size - side)) for size in (height, width)]
+    return torch.stack([whole_numbers(high, generator) for high in room], 1).long()
 
 
 def make_views(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor]:
@@ -313,7 +313,8 @@ def make_views_and_sample(images: Tensor, params: ViewParams) -> tuple[Tensor, T
 
 
 def augment(images: Tensor, params: ViewParams, out: Tensor | None = None) -> Tensor:
-    """The base augmentation alone, of whole images (B, 3, H, W): float32 in [0, 1], channels_last; ``out`` if given."""
+    """Return the base augmentation alone, of whole images (B, 3, H, W): float32 in [0, 1], channels_last; ``out`` if
+    given."""
     _check_fit(images, params)
     out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last) if out is None else out
     for part in _parts(len(images), BASES_AT_ONCE, images.device):
@@ -323,8 +324,8 @@ def augment(images: Tensor, params: ViewParams, out: Tensor | None = None) -> Te
 
 
 def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The base augmentation of the squares drawn for images (B, 3, H, W), (B, 3, P, P) float32 each: those that become
-    views (section 2.4), and those that patches from elsewhere are cut from, if there are such.
+    """Return the base augmentation of the squares drawn for images (B, 3, H, W), (B, 3, P, P) float32 each: those that
+    become views (section 2.4), and those that patches from elsewhere are cut from, if there are such.
 
     The third is an even sample of each whole image's augmented pixels, (B, 3, 1, n), whose statistics stand for the
     image's: the color jitter of a whole image would cost more than all else that is done to the crops.
@@ -349,13 +350,14 @@ def augment_crops(images: Tensor, params: ViewParams) -> tuple[Tensor, Tensor | 
 
 
 def _sample_grid(height: int, width: int) -> tuple[int, int, tuple[int, int]]:
-    """The even sample of an image's pixels: first row and column, step, number of rows and of columns."""
+    """Return the even sample of an image's pixels: first row and column, step, number of rows and of columns."""
     step = max(1, min(height, width) // SAMPLE_SIDE)
     return step // 2, step, tuple(len(range(step // 2, side, step)) for side in (height, width))
 
 
 def _places(corner: Tensor, shape: Sequence[int], step: int, size: tuple[int, int]) -> Tensor:
-    """Where the pixels of rectangles in translated images come from, as numbers of an image's pixels: (B, h * w).
+    """Return where the pixels of rectangles in translated images come from, as numbers of an image's pixels: (B, h *
+    w).
 
     corner (B, 2) int64, less the translation; shape (h, w), a pixel every ``step``; size (H, W) of the images. What
     ``translate`` does, for these pixels alone.
@@ -368,7 +370,7 @@ def _places(corner: Tensor, shape: Sequence[int], step: int, size: tuple[int, in
 
 
 def _reflected(places: Tensor, size: int) -> Tensor:
-    """Places along an axis, those beyond the border as reflections at the border pixel."""
+    """Return places along an axis, those beyond the border as reflections at the border pixel."""
     return size - 1 - (size - 1 - places.abs()).abs()
 
 
@@ -395,8 +397,8 @@ def cut_paste(
 
 
 def visible(views: Tensor, params: ViewParams, whole: Tensor) -> Tensor:
-    """Whether each of the views (V*B, 3, H, W) shows something: (V*B,) bool. Of an image, the first view, it says
-    whether any of its other views does.
+    """Return whether each of the views (V*B, 3, H, W) shows something: (V*B,) bool; for the unmodified view True if any
+    of its pasted views does.
 
     A pasted view in which nothing can be seen to differ from the image is no anomaly: smooth surfaces and backgrounds
     give many, and each is a wrong label. whole: pixels of the augmented whole images, (B, 3, h, w), or a sample.
@@ -406,7 +408,8 @@ def visible(views: Tensor, params: ViewParams, whole: Tensor) -> Tensor:
 
 
 def _visible(views: Tensor, areas: Sequence[Tensor], whole: Tensor) -> Tensor:
-    """``visible`` of pasted rectangles of these areas, (B,) on the device for each view after the first."""
+    """Return what ``visible`` does, for pasted rectangles of these areas, (B,) on the device for each view after the
+    first."""
     base, *further = views.chunk(1 + len(areas))
     least = VISIBLE_CHANGE * whole.flatten(1).std(1, correction=0).clamp(min=1e-3)[:, None, None]
     results = []
@@ -452,28 +455,30 @@ def _parts(count: int, batch_size: int, device: torch.device) -> list[slice]:
 
 
 def rows(params: Any, part: slice | Tensor) -> Any:
-    """Parameters, of any class, of some images of the batch: every tensor indexed by ``part``, the rest as it is."""
+    """Return parameters, of any class, of some images of the batch: every tensor indexed by ``part``, the rest as it
+    is."""
     if isinstance(params, Tensor):
         return params[part]
     if isinstance(params, tuple):
-        return tuple(rows(each, part) for each in params)
-    return type(params)(*[rows(each, part) for each in vars(params).values()]) if is_dataclass(params) else params
+        return tuple(rows(value, part) for value in params)
+    return type(params)(*[rows(value, part) for value in vars(params).values()]) if is_dataclass(params) else params
 
 
 # The same for a GPU -----------------------------------------------------------------------------------------------
 
 
 def packable(variant: str) -> bool:
-    """Whether ``make_packed_views`` knows how to make every view of a variant."""
+    """Return whether ``make_packed_views`` knows how to make every view of a variant."""
     return all(view.paste is paste_ for view in pasted_views(variant))
 
 
 def pack_params(params: ViewParams) -> Tensor:
-    """All that was drawn for a batch as a row of numbers for each image, (B, K) float32: one copy to the device."""
+    """Return all that was drawn for a batch as a row of numbers for each image, (B, K) float32: one copy to the
+    device."""
     count = len(params.pastes[0].width)
     neutral = JitterParams(torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(count, 4), torch.arange(4).expand(count, 4))
     jitters = [neutral if jitter is None else jitter for jitter in (params.jitter, *(p.jitter for p in params.pastes))]
-    factors, order = (torch.cat([getattr(each, name) for each in jitters]) for name in ("factors", "order"))
+    factors, order = (torch.cat([getattr(jitter, name) for jitter in jitters]) for name in ("factors", "order"))
     base, *others = jitter_numbers(JitterParams(factors, order)).split(count)
     corners = [
         torch.zeros(count, 2) if corner is None else corner.float()

@@ -70,14 +70,15 @@ class TestSet:
 
 
 def find_categories(data_dir: str | Path) -> list[str]:
-    """The names of the folders in ``data_dir`` that hold train/good, sorted. Raises InputError if there is none."""
+    """Return the names of the folders in ``data_dir`` that hold train/good, sorted. Raises InputError if there is
+    none."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; give the one that holds the categories")
-    found = sorted(p.name for p in data_dir.iterdir() if (p / "train" / GOOD).is_dir())
-    if not found:
+    categories = sorted(p.name for p in data_dir.iterdir() if (p / "train" / GOOD).is_dir())
+    if not categories:
         raise InputError(f"{data_dir}: no category in it (a folder with train/{GOOD}); see 'Data' in the README")
-    return found
+    return categories
 
 
 def choose_categories(data_dir: str | Path, names: Sequence[str]) -> list[str]:
@@ -93,7 +94,8 @@ def choose_categories(data_dir: str | Path, names: Sequence[str]) -> list[str]:
 
 
 def train_paths(data_dir: str | Path, category: str) -> list[Path]:
-    """The normal training images of a category, sorted. Raises InputError if there are fewer than two."""
+    """Return the paths of the normal training images of a category, sorted. Raises InputError if there are fewer than
+    two."""
     folder = Path(data_dir) / category / "train" / GOOD
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a category keeps its normal training images there")
@@ -158,7 +160,8 @@ def load_test(
 
 
 def find_mask(path: Path) -> Path | None:
-    """The ground truth of test/<defect type>/<name>: ground_truth/<defect type>/<name>_mask or <name>, any suffix."""
+    """Return the ground truth of test/<defect type>/<name>: ground_truth/<defect type>/<name>_mask or <name>, any
+    suffix."""
     if path.parent.name == GOOD:
         return None
     folder = path.parents[2] / "ground_truth" / path.parent.name
@@ -194,7 +197,8 @@ def load_images(
 
 
 def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
-    """Ground truth of the test images: (M, H, W) uint8 in {0, 1}, 1 is defective; all 0 where there is no mask."""
+    """Return the ground truth of the test images: (M, H, W) uint8 in {0, 1}, 1 is defective; all 0 where there is no
+    mask."""
     masks = torch.zeros(len(test.paths), *size, dtype=torch.uint8)
 
     def decode_into(index: int) -> None:
@@ -207,7 +211,7 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
 
 def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
-    """work(0) ... work(count - 1); the error of the lowest index is raised, whatever the number of threads."""
+    """Call work(0) ... work(count - 1); the error of the lowest index is raised, whatever the number of threads."""
     with ThreadPoolExecutor(workers or 1) as pool:  # threads suffice: Pillow decodes and resizes outside the GIL
         run = pool.map if workers else map
         for first in range(0, count, AT_ONCE):
@@ -252,24 +256,26 @@ def save_maps(folder: Path, images: Path, paths: Sequence[Path], maps: np.ndarra
 
 
 def ignored_path(where: str, category: str) -> Path | None:
-    """The mask of a category: the file ``where``, or <category>.png if that is a folder; None if it is not in there."""
+    """Return the mask of a category: the file ``where``, or <category>.png if that is a folder; None if it is not in
+    there."""
     path = Path(where)
     if not path.is_dir():
         return path
-    return own if (own := path / f"{category}.png").exists() else None
+    path = path / f"{category}.png"
+    return path if path.exists() else None
 
 
 def load_ignored(path: Path, size: tuple[int, int], file_size: tuple[int, int] | None) -> Tensor:
-    """The pixels that do not count in images resized to ``size`` (H, W), as (H, W) bool: those of which any part is not
-    black in the mask.
+    """Return the pixels that do not count in images resized to ``size`` (H, W), as (H, W) bool: those of which any part
+    is not black in the mask.
 
     file_size: (H, W) of the image files, None if unknown. The mask has it, or ``size``. Raises InputError if not, if
     the file is no image, or if it ignores every pixel or none.
     """
     mask = decode_mask(path)
     if file_size is not None and mask.shape not in (size, file_size):
-        here, files, own = (f"{width}x{height}" for height, width in (mask.shape, file_size, size))
-        raise InputError(f"{path}: mask of {here} pixels for images of {files}; give it their size, or {own}")
+        here, files, resized = (f"{width}x{height}" for height, width in (mask.shape, file_size, size))
+        raise InputError(f"{path}: mask of {here} pixels for images of {files}; give it their size, or {resized}")
     # By the filter that the images are resized with, which reaches beyond the pixel: what it mixes in is a part too
     parts = Image.fromarray(mask.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR)
     ignored = torch.from_numpy(np.array(parts) > 0)

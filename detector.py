@@ -42,7 +42,7 @@ PATCH_IMAGES_AT_ONCE, PATCHES_AT_ONCE = {"cpu": 4, "cuda": 32}, {"cpu": 4096, "c
 
 
 class BatchPrediction(NamedTuple):
-    """What a detector says of B images.
+    """Hold what a detector says of B images.
 
     scores: (B,) float64, higher is more anomalous. p_values: (B,), see conformal.p_values. maps: (B, H, W) float32 of a
     patch model, else None. features: what an explanation needs, see ``Detector.predict_batch``; else empty.
@@ -56,7 +56,7 @@ class BatchPrediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a detector says of N images, as arrays.
+    """Hold what a detector says of N images, as arrays.
 
     scores, p_values: (N,); anomalous: (N,) bool, where p <= the detector's ``guarantee.rate``; maps: (N, H, W) or None.
     """
@@ -102,7 +102,7 @@ class Detector(nn.Module):
 
     @property
     def batch_size(self) -> int:
-        """Images that go through it together."""
+        """Return the number of images that go through it together."""
         if self.config.patches is None:
             return IMAGES_AT_ONCE
         windows, kind = max(math.prod(level.grid.shape) for level in self.members[0].levels), self.device.type
@@ -110,19 +110,19 @@ class Detector(nn.Module):
 
     @property
     def unit(self) -> str:
-        """What a score is."""
+        """Return what a score is, in words."""
         unit = self.members[0].unit
         return unit if len(self.members) == 1 else f"standardized {unit}, mean of {len(self.members)} networks"
 
     @property
     def guarantee(self) -> FalseAlarmGuarantee:
-        """What its false-alarm rate promises."""
+        """Return what its false-alarm rate promises."""
         kind = "cross" if len(self.members) > 1 else "split" if self.config.holdout else "seen"
         return FalseAlarmGuarantee(kind, len(self.calibration_scores), self.config.false_alarm_rate)
 
     @property
     def comparison_level(self) -> int:
-        """The stage whose features tell which normal image is nearest: the last one of stride 16."""
+        """Return the stage whose features tell which normal image is nearest: the last one of stride 16."""
         return self.members[0].network.spec.middle[-1]
 
     # Scoring ------------------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ class EnsembleMember(nn.Module):
 
     @property
     def unit(self) -> str:
-        """What a score is, before it is standardized."""
+        """Return what a score is before it is standardized, in words."""
         unit = self.levels[0].density.unit
         return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized {unit}s"
 
@@ -493,8 +493,8 @@ def stream(
 
 
 def unseen_by(config: Config, count: int, number: int) -> Tensor:
-    """The numbers of the normal images, of ``count``, that member ``number`` does not see: those of its fold (image i
-    is in fold i modulo folds), or the evenly spaced ones that are held out."""
+    """Return the numbers of the normal images, of ``count``, that member ``number`` does not see: those of its fold
+    (image i is in fold i modulo folds), or the evenly spaced ones that are held out."""
     if config.folds > 1:
         return torch.arange(number, count, config.folds)
     held = max(1, round(config.holdout * count)) if config.holdout else 0
@@ -509,7 +509,7 @@ def all_but(numbers: Tensor, count: int) -> Tensor:
 
 
 def check_enough(config: Config, count: int) -> None:
-    """Raises SettingError if ``count`` images are too few for the folds (two in each, to have a deviation), for images
+    """Raise SettingError if ``count`` images are too few for the folds (two in each, to have a deviation), for images
     held out, or for one Gaussian for each location, if it was asked for."""
     if config.folds > 1 and count < 2 * config.folds:
         reason = f"{count} training images make at most {count // 2} folds of two, {config.folds} were asked for"
@@ -527,15 +527,15 @@ def check_enough(config: Config, count: int) -> None:
 
 
 def build_network(config: Config) -> CutPasteNet:
-    """The network of a Config, its weights drawn from torch's global generator."""
+    """Return the network of a Config, its weights drawn from torch's global generator."""
     classes = VARIANTS[config.variant].num_classes
     network = CutPasteNet(config.backbone, config.head_layer, classes, config.normalize)
     return network.to(memory_format=torch.channels_last)
 
 
 def initial_network(config: Config, pretrained: bool = True, member: int = 0) -> CutPasteNet:
-    """The network as training starts from it: seeded by (seed, category, member), ImageNet weights in place if the
-    Config and ``pretrained`` say so. Raises model.WeightsError if those cannot be had."""
+    """Return the network as training starts from it: seeded by (seed, category, member), ImageNet weights in place if
+    the Config and ``pretrained`` say so. Raises model.WeightsError if those cannot be had."""
     with torch.random.fork_rng(devices=[]):  # on the CPU, so that a seed means the same weights on every device
         torch.manual_seed(category_seed(config.seed, config.category, member))
         network = build_network(config)
@@ -545,7 +545,7 @@ def initial_network(config: Config, pretrained: bool = True, member: int = 0) ->
 
 
 def category_seed(seed: int, category: str, member: int = 0) -> int:
-    """A seed for one member of one category, so that its results do not depend on what was trained before it."""
+    """Return a seed for one member of one category, so that its results do not depend on what was trained before it."""
     text = f"{seed}/{category}" + (f"/{member}" if member else "")
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
@@ -578,7 +578,7 @@ def save(detector: Detector, path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> Config:
-    """The settings of a detector file; builds no network. Raises InputError as ``load`` does."""
+    """Return the settings of a detector file; builds no network. Raises InputError as ``load`` does."""
     return _read(path)[0]
 
 
@@ -619,7 +619,7 @@ def load_member(member: EnsembleMember, content: dict) -> None:
 
 
 def _read(path: str | Path) -> tuple[Config, dict]:
-    """Settings and content of a detector file, brought to this version."""
+    """Return settings and content of a detector file, brought to this version."""
     content = load_tensors(path, "detector")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path}: not a detector file of this project; make one with run_training.py")
@@ -635,14 +635,15 @@ def _read(path: str | Path) -> tuple[Config, dict]:
     except (InputError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: damaged detector file ({error}); train it again") from error
     if config.category != Path(path).stem:
-        found = f"the detector of category {config.category!r} under another name"
-        raise InputError(f"{path}: {found}; rename it back, a detector is only right for its own category")
+        state = f"the detector of category {config.category!r} under another name"
+        raise InputError(f"{path}: {state}; rename it back, a detector is only right for its own category")
     return config, content
 
 
 def from_version_2(content: dict) -> dict:
-    """Version 2 had one level, the inverse covariance of a whole image's Gaussian, "made" for metadata, all dimensions
-    of a shared Gaussian that "auto" had chosen, and a quantile between two scores as its threshold."""
+    """Bring a file to version 3. Version 2 had one level, the inverse covariance of a whole image's Gaussian, "made"
+    for metadata, all dimensions of a shared Gaussian that "auto" had chosen, and a quantile between two scores as its
+    threshold."""
     density, config = dict(content["density"]), dict(content["config"])
     if config.get("location") == "auto" and density["projection"].shape[1] > EACH_DIMS:
         config["dims"] = density["projection"].shape[1]
@@ -659,7 +660,8 @@ def from_version_2(content: dict) -> dict:
 
 
 def from_version_3(content: dict) -> dict:
-    """Version 3 had one network, and four stages of MobileNetV2, the last one with its head convolution."""
+    """Bring a file to version 4. Version 3 had one network, and four stages of MobileNetV2, the last one with its head
+    convolution."""
     config = dict(content["config"])
     if config.get("backbone") == "mobilenet_v2" and config.get("level"):
         config["level"] = str(config["level"]).replace("4", "5")
@@ -668,8 +670,8 @@ def from_version_3(content: dict) -> dict:
 
 
 def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:
-    """The detector files to evaluate: of the categories asked for, or of each with both a detector and images; others
-    are told. Where the folder holds folders of several seeds, those in them, by category and seed."""
+    """Return the detector files to evaluate: of the categories asked for, or of each with both a detector and images;
+    others are told. Where the folder holds folders of several seeds, those in them, by category and seed."""
     folder = Path(model_dir)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train first, or name the folder of detectors with --model_dir")
@@ -679,28 +681,30 @@ def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True
         raise InputError(f"{folder}: holds detectors of its own and of several seeds; name one, such as {seeds[0]}")
     if not seeds:
         return [detector_path(folder, category) for category in find_categories(folder, data_dir, names, tell)]
-    found = [
+    paths = [
         detector_path(seed, category) for seed in seeds for category in find_categories(seed, data_dir, names, tell)
     ]
-    return sorted(found, key=lambda path: path.stem)  # which keeps the order of seeds
+    return sorted(paths, key=lambda path: path.stem)  # which keeps the order of seeds
 
 
 def detectors_in(folder: Path) -> list[str]:
+    """Return the categories of the detector files in a folder, sorted."""
     return sorted(p.stem for p in folder.glob("*" + SUFFIX) if not p.name.startswith("."))
 
 
 def find_categories(folder: Path, data_dir: str, names: list[str], tell: bool) -> list[str]:
-    trained, found = detectors_in(folder), choose_categories(data_dir, names)
+    """Return the categories with both a detector in ``folder`` and images, of those asked for; see ``find_work``."""
+    trained, pictured = detectors_in(folder), choose_categories(data_dir, names)
     if names != ["all"]:
-        missing = [name for name in found if name not in trained]
+        missing = [name for name in pictured if name not in trained]
         if missing:
             raise InputError(f"{folder}: no detector for {', '.join(missing)}; train it with run_training.py --type")
-        return found
-    for name in sorted({*trained} ^ {*found}) if tell else ():
+        return pictured
+    for name in sorted({*trained} ^ {*pictured}) if tell else ():
         has = f"a detector in {folder} but no images in {data_dir}"
         lacks = f"images in {data_dir} but no detector in {folder}"
         say(f"{name}: has {has if name in trained else lacks}; left out")
-    both = [name for name in found if name in trained]
+    both = [name for name in pictured if name in trained]
     if not both:
         raise InputError(f"{folder}: no detector for any category of {data_dir}; train one with run_training.py")
     return both

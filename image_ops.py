@@ -22,7 +22,8 @@ class JitterParams:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in [0, 1]; floating point passes as float32. Raises ValueError for other types."""
+    """Return uint8 in 0..255 as float32 in [0, 1]; floating point passes as float32. Raises ValueError for other
+    types."""
     if images.dtype == torch.uint8:
         return images.float().div_(255)
     if not images.is_floating_point():
@@ -59,7 +60,7 @@ def color_jitter(images: Tensor, params: JitterParams, mask: Tensor | None = Non
 
 
 def _blends(params: JitterParams) -> Tensor:
-    """What each place blends: factors of the image itself, of its mean gray and of its gray, (3, B, 4).
+    """Return what each place blends: factors of the image itself, of its mean gray and of its gray, (3, B, 4).
 
     Brightness, contrast and saturation blend the image with another: black, its mean gray, its gray. Factors 1, 0, 0
     change nothing; they stand where the hue is turned.
@@ -70,7 +71,7 @@ def _blends(params: JitterParams) -> Tensor:
 
 
 def _blended_with(images: Tensor, to_mean: Tensor, to_gray: Tensor, mask: Tensor | None) -> Tensor:
-    """What is added to the weighted images (B, 3, H, W): their gray and its mean, weighted too: (B, H, W)."""
+    """Return what is added to the weighted images (B, 3, H, W): their gray and its mean, weighted too: (B, H, W)."""
     red, green, blue = images.unbind(1)
     gray = (red * GRAY[0]).add_(green, alpha=GRAY[1]).add_(blue, alpha=GRAY[2])
     if mask is None:
@@ -102,12 +103,12 @@ def translate(images: Tensor, shift: Tensor) -> Tensor:
     """Move image b by shift[b] = (down, right) pixels; what comes in at the border is the image's reflection (the
     border pixel itself is not repeated). The base augmentation's first half, before CutPaste sees the image (A.1)."""
     height, width = images.shape[-2:]
-    most = shift.abs().amax(0)
-    for axis, margin in zip((2, 3), most.tolist()):  # known on the CPU; torch's reflection_pad takes no uint8
+    largest = shift.abs().amax(0)
+    for axis, margin in zip((2, 3), largest.tolist()):  # known on the CPU; torch's reflection_pad takes no uint8
         before, after = images.narrow(axis, 1, margin), images.narrow(axis, images.shape[axis] - 1 - margin, margin)
         images = torch.cat([before.flip(axis), images, after.flip(axis)], axis)
-    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 * most[0] + 1, 2 * most[1] + 1, H, W)
-    top, left = (most - shift).to(images.device, non_blocking=True).unbind(1)
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 2 * largest[0] + 1, 2 * largest[1] + 1, H, W)
+    top, left = (largest - shift).to(images.device, non_blocking=True).unbind(1)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
@@ -127,7 +128,7 @@ class PasteParams:
 
 
 def half_extents(width: Tensor, height: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Half the width and height of the upright box around a rotated rectangle."""
+    """Return half the width and height of the upright box around a rotated rectangle."""
     cos, sin = angle.deg2rad().cos().abs(), angle.deg2rad().sin().abs()
     return (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
 
@@ -141,7 +142,7 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
     edge is soft. Only as many pixels as the largest patch has are worked on.
     """
     (count, _, height, width), device, p = images.shape, images.device, params
-    most = int((p.width * p.height).max())  # known on the CPU: the device is not waited for
+    area = int((p.width * p.height).max())  # known on the CPU: the device is not waited for
     half_w, half_h = half_extents(p.width, p.height, p.angle)
     left, top = (p.center_x - half_w).floor(), (p.center_y - half_h).floor()
     upright = p.soft is None and not p.angle.any()
@@ -157,15 +158,15 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
     # A pixel's number in the whole batch; with three channels each, rows of a matrix are faster than any index by axes
     pixels, changed = (x.permute(0, 2, 3, 1).view(-1, 3) for x in (images, target))  # (B*H*W, 3)
     first = torch.arange(count, device=device)[:, None] * (height * width)
-    each = torch.arange(most, device=device, dtype=torch.float32)[None]  # a patch's pixels, row by row
-    inside = each < w * h  # (B, most); a smaller patch repeats its last pixel
-    each = torch.minimum(each, w * h - 1)
-    y = ((each + 0.5) / w).floor()  # exact, and far faster than the division of whole numbers
-    x = each - y * w
+    number = torch.arange(area, device=device, dtype=torch.float32)[None]  # a patch's pixels, row by row
+    inside = number < w * h  # (B, area); a smaller patch repeats its last pixel
+    number = torch.minimum(number, w * h - 1)
+    y = ((number + 0.5) / w).floor()  # exact, and far faster than the division of whole numbers
+    x = number - y * w
     source = first + ((source_y + y) * width + source_x + x).long()
-    patch = pixels.index_select(0, source.view(-1))  # (B * most, 3)
+    patch = pixels.index_select(0, source.view(-1))  # (B * area, 3)
     if p.jitter is not None:
-        patch = patch.view(count, 1, most, 3).permute(0, 3, 1, 2)  # images one pixel high
+        patch = patch.view(count, 1, area, 3).permute(0, 3, 1, 2)  # images one pixel high
         patch = color_jitter(patch, p.jitter, inside[:, None, None]).permute(0, 2, 3, 1).reshape(-1, 3)
     if upright:
         place = first + ((top + y) * width + left + x).long()
@@ -178,7 +179,7 @@ def paste_(target: Tensor, images: Tensor, params: PasteParams) -> Tensor:
         u, v = across + w / 2, along + h / 2
         inside = (u >= 0) & (u < w) & (v >= 0) & (v < h)
         u, v = torch.minimum(u.floor().clamp(min=0), w - 1), torch.minimum(v.floor().clamp(min=0), h - 1)
-        origin = torch.arange(count, device=device)[:, None, None] * most + (v * w + u).long()
+        origin = torch.arange(count, device=device)[:, None, None] * area + (v * w + u).long()
         place = first[:, None] + (y * width + x).long()
         new, covered = patch.index_select(0, origin.view(-1)), changed.index_select(0, place.view(-1))
         if soft:
@@ -203,8 +204,9 @@ JITTER_NUMBERS, PASTE_NUMBERS = 2 * (2 * BLENDS + 1), 9
 
 
 def jitter_numbers(params: JitterParams) -> Tensor:
-    """The numbers of a color jitter, (B, JITTER_NUMBERS): blends of the places before the hue and of those after it,
-    and its turn; then the same up to the contrast, neutral from there on, by which ``jitter_planes`` finds the mean."""
+    """Return the numbers of a color jitter, (B, JITTER_NUMBERS): blends of the places before the hue and of those after
+    it, and its turn; then the same up to the contrast, neutral from there on, by which ``jitter_planes`` finds the
+    mean."""
     order, place = params.order, torch.arange(4)
     blends, neutral = _blends(params).movedim(0, 2), torch.tensor([1.0, 0.0, 0.0])  # (B, 4, 3)
     hue, contrast = ((order == kind).int().argmax(1, keepdim=True) for kind in (HUE, CONTRAST))  # their places (B, 1)
@@ -221,7 +223,7 @@ def jitter_numbers(params: JitterParams) -> Tensor:
 def jitter_planes(
     planes: Planes, numbers: Tensor, of: Planes, inside: Tensor | None = None, count: Tensor | None = None
 ) -> Planes:
-    """Color jitter, as ``color_jitter``, by ``jitter_numbers``. The contrast refers to the mean gray of the images
+    """Jitter colors as ``color_jitter`` does, by ``jitter_numbers``. The contrast refers to the mean gray of the images
     ``of``, or of their pixels ``inside`` (B, n), ``count`` (B, 1) each."""
     all_places, up_to_contrast = numbers[..., None].chunk(2, 1)
     gray = _gray(_jittered(of, up_to_contrast, 2))  # two places at most are before the contrast, beside the hue
@@ -250,7 +252,7 @@ def _gray(planes: Planes) -> Tensor:
 
 
 def _hue_turned(planes: Planes, turn: Tensor) -> Planes:
-    """What ``rotate_hue_`` does; turn: (B, 1)."""
+    """Turn the hue as ``rotate_hue_`` does; turn: (B, 1)."""
     red, green, blue = planes
     low, value = torch.minimum(torch.minimum(red, green), blue), torch.maximum(torch.maximum(red, green), blue)
     chroma = value - low
@@ -261,7 +263,7 @@ def _hue_turned(planes: Planes, turn: Tensor) -> Planes:
 
 
 def paste_numbers(params: PasteParams) -> Tensor:
-    """The numbers of a pasted rectangle, its jitter apart: (B, PASTE_NUMBERS)."""
+    """Return the numbers of a pasted rectangle, its jitter apart: (B, PASTE_NUMBERS)."""
     p, turn = params, params.angle.deg2rad()
     soft = torch.zeros_like(turn) if p.soft is None else p.soft.clamp(min=1e-3)
     boxes = [p.width, p.height, p.source_x, p.source_y, p.center_x, p.center_y]
@@ -269,8 +271,9 @@ def paste_numbers(params: PasteParams) -> Tensor:
 
 
 def paste_planes(target: Planes, images: Planes, width: int, boxes: Tensor, jitter: Tensor) -> Planes:
-    """What ``paste_`` does, by ``paste_numbers`` and ``jitter_numbers``: pixels row by row, ``width`` in a row. Every
-    pixel of the image looks for its source in the box, by the inverse rotation; outside, what it finds is not used."""
+    """Paste as ``paste_`` does, by ``paste_numbers`` and ``jitter_numbers``: pixels row by row, ``width`` in a row.
+    Every pixel of the image looks for its source in the box, by the inverse rotation; outside, what it finds is not
+    used."""
     w, h, source_x, source_y, center_x, center_y, cos, sin, soft = boxes[..., None].unbind(1)  # (B, 1) each
     pixel = torch.arange(images[0].shape[1], device=boxes.device)
     y, x = pixel // width, pixel % width
@@ -288,12 +291,12 @@ def paste_planes(target: Planes, images: Planes, width: int, boxes: Tensor, jitt
     return tuple(torch.lerp(old, new, share) for old, new in zip(target, patch))
 
 
-NOTHING_IGNORED = torch.empty(0, dtype=torch.int32)  # the sources of images without such a region
+NOTHING_IGNORED = torch.empty(0, dtype=torch.int32)  # the fill index of images of which every pixel counts
 
 
 def fill_index_of(ignored: Tensor) -> Tensor:
-    """For each pixel of a mask (H, W) bool the number, row by row, of the nearest one that counts, which may be itself:
-    (H, W) int32."""
+    """Return for each pixel of a mask (H, W) bool, True where it is ignored, the number, row by row, of the nearest one
+    that counts, which may be itself: (H, W) int32."""
     from scipy.ndimage import distance_transform_edt
 
     down, across = distance_transform_edt(ignored.numpy(), return_distances=False, return_indices=True)
@@ -301,18 +304,19 @@ def fill_index_of(ignored: Tensor) -> Tensor:
 
 
 def ignored_pixels(fill_index: Tensor) -> Tensor:
-    """The mask (H, W) bool that ``fill_index_of`` was given; empty of ALL_COUNT."""
+    """Return the mask (H, W) bool that ``fill_index_of`` was given; empty for NOTHING_IGNORED."""
     return fill_index != torch.arange(fill_index.numel(), device=fill_index.device).view(fill_index.shape)
 
 
 def fill_ignored(images: Tensor, fill_index: Tensor) -> Tensor:
-    """Images (B, C, H, W), each ignored pixel replaced by its source in the same image; themselves of ALL_COUNT."""
+    """Return images (B, C, H, W), each ignored pixel replaced by the one of the same image that ``fill_index`` (H, W)
+    names; the images themselves for NOTHING_IGNORED."""
     if not fill_index.numel():
         return images
     return images.flatten(2).index_select(2, fill_index.flatten()).unflatten(2, tuple(fill_index.shape))
 
 
-STATISTICS = (  # columns of ``measure``: the word for less of it, the word for more, what is measured
+STATISTICS = (  # columns of ``image_statistics``: the word for less of it, the word for more, what is measured
     ("darker", "brighter", "mean gray"),
     ("lower in contrast", "higher in contrast", "deviation of gray"),
     ("less sharp", "sharper", "strength of edges"),
@@ -321,9 +325,9 @@ STATISTICS = (  # columns of ``measure``: the word for less of it, the word for 
 
 @torch.inference_mode()
 def image_statistics(images: Tensor) -> Tensor:
-    """How images (B, 3, H, W) uint8 look: (B, 3) float32, the columns of LOOKS. Mean and standard deviation of gray, in
-    0 to 255; the root of the mean squared Laplacian over that deviation (of at least 1), which stays the same in a
-    picture that is only darker or lower in contrast."""
+    """Return how images (B, 3, H, W) uint8 look: (B, 3) float32, the columns of STATISTICS. Mean and standard deviation
+    of gray, in 0 to 255; the root of the mean squared Laplacian over that deviation (of at least 1), which stays the
+    same in a picture that is only darker or lower in contrast."""
     gray = sum(weight * plane.float() for weight, plane in zip(GRAY, images.unbind(1)))  # (B, H, W)
     mean = gray.mean((1, 2))
     deviation = (gray - mean[:, None, None]).square().mean((1, 2)).sqrt()

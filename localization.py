@@ -51,7 +51,8 @@ class Grid:
 
     @property
     def centers(self) -> tuple[Tensor, Tensor]:
-        """Of the windows, down (h,) and across (w,): pixels, float64; a pixel's own center is at +0.5.
+        """Return the centers of the windows, down (h,) and across (w,): pixels, float64; a pixel's own center is at
+        +0.5.
 
         With a feature_stride, of what the features have seen: the stem and each halving are padded alike on both sides,
         which puts feature i at pixel feature_stride * i, not in the middle of so many pixels.
@@ -65,8 +66,8 @@ class Grid:
         )
 
     def pool(self, features: Tensor) -> Tensor:
-        """The mean over each window of features (B, C, h', w') of a whole image, one every ``feature_stride`` pixels:
-        (B, L, C), row by row."""
+        """Return the mean over each window of features (B, C, h', w') of a whole image, one every ``feature_stride``
+        pixels: (B, L, C), row by row."""
         if self.window is None:
             return functional.adaptive_avg_pool2d(features, 1).flatten(2).mT
         (y, x), (h, w) = (corner // self.feature_stride for corner in self.corner), self.shape
@@ -76,7 +77,7 @@ class Grid:
         return means[:, :, :h, :w].flatten(2).mT
 
     def cut(self, images: Tensor) -> Tensor:
-        """The windows of images (B, 3, H, W), image by image: (B*L, 3, window, window)."""
+        """Return the windows of images (B, 3, H, W), image by image: (B*L, 3, window, window)."""
         y, x = self.corner
         windows = images[:, :, y:, x:].unfold(2, self.window, self.stride).unfold(3, self.window, self.stride)
         return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
@@ -99,7 +100,7 @@ def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], g
 
 
 class StageDensity(nn.Module):
-    """What a detector knows of one stage: where its windows are, which directions of their embeddings count, the
+    """Hold what a detector knows of one stage: where its windows are, which directions of their embeddings count, the
     density of those, and how its distances are standardized before those of several levels are added.
 
     dims: directions kept, None: all. Buffers: axes (D, d), principal axes of normal embeddings, empty where all are
@@ -119,16 +120,16 @@ class StageDensity(nn.Module):
 
     @property
     def shared(self) -> bool:
-        """Whether one density is for all locations."""
+        """Return whether one density is for all locations."""
         return self.density.count == 1
 
     @property
     def choice(self) -> str:
-        """Which kind of density it is, and what "auto" decided by, in words."""
+        """Return which kind of density it is, and what "auto" decided by, in words."""
         words = "one Gaussian for all locations" if self.shared else "one Gaussian for each location"
         if self.likelihoods:
-            found = ", ".join(f"{kind} {value:.1f}" for kind, value in self.likelihoods.items())
-            words += f" (mean log likelihood of held-out normal images: {found})"
+            likelihoods = ", ".join(f"{kind} {value:.1f}" for kind, value in self.likelihoods.items())
+            words += f" (mean log likelihood of held-out normal images: {likelihoods})"
         return words
 
     def choose_axes(self, embeddings: Tensor) -> None:
@@ -137,8 +138,8 @@ class StageDensity(nn.Module):
         self.axes = principal_axes(self.project(embeddings))[:, : self.dims].float()
 
     def project(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (B, L, D) as the density takes them, (B, L, d): L2-normalized if so set, along the axes. float64
-        of one window, float32 of many."""
+        """Return embeddings (B, L, D) as the density takes them, (B, L, d): L2-normalized if so set, along the axes.
+        float64 of one window, float32 of many."""
         x = embeddings.double()
         if self.l2:
             x = functional.normalize(x, dim=2)
@@ -147,9 +148,9 @@ class StageDensity(nn.Module):
         return x if self.grid.window is None else x.float()
 
     def distances(self, projected: Tensor) -> Tensor:
-        """The density's scores of projected embeddings (B, L, d): (B, L), higher is more anomalous."""
-        found = self.density.score(group_by_density(projected, self.shared))
-        return found.unflatten(1, projected.shape[:2])[0] if self.shared else found.T
+        """Return the density's scores of projected embeddings (B, L, d): (B, L), higher is more anomalous."""
+        scores = self.density.score(group_by_density(projected, self.shared))
+        return scores.unflatten(1, projected.shape[:2])[0] if self.shared else scores.T
 
     def standardized(self, distances: Tensor) -> Tensor:
         return (distances - self.center) / self.scale
@@ -176,7 +177,7 @@ class StageDensity(nn.Module):
 
 
 def principal_axes(embeddings: Tensor) -> Tensor:
-    """An orthonormal basis (D, D) float64 of embeddings (n, L, D): in its first directions they vary most."""
+    """Return an orthonormal basis (D, D) float64 of embeddings (n, L, D): in its first directions they vary most."""
     x = embeddings.double().flatten(0, 1)
     if not torch.isfinite(x).all():
         raise NotFiniteError("the embeddings are not finite")
@@ -188,8 +189,8 @@ def principal_axes(embeddings: Tensor) -> Tensor:
 
 
 def upsample(distances: Tensor, grid: Grid, sigma: float) -> Tensor:
-    """Distances (B, L) of a grid's windows -> maps (B, H, W): each pixel the mean of all, weighted by a Gaussian of
-    ``sigma`` pixels around it.
+    """Return maps (B, H, W) from distances (B, L) of a grid's windows: each pixel the mean of all, weighted by a
+    Gaussian of ``sigma`` pixels around it.
 
     It is the paper's transposed convolution with a Gaussian kernel, divided by the sum of weights (without which maps
     are darker at the border and striped for small sigma). Pixels further out than the centers of the outermost windows
@@ -203,7 +204,7 @@ def upsample(distances: Tensor, grid: Grid, sigma: float) -> Tensor:
 
 
 def weights(side: int, centers: Tensor, sigma: float) -> Tensor:
-    """Of each window (h) for each pixel of a side: (side, h) float64, rows that sum to 1."""
+    """Return the weight of each window (h,) for each pixel of a side: (side, h) float64, rows that sum to 1."""
     pixels = torch.arange(side, dtype=torch.float64, device=centers.device) + 0.5
     # From pixels without a window on either side the nearest score alone would be seen, less smoothed than any other
     pixels = pixels.clamp(centers[0], centers[-1])
@@ -213,8 +214,8 @@ def weights(side: int, centers: Tensor, sigma: float) -> Tensor:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def grad_cam(features: Tensor, score: Callable[[Tensor], Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Scores (B,) of images and their maps (B, H, W) float32 of ``size`` (H, W), from the features (B, C, h, w) that
-    the last stage makes of them.
+    """Return scores (B,) of images and their maps (B, H, W) float32 of ``size`` (H, W), from the features (B, C, h, w)
+    that a stage makes of them.
 
     score: features (B, C, h, w) -> (B,), each from its own image alone, differentiable; higher is more anomalous.
     A map is at least 0: the channels weighted by the mean of the score's gradient, summed, what is negative set to 0

@@ -32,7 +32,7 @@ CELLS = 4  # an embedding is a map of so many features down and across
 
 
 def normals_path(detector_path: str | Path) -> Path:
-    """The file beside a detector's."""
+    """Return the path of the file beside a detector's."""
     return Path(detector_path).with_suffix(SUFFIX)
 
 
@@ -45,11 +45,11 @@ class Normals:
     embeddings: Tensor
 
     def image(self, number: int) -> np.ndarray:
-        """(H, W, 3) uint8."""
+        """Return an image, (H, W, 3) uint8."""
         return np.array(Image.open(io.BytesIO(self.jpegs[number])))
 
     def nearest(self, embeddings: Tensor) -> list[int]:
-        """The numbers of the images whose embeddings have the smallest angle to each of (B, D)."""
+        """Return the numbers of the images whose embeddings have the smallest angle to each of (B, D)."""
         return (embeddings.cpu() @ self.embeddings.T).argmax(1).tolist()
 
 
@@ -96,8 +96,8 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of normal images; {ANEW}")
     if content.get("version") != VERSION:
-        found = f"format {content.get('version')}, this program reads {VERSION}"
-        raise InputError(f"{path}: {found}; update the program, or {ANEW}")
+        versions = f"format {content.get('version')}, this program reads {VERSION}"
+        raise InputError(f"{path}: {versions}; update the program, or {ANEW}")
     if content["detector"] != digest(detector):
         raise InputError(f"{path}: was written with another detector than the one beside it; {ANEW}")
     parts = content["jpegs"].split(content["lengths"])
@@ -105,5 +105,5 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
 
 
 def digest(detector: Detector) -> str:
-    """What two trainings do not share: all that decides a detector decides what it says of its normal images."""
+    """Return what two trainings do not share: all that decides a detector decides what it says of its normal images."""
     return hashlib.blake2b(detector.calibration_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()

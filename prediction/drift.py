@@ -24,7 +24,7 @@ FEWEST_COMPARED = 8  # images that are enough for a comparison at the end
 
 
 class HasPValues(Protocol):
-    """What a comparison needs of a BatchPrediction."""
+    """Name what a comparison needs of a BatchPrediction."""
 
     p_values: Tensor
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detector import SUFFIX, detector_path
+from detector import detector_path, detectors_in
 from runtime.files import InputError, say
 from runtime.image_files import find_images
 
@@ -49,7 +49,7 @@ def pair_folders(model_dir: str, root: str) -> list[Task]:
         if not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder")
     names = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
-    trained = [path.stem for path in Path(model_dir).glob("*" + SUFFIX) if not path.name.startswith(".")]
+    trained = detectors_in(Path(model_dir))
     for name in sorted({*names} ^ {*trained}):
         say(f"{name}: has {'images but no detector' if name in names else 'a detector but no images'}; left out")
     tasks = [

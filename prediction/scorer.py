@@ -44,7 +44,7 @@ class ImageFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """What a Scorer needs to know of a trained model, in whatever form that is.
+    """Hold what a Scorer needs to know of a trained model, in whatever form that is.
 
     view: images (B, 3, H, W) uint8 on the CPU, at most ``batch_size`` of ``size`` (H, W) -> the same as the model sees
     them, on its device. predict: those -> what the model says of them. heat: that -> maps (B, H, W) float32 in the

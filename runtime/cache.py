@@ -27,7 +27,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from runtime.files import say
+from runtime.files import say_once
 
 FORMAT = "cutpaste-images 2"  # raise the number when the layout of the file changes
 BLOCK = 64 * 2**20  # bytes of images that are decoded, written or looked at in one go
@@ -49,7 +49,6 @@ class Storage:
 
 
 IN_MEMORY = Storage()
-_say_once = functools.cache(say)
 
 
 def default_folder() -> Path | None:
@@ -106,7 +105,7 @@ def load(
                 return _map(file, shape) if mapped else images
         except OSError as error:
             reason = error.strerror or error
-            _say_once(f"{storage.folder}: decoded images cannot be kept there ({reason}); choose another folder")
+            say_once(f"{storage.folder}: decoded images cannot be kept there ({reason}); choose another folder")
     return _without_name(_decoded(shape, decode_into), shape) if mapped else images
 
 

@@ -5,6 +5,7 @@ files of tensors and plain values, verified when read.
 """
 
 import csv
+import functools
 import io
 import os
 import sys
@@ -31,6 +32,12 @@ def say(text: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a message, as ``say`` does, unless this process has printed it before."""
+    say(text)
 
 
 # Atomic writing ---------------------------------------------------------------------------------------------------

@@ -13,15 +13,16 @@ SETTLING = 3  # calls before a recording, in which libraries and compilers choos
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device. A GPU copies it from pinned memory, which the host does not wait for."""
+    """Return a tensor of the CPU on the device. A GPU copies it from pinned memory, which the host does not wait
+    for."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def issued_ahead(items: Iterable[T], device: torch.device) -> Iterator[T]:
-    """The items; on a GPU each after the next one was taken. What makes the items then issues the work of the next one
-    before the host reads, and so waits for, the results of this one."""
+    """Yield the items; on a GPU each after the next one was taken. What makes the items then issues the work of the
+    next one before the host reads, and so waits for, the results of this one."""
     waiting = deque()
     for item in items:
         waiting.append(item)
@@ -32,8 +33,9 @@ def issued_ahead(items: Iterable[T], device: torch.device) -> Iterator[T]:
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile makes kernels for that GPU on this machine. It needs Triton and a C compiler that finds
-    Python's headers, and each of them may be missing in a way of its own: so it is tried, once, in a few seconds."""
+    """Return whether torch.compile makes kernels for that GPU on this machine. It needs Triton and a C compiler that
+    finds Python's headers, and each of them may be missing in a way of its own: so it is tried, once, in a few
+    seconds."""
     try:
         torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False)(torch.zeros(8, device=device))
     except Exception:
@@ -57,12 +59,13 @@ class Recorded:
         self.result: Tensor | None = None
 
     def __call__(self, work: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """work(*inputs) of inputs on the CPU, brought to the device by one pinned copy each. The work is given here and
-        not kept, for it holds what holds this object: the memory goes when that does, not with a later collection."""
+        """Return work(*inputs) of inputs on the CPU, brought to the device by one pinned copy each. The work is given
+        here and not kept, for it holds what holds this object: the memory goes when that does, not with a later
+        collection."""
         here = torch.cuda.current_stream(self.device)
         self.inputs = self.inputs or [torch.empty_like(x, device=self.device) for x in inputs]
-        for own, x in zip(self.inputs, inputs, strict=True):
-            own.copy_(x.pin_memory(), non_blocking=True)
+        for held, x in zip(self.inputs, inputs, strict=True):
+            held.copy_(x.pin_memory(), non_blocking=True)
         if self.graph is None and self.calls < SETTLING:
             self.calls += 1
             self.stream.wait_stream(here)

@@ -45,12 +45,12 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """The detector file."""
+        """Return the path of the detector file."""
         return detector_path(self.folder, self.config.category)
 
     @property
     def states(self) -> list[Path]:
-        """The file of the saved state of each of its networks."""
+        """Return the file of the saved state of each of its networks."""
         return checkpoint_paths(self.folder, self.config.category, self.config.folds)
 
     @property

@@ -39,7 +39,7 @@ from reporting.metrics import evaluate
 from runtime.cache import IN_MEMORY, Storage
 from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
-from runtime.files import InputError, load_tensors, remove_file, save_tensors, say
+from runtime.files import InputError, load_tensors, remove_file, save_tensors, say, say_once
 from runtime.gpu import SETTLING, Recorded, can_compile, to_device
 
 if TYPE_CHECKING:
@@ -223,12 +223,12 @@ class Trainer:
         else:
             return True
         if self.ranks.is_main:
-            _say_once(f"training steps are issued one operation at a time, which a GPU waits for: {reason}")
+            say_once(f"training steps are issued one operation at a time, which a GPU waits for: {reason}")
         return False
 
     @property
     def batch_size(self) -> int:
-        """The number of images per step, over all ranks: all different, so at most as many as there are."""
+        """Return the number of images per step, over all ranks: all different, so at most as many as there are."""
         return min(self.config.batch_size, len(self.seen))
 
     def sample_batch(self) -> tuple[Tensor, ViewParams]:
@@ -334,11 +334,6 @@ class Trainer:
             return self.update(self._batch(views, labels, whole, learned), 1.0)
 
 
-@functools.cache
-def _say_once(message: str) -> None:
-    say(message)
-
-
 @functools.lru_cache(maxsize=1)
 def compiled_views(*_shapes: object) -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
     """Compile ``make_packed_views`` for batches of these shapes and settings."""
@@ -440,7 +435,7 @@ def open_log(trainer: Trainer, folder: Path, bar: bool) -> Iterator["Log"]:
 
 
 class Log:
-    """What is told of a run. Every LOG_EVERY steps: loss, accuracy, learning rate, speed, share of views left out.
+    """Tell of a run. Every LOG_EVERY steps: loss, accuracy, learning rate, speed, share of views left out.
 
     writer: None on all ranks but the first, whose steps count too.
     """
@@ -551,7 +546,7 @@ def remove_checkpoints(folder: str | Path, category: str) -> None:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How trainings run. Nothing of it decides what a detector is."""
+    """Hold how trainings run. Nothing of it decides what a detector is."""
 
     device: torch.device
     data_dir: str = "Data"
@@ -569,7 +564,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Precision:
-    """What changes the rounding of a run but not the experiment. A run that is resumed keeps it."""
+    """Hold what changes the rounding of a run but not the experiment. A run that is resumed keeps it."""
 
     threads: int  # of the network on the CPU: the order of floating point sums depends on it
     amp: str  # of PRECISIONS
