@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from config import add_data_flags, storage
 from conformal import leave_one_out_p_values
-from dataset import TestSet, TrainSet, load_test, load_train
+from dataset import TestSet, TrainSet, load_test, load_train, train_paths
 from density import FOLDS, DensityError, fit_density
 from detector import (
     DENSITY_IMAGES,
@@ -71,10 +71,11 @@ def main(args: argparse.Namespace) -> None:
     for category, path in work.items():
         detector = load(path, device)
         where = (args.data_dir, category, detector.config.size, args.workers, storage(args), detector.fill_index)
-        train = load_train(*where)
-        if scored_paths(train.paths, detector) is None:
-            others = f"made from other images than the {len(train)} of {train.paths[0].parent}"
+        paths = train_paths(args.data_dir, category)
+        if scored_paths(paths, detector) is None:
+            others = f"made from other images than the {len(paths)} of {paths[0].parent}"
             raise InputError(f"{path}: {others}; train it again")
+        train = load_train(*where, paths)
         test = load_test(*where) if Path(args.data_dir, category, "test").is_dir() else None
         files = check_duplicates(args.data_dir, category, train, test)
         files |= check_suspicious(args.data_dir, detector, train)
@@ -211,7 +212,7 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
     named = ", ".join(f"{name} ({row['score']:.3g})" for name, row in zip(names[:NAMED], rows))
     print(f"{config.category} suspicious: {named}", flush=True)
     if config.holdout:
-        say(f"{config.category}: {len(rows)} of {len(train)} images were held out; only they are judged")
+        say(f"{config.category}: {len(rows)} of {len(train)} images were held out; only they are scored")
     elif len(detector.members) == 1:
         seen = "the network has seen all these images, and so has the density of a map: defects may look normal to them"
         say(f"{config.category}: {seen}; train with --folds 5 to be sure")

@@ -1,1 +1,1 @@
-"""What predict.py is made of: files in, rows and drawings out."""
+"""The parts of predict.py: files in, rows and drawings out."""

@@ -1,1 +1,1 @@
-"""What people read: figures of merit, tables, plots, the HTML report."""
+"""Metrics, tables, plots, the HTML report: all that people read."""

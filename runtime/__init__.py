@@ -1,1 +1,1 @@
-"""What the scripts need of files, memory, processes and devices; nothing here knows of CutPaste."""
+"""Files, memory, processes and devices for the scripts; nothing here knows of CutPaste."""

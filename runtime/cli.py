@@ -1,4 +1,4 @@
-"""What every script needs of the command line and the machine: types of flags, exit codes, device, precision, signals.
+"""The command line and the machine, for every script: types of flags, exit codes, device, precision, signals.
 
 Owns ``Rule``: what a value may be, as a type of argparse and as a check of a value that is there already; and the exit
 codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 / 143 interrupted.
@@ -33,7 +33,7 @@ LARGEST_SIDE = 4096  # of images, in pixels
 
 @dataclass(frozen=True, eq=False)  # argparse needs a hash
 class Rule:
-    """What a setting may be. Called with a flag's text, as argparse does, it returns the value."""
+    """Hold what a setting may be. Called with a flag's text, as argparse does, it returns the value."""
 
     kind: type
     words: str  # "a whole number, at least 2"

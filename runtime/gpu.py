@@ -1,4 +1,4 @@
-"""What keeps a GPU from waiting for Python: pinned copies, compiled functions, work that is recorded and replayed."""
+"""Keep a GPU from waiting for Python: pinned copies, compiled functions, work that is recorded and replayed."""
 
 import functools
 from collections import deque
