@@ -55,7 +55,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """True if the detector file exists, and no newer training of it is under way."""
+        """Return whether the detector file exists, and no newer training of it is under way."""
         return self.path.exists() and not find_checkpoints(self.folder, self.config.category)
 
 

@@ -184,6 +184,18 @@ def test_it_trains_without_test_images_of_both_kinds(copied, tmp_path, train_bri
     assert f"brick: {words}, so no AUROC while training" in done.err
 
 
+def test_watched_images_of_another_size_ignore_what_the_training_images_do(copied, tmp_path, train_brick):
+    width, height = Image.open(copied / "brick/train/good/000.png").size
+    Image.fromarray(np.eye(height, width, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    for path in (copied / "brick/test").glob("*/*.png"):
+        Image.open(path).resize((2 * width, 2 * height)).save(path)
+    shutil.rmtree(copied / "brick/ground_truth", ignore_errors=True)
+    flags = ("--size", 48, "--epochs", 1, "--test_epochs", 1, "--ignore", tmp_path / "mask.png")
+    done = train_brick(*SMALL, *flags, data=copied)
+    assert done.code == 0, done.err
+    assert "brick: step 1, test AUROC" in done.err
+
+
 def test_bad_input_gets_one_line(data, tmp_path, train_brick):
     def fails(*words, flags=(), data=tmp_path / "Data"):
         one_line(train_brick(*flags, data=data), *words)
