@@ -4,7 +4,7 @@ Owns what happens before and after the training loop, and that both continue whe
 its messages.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -170,7 +170,9 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
         "train_images": len(train_set),
         "train_seconds": round(sum(state["seconds"] for state in states), 1),
         "device": device_name(options.device),
-        **asdict(precision),
+        "threads": precision.threads,
+        "amp": precision.amp,
+        "compile": precision.compile,
         "ranks": states[0]["ranks"],
         "torch": str(torch.__version__),
     }

