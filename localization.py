@@ -1,4 +1,4 @@
-"""Where embeddings stand: windows of an image -> embeddings -> distances -> anomaly map; Grad-CAM.
+"""Map where an image is unusual: windows -> embeddings -> distances -> anomaly map; Grad-CAM.
 
 Owns the grid of windows (a whole image is the grid with one window), the embeddings of windows, the densities of one
 stage, the up-sampling of distances to maps, and Grad-CAM of image-level models. Tensors in, tensors out.

@@ -210,7 +210,7 @@ def step(run: Trainer, repeats: int) -> dict:
         bare = lambda: recorded(issued)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, open_log(run, Path(folder), bar=False) as log:
         ours, alone = medians(repeats, run.device, lambda: log.add(run.train_step()), bare)
-    found = {
+    figures = {
         "step_seconds": ours,
         "bare_seconds": alone,
         "step_over_bare": ours / alone,
@@ -222,8 +222,8 @@ def step(run: Trainer, repeats: int) -> dict:
         plain = Trainer(run.config, run.train_set, run.options, run.precision)
         plain.recorded = None
         issued_step = medians(1, run.device, plain.train_step)[0]
-        found |= {"settling_seconds": settling, "issued_step_seconds": issued_step}
-    return found
+        figures |= {"settling_seconds": settling, "issued_step_seconds": issued_step}
+    return figures
 
 
 def views(run: Trainer, repeats: int) -> dict:
@@ -253,8 +253,8 @@ def views(run: Trainer, repeats: int) -> dict:
 
 
 def replay(run: Trainer) -> dict:
-    """Whether replayed steps are those that are issued operation by operation, bit for bit; and whether those are the
-    same twice."""
+    """Return whether replayed steps are those that are issued operation by operation, bit for bit; and whether those
+    are the same twice."""
     values, weights = [], []
     for how in ("issued", "replayed", "issued again"):
         one = Trainer(run.config, run.train_set, run.options, run.precision)
@@ -295,7 +295,7 @@ def launches(run: Trainer) -> dict:
     with network:
         run.update(batch, 1.0)
     run.forward = forward
-    found = {
+    figures = {
         "views_operations": today.count,
         "views_copies": today.copies,
         "packed_views_operations": packed.count,
@@ -306,9 +306,9 @@ def launches(run: Trainer) -> dict:
         numbers = pack_params(params).to(run.device)
         made = kernels(run, lambda: make(loader, numbers, *packed_how(run)))
         every = kernels(run, run.train_step)
-        found |= {"views_kernels": made[0], "views_kernel_seconds": made[1]}
-        found |= {"step_kernels": every[0], "step_kernel_seconds": every[1]}
-    return found
+        figures |= {"views_kernels": made[0], "views_kernel_seconds": made[1]}
+        figures |= {"step_kernels": every[0], "step_kernel_seconds": every[1]}
+    return figures
 
 
 def augmentation(run: Trainer, repeats: int) -> dict:

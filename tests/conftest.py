@@ -261,7 +261,7 @@ def rows_of(content: str | Path) -> list[dict[str, str]]:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """What all files below a folder hold."""
+    """Return what all files below a folder hold."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

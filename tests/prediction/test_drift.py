@@ -43,7 +43,7 @@ def feed(drift, pixels, p):
 
 
 def p_values_of(scores, normal):
-    """What a detector says that has these calibration scores."""
+    """Return what a detector says that has these calibration scores."""
     return p_values(scores[None], [normal])
 
 

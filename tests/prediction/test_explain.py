@@ -30,7 +30,7 @@ def train_set(images):
 
 
 def embedded(detector, images):
-    """What images are compared by."""
+    """Return what images are compared by."""
     return compared(detector.predict_batch(images, explain=True).features[0][detector.comparison_level])
 
 

@@ -1,4 +1,4 @@
-"""Which images are meant: folders that are walked once, and lists."""
+"""Test which images are meant: folders that are walked once, and lists."""
 
 import io
 import os

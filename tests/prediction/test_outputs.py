@@ -134,7 +134,7 @@ def test_names_of_drawings(here):
 
 
 def test_no_drawing_is_in_the_way_of_another_file(here):
-    """Of another image, of the image itself, of the other drawing, of what a link leads to, of any other file."""
+    """Test another image, the image itself, the other drawing, what a link leads to, and any other file."""
     draw(("heat", None), "photos/d.png")
     for source, target in (("photos/b.png", "photos/b.bmp"), ("photos/more/a.png", "photos/more/b.png")):
         (here / target).write_bytes((here / source).read_bytes())

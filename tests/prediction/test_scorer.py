@@ -1,4 +1,4 @@
-"""What becomes of each file: one opening, one pass of the network, a row, whatever is wrong with some of them."""
+"""Test what becomes of each file: one opening, one pass of the network, a row, whatever is wrong with some of them."""
 
 import os
 from collections import Counter
