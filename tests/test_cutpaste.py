@@ -1,4 +1,4 @@
-"""What is drawn for a batch, the views made of it, crops, and which views show anything."""
+"""Test what is drawn for a batch, the views made of it, crops, and which views show anything."""
 
 import math
 from dataclasses import fields, replace

@@ -1,4 +1,4 @@
-"""What figures show: the cases of a sheet of heat maps, and each view of the table."""
+"""Test what figures show: the cases of a sheet of heat maps, and each view of the table."""
 
 from dataclasses import replace
 

@@ -49,7 +49,7 @@ def some_page(labelled=True, maps=True) -> Page:
 
 
 def decided(page: Page, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each tile is called anomalous at p <= level, and its label."""
+    """Return whether each tile is called anomalous at p <= level, and its label."""
     p = np.array([tile.p_value for tile in page.tiles])
     return p <= level + 1e-9, np.array([tile.label for tile in page.tiles])
 

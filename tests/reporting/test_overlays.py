@@ -1,4 +1,4 @@
-"""Where an image is anomalous, and how heat is drawn over it."""
+"""Test where an image is anomalous, and how heat is drawn over it."""
 
 import numpy as np
 

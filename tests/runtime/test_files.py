@@ -57,7 +57,7 @@ def test_files_of_earlier_versions(path):
 
 
 def is_refused(path, content):
-    """Whether a file with that content is refused, in one line that names it; otherwise it must hold what was saved."""
+    """Return whether a file of that content is refused in one line that names it; else it must hold what was saved."""
     path.write_bytes(content)
     try:
         loaded = load_tensors(path, "test")

@@ -57,7 +57,7 @@ def held(data, tmp_path_factory):
 
 
 def evaluated_once(tmp_path_factory, by, data, model_dir, *flags):
-    """What eval.py --control 1 prints, and the folder of its tables."""
+    """Return what eval.py --control 1 prints, and the folder of its tables."""
 
     def make(folder):
         where = ("--data_dir", data, "--model_dir", model_dir, "--eval_dir", folder)
@@ -387,7 +387,7 @@ def test_the_report_counts_what_results_csv_says(held, call, tmp_path, browser):
     ("data_dir", "eval_dir"), [("x/patch_models/maps", "x"), ("x/patch_models/maps/brick", "x"), ("", "brick")]
 )
 def test_maps_are_not_written_among_images(data, patch_models, tmp_path, call, data_dir, eval_dir, linked):
-    """Where their folder is that of a category, holds it, or lies in it; also by a link."""
+    """Refuse a folder of maps that is a category, holds it, or lies in it; also by a link."""
     shutil.copytree(data / "brick", tmp_path / data_dir / "brick")
     before = contents(tmp_path)
     if linked:

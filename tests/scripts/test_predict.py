@@ -205,7 +205,7 @@ def test_rows_and_reports_replace_no_other_file(detectors, here, script):
 
 
 def test_a_signal_ends_with_whole_rows(detectors, here, script, monkeypatch):
-    """What was being scored is written before the script ends."""
+    """Write the rows of what was being scored before the script ends."""
     add = RowsFile.add
 
     def interrupted(self, rows):
