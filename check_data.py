@@ -24,12 +24,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from config import add_data_flags, storage
+from runtime.cli import choose_device, folder_name, new_parser, run_script
+from runtime.files import InputError, csv_table, say, write_files
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    add_data_flags(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
+    return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from config import add_data_flags, storage
 from conformal import leave_one_out_p_values
 from dataset import TestSet, TrainSet, load_test, load_train, train_paths
 from density import FOLDS, DensityError, fit_density
@@ -50,16 +65,6 @@ from detector import (
 from reporting.metrics import image_metrics
 from reporting.tables import normal_table
 from runtime.cache import iterate
-from runtime.cli import choose_device, folder_name, new_parser, run_script
-from runtime.files import InputError, csv_table, say, write_files
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = new_parser(__doc__)
-    add_data_flags(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:

@@ -10,16 +10,17 @@ import os
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from cutpaste import VARIANTS, ViewParams, sample_params
-from density import DENSITIES
-from localization import LOCATIONS
-from model import BACKBONES, NORMALIZATIONS
-from runtime import cache
+from choices import BACKBONES, DENSITY_NAMES, LOCATIONS, NORMALIZATIONS, VARIANTS
 from runtime.cli import Rule, anything, int_at_least, int_within, number, one_of, side, size, zero_or_one
 from runtime.files import InputError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and flags are read without it
+    from torch import Generator
+
+    from cutpaste import ViewParams
+    from runtime.cache import Storage
 
 # Settings by recipe; a flag overrides them. "paper": the default of each setting. "finetune": the paper's way with
 # pretrained weights, in fewer steps (docs/transfer.md). "fast": for ten minutes on two cores (docs/recipe.md).
@@ -203,7 +204,7 @@ class Config:
         "numbers of the stages to embed, such as 1 or 1,2",
         "7 of EfficientNet, 4 of others; for patch models 1, pretrained those of strides 8 and 16",
     )
-    density: str = setting("torch", one_of(DENSITIES), "density", "density that is fitted to the embeddings")
+    density: str = setting("torch", one_of(DENSITY_NAMES), "density", "density that is fitted to the embeddings")
     l2: bool = setting(None, zero_or_one, "density", "1: scale embeddings to length 1 first", "1; 0 for patch models")
     false_alarm_rate: float = setting(
         0.01, number(0, 1), "density", "share of new normal images that may be called anomalous"
@@ -260,6 +261,8 @@ class Config:
             for name in ("window", "stride"):  # a smaller value becomes one feature
                 if (value := self._value(name)) > feature_stride and value % feature_stride:
                     raise SettingError(name, f"{value} must be a multiple of {feature_stride} for stage {level}")
+        from density import DENSITIES
+
         if not DENSITIES[self.density].several:
             raise SettingError("density", f"{self.density} cannot be fitted to the windows of a patch model")
 
@@ -289,10 +292,14 @@ class Config:
     @property
     def has_gradient(self) -> bool:
         """Return whether scores have a gradient, which Grad-CAM needs."""
+        from density import DENSITIES
+
         return DENSITIES[self.density].has_gradient
 
-    def sample_params(self, count: int, generator: torch.Generator) -> ViewParams:
+    def sample_params(self, count: int, generator: "Generator") -> "ViewParams":
         """Draw the parameters of the views of ``count`` images, see ``cutpaste.sample_params``."""
+        from cutpaste import sample_params
+
         patch_size = self.patches.patch_size if self.patches else None
         amounts = {"translate": self.translate, "jitter": self.jitter, "patch_jitter": self.patch_jitter}
         return sample_params(self.variant, count, *self.size, generator, **amounts, patch_size=patch_size)
@@ -460,8 +467,10 @@ def given_settings(args: argparse.Namespace) -> dict:
     return given
 
 
-def storage(args: argparse.Namespace) -> cache.Storage:
+def storage(args: argparse.Namespace) -> "Storage":
     """Return where decoded images are kept, by ``--cache_dir`` and ``--memory_gb``."""
+    from runtime import cache
+
     if args.cache_dir is None:
         folder = cache.default_folder()
     else:

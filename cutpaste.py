@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from choices import VARIANTS
 from image_ops import (
     HUE,
     JITTER_NUMBERS,
@@ -184,27 +185,6 @@ VIEWS = {
     "patch or scar": View(draw_either, paste_, "CutPaste or Scar", "#8e5ea2"),
     "soft patch": View(draw_soft_patch, paste_, "soft CutPaste", "#b5651d", source_anywhere=True),
     "soft scar": View(draw_soft_scar, paste_, "soft Scar", "#2f7f79", source_anywhere=True),
-}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A pretext task: the views made of each image. A view's place in ``views`` is its class label."""
-
-    views: tuple[str, ...]
-    description: str
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.views)
-
-
-VARIANTS = {
-    "normal": Variant(("image", "patch"), "normal against CutPaste"),
-    "scar": Variant(("image", "scar"), "normal against CutPaste-Scar"),
-    "union": Variant(("image", "patch or scar"), "normal against either, drawn per image"),
-    "3way": Variant(("image", "patch", "scar"), "normal, CutPaste and CutPaste-Scar as three classes"),
-    "soft": Variant(("image", "soft patch", "soft scar"), "as 3way, patches turned any way, half with soft edges"),
 }
 
 

@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from config import (
     PATCH_SETTINGS,
     Config,
@@ -25,24 +22,7 @@ from config import (
     storage,
     with_flag,
 )
-from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
-from detector import Detector, find_work, load, load_config, scored_paths
-from model import WeightsError
-from reporting.gallery import Page, gallery_page, render
-from reporting.metrics import evaluate
-from reporting.tables import (
-    decision_line,
-    missing,
-    normal_table,
-    print_average,
-    print_lines,
-    print_seed_lines,
-    result_row,
-    score_table,
-    seed_row,
-)
 from runtime.cli import choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
-from runtime.distributed import from_environment
 from runtime.files import InputError, check_replaceable, csv_table, say, write_files
 
 # Settings that flags may repeat, and settings that flags may change
@@ -70,6 +50,31 @@ def get_parser() -> argparse.ArgumentParser:
     about = "an HTML file of all images by their scores, with heat maps of patch models"
     add("--report", type=html_file, metavar="FILE", help=about)
     return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+
+import numpy as np
+import torch
+
+from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
+from detector import Detector, find_work, load, load_config, scored_paths
+from model import WeightsError
+from reporting.gallery import Page, gallery_page, render
+from reporting.metrics import evaluate
+from reporting.tables import (
+    decision_line,
+    missing,
+    normal_table,
+    print_average,
+    print_lines,
+    print_seed_lines,
+    result_row,
+    score_table,
+    seed_row,
+)
+from runtime.distributed import from_environment
 
 
 def main(args: argparse.Namespace) -> None:

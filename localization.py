@@ -15,7 +15,6 @@ from torch.nn import functional
 from density import DENSITIES, NotFiniteError, fit_density, group_by_density, held_out
 from model import CutPasteNet
 
-LOCATIONS = ("auto", "shared", "each")
 EACH_LEAST = 8  # images that one Gaussian for each location needs
 AXES_IMAGES = 32  # normal images that the principal axes are taken from
 WINDOWS_AT_ONCE = 512  # that go through the network alone

@@ -28,19 +28,8 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from choices import FORMATS
 from config import Config
-from dataset import ignored_path, load_ignored
-from detector import Detector, load, load_config
-from normals import load_normals, normals_path
-from prediction.drift import Drift
-from prediction.explain import Explainer
-from prediction.inputs import Task, list_paths, pair_folders, watch
-from prediction.outputs import COLUMNS, FORMATS, Drawings, RowsFile, check_written
-from prediction.scorer import Model, Scorer
-from reporting.gallery import Gallery, render
 from runtime.cli import (
     Interrupts,
     choose_device,
@@ -55,7 +44,6 @@ from runtime.cli import (
     zero_or_one,
 )
 from runtime.files import InputError, check_replaceable, say, write_file
-from runtime.image_files import read_size
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -88,6 +76,24 @@ def get_parser() -> argparse.ArgumentParser:
     workers = "threads that decode images (default: one per core, 16 at most)"
     add("--workers", type=int_at_least(1), default=min(16, os.cpu_count() or 1), metavar="N", help=workers)
     return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+
+import torch
+from torch import Tensor
+
+from dataset import ignored_path, load_ignored
+from detector import Detector, load, load_config
+from normals import load_normals, normals_path
+from prediction.drift import Drift
+from prediction.explain import Explainer
+from prediction.inputs import Task, list_paths, pair_folders, watch
+from prediction.outputs import COLUMNS, Drawings, RowsFile, check_written
+from prediction.scorer import Model, Scorer
+from reporting.gallery import Gallery, render
+from runtime.image_files import read_size
 
 
 def main(args: argparse.Namespace) -> None:

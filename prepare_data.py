@@ -19,14 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from config import category
-from dataset import GOOD, find_mask
 from runtime.cli import int_at_least, new_parser, number, run_script
 from runtime.files import InputError, say
-from runtime.image_files import decode, find_images
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
 # fmt: off
@@ -72,6 +67,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--train", type=int_at_least(2), default=24, metavar="N", help="training images (default: 24)")
     add("--test", type=int_at_least(1), default=8, metavar="N", help="test images a defect type (default: 8)")
     return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+
+import numpy as np
+from PIL import Image
+
+from dataset import GOOD, find_mask
+from runtime.image_files import decode, find_images
 
 
 def main(args: argparse.Namespace) -> None:

@@ -15,8 +15,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-import torch
-
+from choices import BACKBONES
 from config import (
     RECIPES,
     Config,
@@ -28,10 +27,6 @@ from config import (
     storage,
     with_flag,
 )
-from cutpaste import invisible_shares
-from dataset import choose_categories, load_train, train_paths
-from density import NotFiniteError
-from model import BACKBONES, WeightsError
 from runtime.cli import (
     PRECISIONS,
     choose_device,
@@ -42,10 +37,7 @@ from runtime.cli import (
     run_script,
     zero_or_one,
 )
-from runtime.distributed import Ranks, from_environment
 from runtime.files import InputError, check_replaceable, say, write_file
-from training.jobs import Job, check_masks, check_settings, check_writable, train_networks, write_detector
-from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, RunOptions
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -72,6 +64,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--list_backbones", action="store_true", help="print the networks with their stages, and stop")
     add("--preview", metavar="FILE", help="write a sheet of augmented samples to this PNG file and stop")
     return parser
+
+
+if __name__ == "__main__":
+    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+
+import torch
+
+from cutpaste import invisible_shares
+from dataset import choose_categories, load_train, train_paths
+from density import NotFiniteError
+from model import WeightsError
+from runtime.distributed import Ranks, from_environment
+from training.jobs import Job, check_masks, check_settings, check_writable, train_networks, write_detector
+from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, RunOptions
 
 
 def main(args: argparse.Namespace) -> None:

@@ -52,6 +52,7 @@ from image_ops import NOTHING_IGNORED, paste_, to_float
 from model import CutPasteNet
 from runtime.cli import (
     PRECISIONS,
+    autocast_type,
     choose_device,
     command_line,
     device_name,
@@ -392,7 +393,7 @@ def bare_step(run: Trainer, amp: str, compile: bool, layout: torch.memory_format
     resident = torch.rand(classes * run.batch_size, 3, height, width, device=device)
     resident = resident.contiguous(memory_format=layout)
     labels = torch.arange(classes, device=device).repeat_interleave(run.batch_size)
-    precision = PRECISIONS[amp]
+    precision = autocast_type(amp)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
     def work(views: Tensor = resident) -> Tensor:

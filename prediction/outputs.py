@@ -21,7 +21,6 @@ from runtime.files import InputError, check_replaceable, csv_record, write_file
 from runtime.image_files import decode
 
 COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error")
-FORMATS = ("csv", "jsonl")
 LONGEST_ROW = 2**20  # bytes of a first row that is looked at
 
 
@@ -165,7 +164,7 @@ class RowsFile:
 
 def begins_like_rows(file: BinaryIO) -> bool:
     """Return whether a file is empty or begins with a record of this program, which a kill may have cut off: of any of
-    FORMATS, with or without a column for the category. The file is at its start afterwards."""
+    choices.FORMATS, with or without a column for the category. The file is at its start afterwards."""
     first = file.readline(LONGEST_ROW)
     file.seek(0)
     for columns in (COLUMNS, ("category", *COLUMNS)):

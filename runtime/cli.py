@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
-
-from runtime.distributed import ending
 from runtime.files import InputError
 
 if TYPE_CHECKING:
+    import torch  # takes seconds: functions that need it import it, so that flags are read without
     from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
@@ -102,14 +100,22 @@ def new_parser(description: str, epilog: str | None = None) -> argparse.Argument
     )
 
 
-PRECISIONS = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
+PRECISIONS = {"off": None, "bf16": "bfloat16", "fp16": "float16"}  # what autocast computes in, by torch's names
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
-@ending()
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
     args = parser.parse_args()
+    from runtime.distributed import ending
+
+    with ending():
+        _run(main, parser, args)
+
+
+def _run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    import torch
+
     keep_memory()
     try:
         main(args)
@@ -172,8 +178,10 @@ class Interrupts:
 # What does the work -----------------------------------------------------------------------------------------------
 
 
-def choose_device(cuda: bool, local_rank: int = 0) -> torch.device:
+def choose_device(cuda: bool, local_rank: int = 0) -> "torch.device":
     """Return the device of ``--cuda``: the CPU, or GPU number ``local_rank``. Raises InputError if it is not there."""
+    import torch
+
     if not cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -186,12 +194,14 @@ def choose_device(cuda: bool, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def suitable_precision(device: torch.device) -> tuple[str, str]:
+def suitable_precision(device: "torch.device") -> tuple[str, str]:
     """Return the fastest of PRECISIONS that the hardware computes in, and the reason for it in a few words.
 
     A GPU: bf16 from compute capability 8 on, fp16 with 7. A CPU: bf16 with AMX or with avx512_bf16; elsewhere it is
     emulated, or has not been measured against float32 (ARM). Else off.
     """
+    import torch
+
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         chosen = "bf16" if major >= 8 else "fp16" if major == 7 else "off"
@@ -203,9 +213,18 @@ def suitable_precision(device: torch.device) -> tuple[str, str]:
     return "off", "neither amx_tile nor avx512_bf16"
 
 
-def device_name(device: torch.device) -> str:
+def autocast_type(precision: str) -> "torch.dtype | None":
+    """Return what autocast computes in by the name of a precision; None for float32."""
+    import torch
+
+    return getattr(torch, PRECISIONS[precision]) if PRECISIONS[precision] else None
+
+
+def device_name(device: "torch.device") -> str:
     """Return the model of the GPU or the processor, for the record."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 

@@ -13,9 +13,6 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 PLAIN = (type(None), bool, int, float, str, bytes)
 # Tells pictures, maps and reports of this program from other files: PNG and TIFF have it as their Software, JPEG as a
 # comment, HTML as its generator, all within the first HEAD bytes
@@ -125,6 +122,8 @@ def save_tensors(content: dict, path: str | Path) -> None:
     torch.save writes a zip archive, with a CRC of every part. Raises TypeError for a value of another type, OSError,
     naming the file, if it cannot be written.
     """
+    import torch  # imported late: it takes seconds
+
     _check_types(content)
     buffer = io.BytesIO()
     torch.save(content, buffer)  # to memory first: torch's own writer hides a full disk behind a RuntimeError
@@ -138,6 +137,8 @@ def load_tensors(path: str | Path, what: str) -> dict:
     what: names the kind of file in messages. Raises InputError, naming the file, if it is missing, truncated, damaged
     (a CRC of the archive does not match) or holds no dict.
     """
+    import torch
+
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     data = io.BytesIO(Path(path).read_bytes())  # here what the disk says is an OSError; in torch.load damage is one too
@@ -156,6 +157,8 @@ def load_tensors(path: str | Path, what: str) -> dict:
 
 def _check_types(value: object) -> None:
     """Raise TypeError for what torch.load would refuse: a value that is neither a tensor nor plain."""
+    from torch import Tensor
+
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, (list, tuple)):

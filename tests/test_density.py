@@ -9,6 +9,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
 import density
+from choices import DENSITY_NAMES
 from density import (
     DENSITIES,
     POOLED,
@@ -139,6 +140,10 @@ def test_both_gaussians_are_scikit_learns(shape):
         assert torch.allclose(first.factor, second.factor, rtol=1e-6, atol=1e-9)
         inverse = np.linalg.inv(expected.covariance_)
         assert np.allclose(first.factor.mT @ first.factor, inverse, rtol=1e-6, atol=1e-9)
+
+
+def test_the_flag_knows_every_density():
+    assert [*DENSITIES] == DENSITY_NAMES
 
 
 def test_score_without_shrinkage_does_not_depend_on_units():

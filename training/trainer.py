@@ -37,7 +37,7 @@ from dataset import TestSet, TrainSet
 from detector import Detector, all_but, category_seed, initial_network, unseen_by
 from reporting.metrics import evaluate
 from runtime.cache import IN_MEMORY, Storage
-from runtime.cli import PRECISIONS, Interrupts, open_tensorboard, progress_bar, suitable_precision
+from runtime.cli import Interrupts, autocast_type, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
 from runtime.files import InputError, load_tensors, remove_file, save_tensors, say, say_once
 from runtime.gpu import SETTLING, Recorded, can_compile, to_device
@@ -282,7 +282,7 @@ class Trainer:
     def update(self, batch: Batch, share: float) -> Tensor:
         """Run forward, loss, backward and optimizer. share: this rank's, of the batch. Returns what ``train_step``
         does."""
-        precision = PRECISIONS[self.precision.amp]
+        precision = autocast_type(self.precision.amp)
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             logits, _ = self.forward(batch.views, batch.statistics)
         values = batch_values(logits, batch, share, self.ranks)

@@ -8,7 +8,8 @@ import pytest
 from conftest import contents, rows_of
 from PIL import Image
 
-from prediction.outputs import COLUMNS, FORMATS, Drawings, RowsFile, name_below
+from choices import FORMATS
+from prediction.outputs import COLUMNS, Drawings, RowsFile, name_below
 from runtime.files import InputError
 
 ROW = dict.fromkeys(COLUMNS, 0.25) | {"path": "a.png", "error": None}

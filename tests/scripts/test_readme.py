@@ -236,6 +236,7 @@ LAYERS = (  # a module imports from its own room and from the layers below
     {"config"},
     {"cutpaste", "localization"},
     {"model", "dataset", "density", "conformal", "image_ops"},
+    {"choices"},
     {"runtime"},
 )
 APART = (*({script} for script in LAYERS[0]), {"training"}, {"prediction"})  # they do not import each other
@@ -299,6 +300,18 @@ for path in sys.argv[2:]:
         os._exit(0)
     os.waitpid(pid, 0)
 """
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.parent == ROOT], **by_path)
+@pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
+def test_flags_are_read_before_torch_is_imported(path, flag):
+    """A tenth of a second, not seconds, is what --help and a wrong flag take."""
+    command = [sys.executable, "-X", "importtime", path, flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (0 if flag == "--help" else 2)
+    modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"argparse", "runtime.cli"} <= modules
+    assert not {"torch", "numpy", "PIL", "scipy"} & modules
 
 
 def test_help_imports_nothing_heavy():
