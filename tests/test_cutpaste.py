@@ -8,10 +8,9 @@ import pytest
 import torch
 from test_image_ops import KINDS, ORDERS, STILL, noise, paste, seeded
 
+from choices import VARIANTS, Variant
 from cutpaste import (
-    VARIANTS,
     VIEWS,
-    Variant,
     View,
     ViewParams,
     augment,

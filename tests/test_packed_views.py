@@ -110,7 +110,8 @@ def test_compiled_views_of_a_gpu_are_those_of_a_cpu(variant, patch_size):
 
 
 def test_views_of_another_kind_are_not_packed(monkeypatch):
-    from cutpaste import VIEWS, Variant, View, draw_patch
+    from choices import Variant
+    from cutpaste import VIEWS, View, draw_patch
 
     assert all(map(packable, VARIANTS))
     monkeypatch.setitem(VIEWS, "black", View(draw_patch, lambda target, images, params: target.zero_(), "", ""))

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cutpaste import VARIANTS, VIEWS, Variant
+from choices import VARIANTS, Variant
+from cutpaste import VIEWS
 from dataset import load_masks, load_test
 from detector import load
 from reporting import figures

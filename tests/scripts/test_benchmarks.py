@@ -13,7 +13,8 @@ import torch
 from conftest import ROOT, fork, one_line
 from PIL import Image
 
-from cutpaste import VARIANTS, VIEWS, Variant, View, rows
+from choices import VARIANTS, Variant
+from cutpaste import VIEWS, View, rows
 from image_ops import PasteParams, paste_
 from runtime.files import InputError
 
