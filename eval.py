@@ -23,7 +23,7 @@ from config import (
     with_flag,
 )
 from runtime.cli import choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
-from runtime.files import InputError, check_replaceable, csv_table, say, write_files
+from runtime.files import InputError, check_replaceable, check_writable, csv_table, say, write_files
 
 # Settings that flags may repeat, and settings that flags may change
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
@@ -53,7 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
 
 import numpy as np
 import torch
@@ -83,10 +83,11 @@ def main(args: argparse.Namespace) -> None:
     paths = find_work(args.model_dir, args.data_dir, args.type, ranks.is_main)
     for path in paths:  # all of them, before any hour is spent
         check_flags(args, path)
+    out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
+    check_writable(out_dir, ranks.rank)
     if args.report:
         check_replaceable(args.report, "take another --report")
-    out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(Path(args.report).parent, ranks.rank)
 
     with ranks.joined(False):
         results = []

@@ -32,6 +32,7 @@ from choices import FORMATS
 from config import Config
 from runtime.cli import (
     Interrupts,
+    check_usage,
     choose_device,
     html_file,
     int_at_least,
@@ -43,7 +44,7 @@ from runtime.cli import (
     size,
     zero_or_one,
 )
-from runtime.files import InputError, check_replaceable, say, write_file
+from runtime.files import InputError, check_replaceable, check_writable, say, write_file
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -57,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
     rate = "share of new normal images that may be called anomalous (default: the detector's)"
     add("--false_alarm_rate", type=number(0, 1), metavar="X", help=rate)
     ignore = "patch models: image whose pixels that are not black are ignored, too, or a folder of <category>.png"
-    add("--ignore", metavar="FILE", help=ignore + "; p-values only grow by it")
+    add("--ignore", metavar="FILE|DIR", help=ignore + "; p-values only grow by it")
     add = parser.add_argument_group("output").add_argument
     add("--format", type=one_of(FORMATS), default="csv", metavar="|".join(FORMATS), help="of the rows (default: csv)")
     add("--output", metavar="FILE", help="file of the rows; an earlier run's is continued (default: stdout)")
@@ -78,8 +79,31 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_words(args: argparse.Namespace) -> None:
+    """Raise ArgumentTypeError for words that are not a detector and images, or not a folder of folders; InputError for
+    one that does not exist."""
+    if args.model_dir is None:
+        detector, *words = args.paths
+        later = [word for word in words if word.endswith(".pt")]
+        if os.path.isdir(detector) or (later and not detector.endswith(".pt")):
+            what = "a folder" if os.path.isdir(detector) else "no detector"
+            example = f"here {later[0]}" if later else "or --model_dir DIR for a folder of them"
+            raise argparse.ArgumentTypeError(f"{detector}: is {what}; a detector file comes first, {example}")
+        if not words:
+            raise argparse.ArgumentTypeError("a detector file and images are needed, or --model_dir and a folder")
+        if not os.path.isfile(detector):
+            raise InputError(f"{detector}: no such file")
+        for word in words:
+            if word != "-" and not os.path.lexists(word):
+                raise InputError(f"{word}: no such file or folder")
+            if args.watch and not os.path.isdir(word):
+                raise InputError(f"{word}: no folder; --watch looks at folders only")
+    elif len(args.paths) > 1:
+        raise argparse.ArgumentTypeError("--model_dir goes with one folder, of a sub-folder for each detector")
+
+
 if __name__ == "__main__":
-    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+    check_usage(check_words, get_parser())  # at once: what is imported below takes seconds
 
 import torch
 from torch import Tensor
@@ -157,19 +181,10 @@ def halt(stop: Interrupts) -> None:
 
 def find_tasks(args: argparse.Namespace) -> list[Task]:
     """Return what the command line asks for; paths are not listed yet."""
+    check_words(args)
     if args.model_dir is None:
-        detector, *words = args.paths
-        if not words:
-            raise argparse.ArgumentTypeError("a detector file and images are needed, or --model_dir and a folder")
-        tasks = [Task("", Path(detector), words)]
-    elif len(args.paths) > 1:
-        raise argparse.ArgumentTypeError("--model_dir goes with one folder, of a sub-folder for each detector")
-    else:
-        tasks = pair_folders(args.model_dir, args.paths[0])
-    for word in (word for task in tasks for word in task.words if args.watch):
-        if not os.path.isdir(word):
-            raise InputError(f"{word}: no folder; --watch looks at folders only")
-    return tasks
+        return [Task("", Path(args.paths[0]), args.paths[1:])]
+    return pair_folders(args.model_dir, args.paths[0])
 
 
 def check_detector(args: argparse.Namespace, path: Path) -> Config:
@@ -199,6 +214,7 @@ def check_files(args: argparse.Namespace, tasks: list[Task]) -> None:
     check_written((args.output, args.report), (*detectors, *paths))
     if args.report:
         check_replaceable(args.report, "take another --report")
+        check_writable(Path(args.report).parent)
 
 
 def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Config]) -> list[Tensor | None]:

@@ -70,7 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
 
 import numpy as np
 from PIL import Image
@@ -231,6 +231,8 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
     plan = {f"train/{GOOD}": [good[i] for i in train], f"test/{GOOD}": [good[i] for i in held_out]}
     if args.bad is not None:
         bad = Path(args.bad)
+        if Path(args.good).resolve() in (bad.resolve(), *(p.resolve() for p in bad.glob("*") if p.is_dir())):
+            raise InputError(f"{args.good}: is among the photographs of --bad too; keep good and bad parts apart")
         loose = list_photographs(bad, "--bad")
         kinds = {p.name: find_images(p) for p in sorted(bad.iterdir()) if p.is_dir()}
         plan |= {f"test/{name}": paths for name, paths in kinds.items() if paths}

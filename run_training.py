@@ -37,7 +37,7 @@ from runtime.cli import (
     run_script,
     zero_or_one,
 )
-from runtime.files import InputError, check_replaceable, say, write_file
+from runtime.files import InputError, check_replaceable, check_writable, say, write_file
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # a wrong flag is told at once: what is imported below takes seconds
+    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
 
 import torch
 
@@ -76,7 +76,7 @@ from dataset import choose_categories, load_train, train_paths
 from density import NotFiniteError
 from model import WeightsError
 from runtime.distributed import Ranks, from_environment
-from training.jobs import Job, check_masks, check_settings, check_writable, train_networks, write_detector
+from training.jobs import Job, check_masks, check_settings, train_networks, write_detector
 from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, RunOptions
 
 
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         return
     check_ranks(args, config, ranks)
     for job in jobs:
-        check_writable(job.folder, ranks)
+        check_writable(job.folder, ranks.rank)
         if not args.overwrite:
             check_settings(job)
     torch.backends.cudnn.deterministic = True

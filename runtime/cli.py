@@ -6,13 +6,15 @@ codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 / 143 interrupt
 
 import argparse
 import ctypes
+import difflib
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,9 +97,44 @@ def new_parser(description: str, epilog: str | None = None) -> argparse.Argument
     breaks."""
     kind = argparse.RawDescriptionHelpFormatter
     formatter = lambda prog: kind(prog, max_help_position=30, width=100)  # noqa: E731
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter
-    )
+    return Parser(description=description, epilog=epilog, allow_abbrev=False, formatter_class=formatter)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that tells wrong usage in one line, names the flag that was probably meant, and tells files from folders
+    by the metavar: FILE or DIR."""
+
+    def error(self, message: str, flags: Collection[str] = ()) -> NoReturn:
+        hint = _did_you_mean(sys.argv[1:], flags or self._option_string_actions)
+        self.exit(2, f"{self.prog}: error: {message}{hint} (usage: {self.prog} --help)\n")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        values, unknown = self.parse_known_args(args, namespace)
+        parsers = [self, *(choice for action in self._actions for choice in self._chosen(action, values))]
+        actions = {flag: action for parser in parsers for flag, action in parser._option_string_actions.items()}
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}", actions)
+        for flag, action in actions.items():
+            path, kind = getattr(values, action.dest, None), action.metavar
+            if kind == "DIR" and isinstance(path, str) and os.path.isfile(path):
+                fail(self.prog, f"{flag} {path}: is a file; a folder is needed")
+            if kind == "FILE" and isinstance(path, str) and os.path.isdir(path):
+                fail(self.prog, f"{flag} {path}: Is a directory; the name of a file is needed")
+        return values
+
+    def _chosen(self, action: argparse.Action, values: argparse.Namespace) -> list[argparse.ArgumentParser]:
+        """Return the parser of the command that was given, if the action chooses one."""
+        is_command = isinstance(action, argparse._SubParsersAction)
+        return [action.choices[getattr(values, action.dest)]] if is_command else []
+
+
+def _did_you_mean(words: Sequence[str], flags: Collection[str]) -> str:
+    """Return which flag was meant by the first of the words that is none of the flags; empty if none is like it."""
+    plain = {re.sub("[-_]", "", flag): flag for flag in flags if flag.startswith("--")}
+    for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+        if flag not in flags and (close := difflib.get_close_matches(re.sub("[-_]", "", flag.lower()), plain, 1)):
+            return f"; did you mean {plain[close[0]]}?"
+    return ""
 
 
 PRECISIONS = {"off": None, "bf16": "bfloat16", "fp16": "float16"}  # what autocast computes in, by torch's names
@@ -109,23 +146,28 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
     args = parser.parse_args()
     from runtime.distributed import ending
 
-    with ending():
-        _run(main, parser, args)
-
-
-def _run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    import torch
-
     keep_memory()
-    try:
+    with ending(), one_line_errors(parser):
         main(args)
         sys.stdout.flush()
+
+
+def check_usage(check: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse and check, so that wrong usage is told before a script imports what takes seconds."""
+    args = parser.parse_args()
+    with one_line_errors(parser):
+        check(args)
+
+
+@contextmanager
+def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Turn a user's mistake into one line on stderr and an exit code."""
+    try:
+        yield
     except argparse.ArgumentTypeError as error:
         parser.error(str(error))  # flags that contradict each other: exit code 2
     except InputError as error:
         fail(parser.prog, str(error))
-    except torch.cuda.OutOfMemoryError:
-        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
     except BrokenPipeError:  # the reader of stdout went away (| head): nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -135,6 +177,10 @@ def _run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPa
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch.cuda's; torch may not be imported yet
+            raise
+        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
 
 
 def fail(prog: str, message: str) -> NoReturn:

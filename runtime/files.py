@@ -87,6 +87,17 @@ def check_replaceable(path: str | Path, way_out: str) -> None:
         raise InputError(f"{path}: {there}; move it away, or {way_out}")
 
 
+def check_writable(folder: Path, rank: int = 0) -> None:
+    """Make the folder, and a file in it that goes again. Raises InputError or OSError, naming the folder, if that is
+    not possible. rank: of this process, among those that may do so at the same time."""
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; a folder is needed")
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".writable.{rank}"
+    probe.touch()
+    probe.unlink(missing_ok=True)
+
+
 def remove_file(path: Path) -> None:
     """Remove a file, if it is there, and what a killed process left of it."""
     path.unlink(missing_ok=True)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, resume
-from dataset import TestSet, TrainSet, load_fill_index, load_test, load_train
+from dataset import TestSet, TrainSet, has_test_images, load_fill_index, load_test, load_train
 from detector import Detector, build_network, check_enough, detector_path, load_config, save
 from normals import normals_path, save_normals
 from runtime import cache
 from runtime.cli import command_line, device_name, suitable_precision
 from runtime.distributed import Ranks
 from runtime.files import InputError, remove_file, say
-from runtime.image_files import find_images
 from training.trainer import (
     Precision,
     RunOptions,
@@ -112,8 +111,7 @@ def load_normal(job: Job, options: RunOptions) -> TrainSet:
 def load_watched(config: Config, options: RunOptions, fill_index: Tensor) -> TestSet | None:
     """Return the test images to watch while training; None, which is told, unless there are normal and anomalous
     ones. fill_index: of the training images, for what is ignored in both."""
-    folder = Path(options.data_dir) / config.category / "test"
-    if not folder.is_dir() or not any(find_images(kind) for kind in folder.iterdir() if kind.is_dir()):
+    if not has_test_images(options.data_dir, config.category):
         say(f"{config.category}: no test images, so no AUROC while training")
         return None
     where = options.data_dir, config.category, config.size, options.workers, options.storage
@@ -206,14 +204,6 @@ def check_masks(jobs: list[Job]) -> None:
     if jobs[0].config.ignore and not any(fill_index.numel() for fill_index in masks):
         categories = ", ".join(dict.fromkeys(job.config.category for job in jobs))
         raise InputError(f"--ignore: {jobs[0].config.ignore} has no <category>.png for any of {categories}")
-
-
-def check_writable(folder: Path, ranks: Ranks) -> None:
-    """Make the folder and a file in it. Raises OSError, naming the folder, if that is not possible."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable.{ranks.rank}"
-    probe.touch()
-    probe.unlink(missing_ok=True)
 
 
 def check_settings(job: Job) -> None:

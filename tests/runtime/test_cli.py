@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from conftest import run
 
 from runtime import cli as script
 from runtime.cli import Interrupts, choose_device, device_name, folder_name, run_script, suitable_precision
@@ -125,3 +126,39 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 def test_folder_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert [folder_name(path) for path in ("runs/a/", "a", ".")] == ["a", "a", tmp_path.name]
+
+
+# Wrong usage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        ("run_training.py --patchsize 64", 2, "unrecognized arguments: --patchsize 64; did you mean --patch_size?"),
+        ("run_training.py --Batch-Size=4", 2, "did you mean --batch_size?"),
+        ("run_training.py --frobnicate", 2, "unrecognized arguments: --frobnicate (usage: run_training.py --help)"),
+        ("run_training.py --epochs many", 2, "argument --epochs: 'many': a whole number"),
+        ("run_training.py --ignore {folder} --epoch 1", 2, "did you mean --epochs?"),
+        ("run_training.py --weights {folder}", 1, "--weights {folder}: Is a directory; the name of a file is needed"),
+        ("eval.py --model_dir {file}", 1, "--model_dir {file}: is a file; a folder is needed"),
+        ("check_data.py --data_dir {file}", 1, "--data_dir {file}: is a file; a folder is needed"),
+        ("prepare_data.py folder --god photos", 2, "required: --good; did you mean --good?"),
+        ("prepare_data.py folder --good x --heldout 0.1", 2, "did you mean --held_out?"),
+        ("prepare_data.py folder --good {file}", 1, "--good {file}: is a file; a folder is needed"),
+        ("predict.py {folder} {file}", 2, "{folder}: is a folder; a detector file comes first, here {file}"),
+        ("predict.py a.png {file}", 2, "a.png: is no detector; a detector file comes first, here {file}"),
+        ("predict.py {file}", 2, "a detector file and images are needed"),
+        ("predict.py {file} {folder} none.png", 1, "none.png: no such file or folder"),
+        ("predict.py {file} {folder} --heatmap why", 2, "did you mean --heatmaps?"),
+        ("predict.py {file} {folder} --output {folder}", 1, "--output {folder}: Is a directory"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_helps(tmp_path, command, code, words):
+    """Told by the script itself, in a process of its own."""
+    names = {"folder": str(tmp_path), "file": str(tmp_path / "lid.pt")}
+    (tmp_path / "lid.pt").touch()
+    done = run(*(word.format(**names) for word in command.split()))
+    assert done.code == code
+    assert len(done.err.splitlines()) == 1
+    assert "error: " in done.err
+    assert words.format(**names) in done.err

@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 import statistics
+import sys
 
 import numpy as np
 import pandas
@@ -222,3 +223,18 @@ def test_the_conventional_way_refuses_other_views(benchmarks, monkeypatch, view)
     monkeypatch.setitem(VARIANTS, "new", Variant(("image", "patch", view), ""))
     with pytest.raises(ValueError, match=view):
         benchmarks("speed").ConventionalViews([Image.new("RGB", (40, 40))], "new")
+
+
+# The machine ------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_prints_ten_lines_with_what_this_machine_has():
+    done = fork("benchmarks/doctor.py")
+    assert done.code == 0, done.err
+    said = dict(line.split(":", 1) for line in done.out.splitlines())
+    names = ["Python", "torch", "device", "precision", "compiler", "weights", "disk", "memory", "step", "image"]
+    assert list(said) == names
+    assert sys.version.split()[0] in said["Python"]
+    assert torch.__version__ in said["torch"]
+    for name in ("step", "image"):
+        assert 0 < float(said[name].split(" s ")[0]) < 600

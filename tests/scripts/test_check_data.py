@@ -177,6 +177,7 @@ def test_image_models_without_test_images_and_other_densities(data, models, tmp_
     monkeypatch.setattr(check_data, "SHOWN", 3)  # drawing takes seconds
     for category in ("brick", "grass"):
         shutil.copytree(data / category / "train", tmp_path / "Data" / category / "train")
+    (tmp_path / "Data/grass/test/good").mkdir(parents=True)  # empty
     (tmp_path / "models").mkdir()
     shutil.copy(models / "brick.pt", tmp_path / "models")
     images = load_train(data, "grass", (32, 32), 0).images

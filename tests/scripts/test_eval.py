@@ -300,6 +300,17 @@ def test_flags_that_cannot_be_get_one_line(call, models, patch_models, tmp_path,
     assert contents(tmp_path) == {tmp_path / "mine.html": b"<p>mine</p>"}
 
 
+def test_outputs_are_checked_before_anything_is_scored(data, models, tmp_path, script, monkeypatch):
+    import eval
+
+    monkeypatch.setattr(eval, "evaluate_category", lambda *_: pytest.fail("scored"))
+    (tmp_path / "file").touch()
+    where = ["--data_dir", data, "--model_dir", models, "--save_plots", 0]
+    one_line(script("eval", *where, "--eval_dir", tmp_path / "file/Eval"), "file/Eval", "Not a directory")
+    report = ["--eval_dir", tmp_path, "--report", tmp_path / "file/a.html"]
+    one_line(script("eval", *where, *report), "file: is a file; a folder is needed")
+
+
 def test_wrong_usage_exits_with_2(script):
     for wrong in (["--density", "tree"], ["--save_plot", "0"], ["--l2", "2"], ["--report", "a.pdf"]):
         done = script("eval", *wrong)

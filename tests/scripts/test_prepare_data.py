@@ -100,6 +100,8 @@ def test_folder_refuses(tmp_path, script):
     (tmp_path / "good/003.png").unlink()
     photographs(tmp_path / "bad/good", 1)
     fails("bad/good", "rename", more=("--bad", tmp_path / "bad"))
+    for bad in (tmp_path / "good", tmp_path):  # the same folder, and one that holds it
+        fails("good: is among the photographs of --bad", more=("--bad", bad))
     shutil.rmtree(tmp_path / "bad")
     photographs(tmp_path / "bad", 1)
     photographs(tmp_path / "bad/bad", 1)
