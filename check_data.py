@@ -227,7 +227,8 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
         image = train.images[number]
         title = f"{name}\nscore {row['score']:.3g}, p {row['p_value']:.2g}"
         heat = unseen_map(detector, image[None], number) if with_maps else None
-        cases.append(figures.Case(title, image.permute(1, 2, 0).numpy() / 255, None, heat))
+        anomalous = row["p_value"] <= detector.guarantee.rate
+        cases.append(figures.Case(title, image.permute(1, 2, 0).numpy() / 255, None, heat, anomalous))
     unit = ("standardized " if len(detector.members) > 1 else "") + detector.members[0].unit
     shows = "the most unusual training images, heat maps"
     sheet = figures.heat_sheet(detector, cases, shows, unit, with_masks=False)

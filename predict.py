@@ -12,11 +12,14 @@ A row for each image, in the order of the command line, folders with their sub-f
     score       higher is more anomalous
     p_value     share of normal images that look at least as unusual
     anomalous   1 if p_value is at most the false-alarm rate, which stderr tells at the start; else 0
-    x y width height    patch models: the strongest region of the map above the threshold, in pixels of the file
-    error       why the image could not be scored; all columns but path are empty then
+    x y width height    of what a patch model calls anomalous: the strongest region of its map, in pixels of the file
+    error       why the image could not be scored; the columns from score to height are empty then
+    time        with --watch: when the image was scored
+    bytes modified    size and time of the image file when it was scored
 
-The same command again continues an --output FILE where it stopped. Exit code: 0 done, 1 failed or some image could not
-be scored, 2 wrong usage, 3 with --fail_on_anomaly 1 if some image is anomalous.
+The same command again continues an --output FILE where it stopped. Images that could not be scored, and those whose
+file has changed since, are scored again; drawings and the report are made of all, if they are missing. Exit code: 0
+done, 1 failed or some image could not be scored, 2 wrong usage, 3 with --fail_on_anomaly 1 if some image is anomalous.
 """
 
 import argparse
@@ -64,8 +67,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="file of the rows; an earlier run's is continued (default: stdout)")
     add("--overwrite", action="store_true", help="start --output anew, if the file holds rows")
     add("--heatmaps", metavar="DIR", help="folder for each image under its heat map; replaces earlier drawings")
-    add("--masks", metavar="DIR", help="patch models: folder for a PNG of each image, 255 above the threshold, else 0")
-    report = "HTML file of the images scored in this run, the highest scores first; of patch models with heat maps"
+    add("--masks", metavar="DIR", help="patch models: folder for a PNG of each image, 255 where anomalous, else 0")
+    report = "HTML file of the images, the highest scores first; of patch models with heat maps"
     add("--report", type=html_file, metavar="FILE", help=report)
     explain = "folder for each anomalous image beside the nearest normal one (run_training.py --explain 1 keeps those)"
     add("--explain", metavar="DIR", help=explain)
@@ -137,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
         stack.callback(write_report, args, galleries)  # after a signal too, of what was scored until then
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         paths = [path for task in tasks for path in task.paths]
-        done = sum(path in rows.done for path in paths)
+        done = sum(path in rows.done and not rows.outdated(path) for path in paths)
         bar = stack.enter_context(progress_bar("images", done, len(paths), True, "image"))
 
         def tell(count: int) -> None:
@@ -155,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
                 drift.on_end()
         if args.watch:
             folders = [folder for task in tasks for folder in task.words]
-            for new_paths in watch(folders, rows.done, drawings.folders, lambda: stop.signal):
+            for new_paths in watch(folders, rows, drawings.folders, lambda: stop.signal):
                 for task, scorer, _ in watched:
                     scorer.score([path for path in new_paths if task.holds(path)], rows, pool, tell)
             for *_, drift in watched:
@@ -262,27 +265,28 @@ def make_scorer(
     to the galleries that the report is made of."""
     model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
     drift = Drift(detector.config.category, detector.appearance, detector.guarantee)
-    callbacks = [drift.on_batch]
+    shows = []
     if args.report:
         galleries.append(Gallery(detector))
-        callbacks.append(galleries[-1].on_batch)
+        shows.append(galleries[-1].on_batch)
     if args.explain:
         normals = load_normals(normals_path(task.detector), detector)
-        callbacks.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
+        shows.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
     draw = None
     if drawings.every_image:
-        draw = partial(drawings.draw, folders=task.folders, threshold=model.threshold, outlined=model.has_maps)
+        draw = partial(drawings.draw, folders=task.folders, threshold=model.threshold)
     first = {"category": task.category} if args.model_dir else {}
-    return Scorer(model, args.workers, draw, callbacks, first), drift
+    lacks = lambda path, anomalous: bool(args.report) or drawings.lacks(path, task.folders, anomalous)  # noqa: E731
+    return Scorer(model, args.workers, draw, [drift.on_batch], first, shows, lacks, args.watch), drift
 
 
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
-    """Write the HTML file of what was scored in this run; leave it as it is if that is nothing."""
+    """Write the HTML file of the images that have a score; leave it as it is if there is none."""
     if pages := [gallery.page() for gallery in galleries if gallery.count]:
         title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
         write_file(render(pages, title).encode(), args.report)
     elif args.report:
-        say(f"nothing new was scored, so {args.report} is not written")
+        say(f"nothing was scored, so {args.report} is not written")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ class Explainer:
         ]
         normal_title = f"nearest normal: {self.normals.names[nearest]}"
         pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
-        picture = panel(lines, pictures, size, heat, self.threshold, self.has_maps)
+        level = overlays.drawn_above(heat, self.threshold, True) if self.has_maps else None
+        picture = panel(lines, pictures, size, heat, self.threshold, level)
         write_file(overlays.encoded(picture, target), target)
 
 
@@ -116,13 +117,13 @@ def panel(
     size: tuple[int, int],
     heat: np.ndarray | None,
     threshold: float,
-    outlined: bool,
+    level: float | None,
 ) -> Image.Image:
     """Draw lines of text, below them pictures with their titles, and below those what ``crop`` tells of each, enlarged.
 
     pictures: titles and images (h, w, 3) uint8, the photograph first. heat: its map (h, w), laid over it in one more
-    picture; None: neither that nor anything enlarged. size: the photograph's own (H, W), whose shape all pictures get;
-    wide ones are stacked.
+    picture; None: neither that nor anything enlarged. threshold, level: as overlays.overlay takes them. size: the
+    photograph's own (H, W), whose shape all pictures get; wide ones are stacked.
     """
     limits = WIDE if size[1] > STACKED_FROM * size[0] else UPRIGHT
     scale = min(limits[0] / size[1], limits[1] / size[0])
@@ -130,12 +131,12 @@ def panel(
     whole = (0, 0, *pictures[0][1].shape[1::-1])
     rows = [[(title, cut(pixels, cell, whole)) for title, pixels in pictures]]
     if heat is not None:
-        box = crop(heat, threshold)
+        box = crop(heat, threshold if level is None else level)
         zoom = whole[2] / (box[2] - box[0])
         rows.append([(f"enlarged {zoom:.1f} times", cut(pixels, cell, box)) for _, pixels in pictures])
         for row, part, title in zip(rows, (whole, box), ("heat map", "")):
             cell_heat = np.asarray(Image.fromarray(heat).resize(cell, Image.Resampling.BILINEAR, part))
-            row.append((title, overlays.overlay(np.asarray(row[0][1]), cell_heat, threshold, outlined)))
+            row.append((title, overlays.overlay(np.asarray(row[0][1]), cell_heat, threshold, level)))
         for _, picture in rows[0]:
             frame(picture, box, whole)
     return page(lines, list(zip(*rows)) if limits is WIDE else rows, cell)

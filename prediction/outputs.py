@@ -9,7 +9,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -20,25 +21,28 @@ from reporting import overlays
 from runtime.files import InputError, check_replaceable, csv_record, write_file
 from runtime.image_files import decode
 
-COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error")
+STATE = ("time", "bytes", "modified")  # when an image was scored, if it was watched for; size and time of its file
+COLUMNS = ("path", "score", "p_value", "anomalous", "x", "y", "width", "height", "error", *STATE)
 LONGEST_ROW = 2**20  # bytes of a first row that is looked at
 
 
 class RowsFile:
     """``with RowsFile(path, ...) as rows``: append rows, whole ones only; ``path`` None is stdout.
 
-    done: the paths that have a row, of earlier runs too, with the score; None for an image without one. counts: of all
-    rows, of anomalous images and of errors. Bytes of a path that are no UTF-8 go to CSV as they are, to JSON as
-    ``\\udcXX``.
+    done: the paths that have a row, of earlier runs too, with the score; None for an image without one. told: what else
+    their rows say, by path: anomalous, error, size and time of the file. counts: of all rows, of anomalous images and
+    of errors. Bytes of a path that are no UTF-8 go to CSV as they are, to JSON as ``\\udcXX``.
 
     A file that is there is continued: half a row at its end, from a killed run, is cut off. Raises InputError, and
-    changes nothing, if it holds something else, or if another run is writing to it. overwrite: start anew, if it holds
-    rows of this program, of any columns and kind.
+    changes nothing, if it holds something else, or if another run is writing to it. A file of an earlier version,
+    without the columns STATE, is continued without them. overwrite: start anew, if it holds rows of this program, of
+    any columns and kind.
     """
 
     def __init__(self, path: str | None, kind: str, columns: Iterable[str], overwrite: bool = False) -> None:
         self.path, self.kind, self.columns = path, kind, tuple(columns)
         self.done: dict[str, float | None] = {}
+        self.told: dict[str, tuple[bool, bool, str, str]] = {}
         self.counts = {"rows": 0, "anomalous": 0, "errors": 0}
         self.file: BinaryIO | None = None
         self.overwrite, self.can_cut = overwrite, False
@@ -87,6 +91,10 @@ class RowsFile:
         if self.path is not None:
             self.file.close()
 
+    def __contains__(self, path: str) -> bool:
+        """Return whether a path has a row that its file has not changed since."""
+        return path in self.done and not self.outdated(path, errors=False)
+
     def add(self, rows: list[dict]) -> None:
         """Append rows: values by column, None is empty. Raises OSError, naming the file, if they cannot be written."""
         self.write(b"".join(self.as_bytes(row) for row in rows))
@@ -104,9 +112,38 @@ class RowsFile:
             self.done[row["path"]] = float(row["score"])
         except (TypeError, ValueError):  # an image without a score
             self.done[row["path"]] = None
-        self.counts["rows"] += 1
-        self.counts["anomalous"] += str(row["anomalous"]) == "1"
-        self.counts["errors"] += bool(row["error"])
+        anomalous, error = str(row["anomalous"]) == "1", bool(row["error"])
+        size, modified = (str(row.get(name) or "") for name in STATE[1:])
+        self.told[row["path"]] = (anomalous, error, size, modified)
+        self.count(1, anomalous, error)
+
+    def count(self, rows: int, anomalous: int, errors: int) -> None:
+        """Add to the counts."""
+        for name, number in zip(self.counts, (rows, anomalous, errors)):
+            self.counts[name] += number
+
+    def outdated(self, path: str, errors: bool = True) -> bool:
+        """Return whether a path has a row that says what is true no longer: its file is there, and has another size or
+        time than when it was scored; or, with ``errors``, it could not be scored."""
+        _, error, *state = self.told.get(path, (False, False, "", ""))
+        return (error and errors) or (any(state) and file_state(path) not in (None, tuple(state)))
+
+    def forget(self, paths: Collection[str]) -> None:
+        """Take the rows of these paths out of the file, which is replaced whole: they will be added anew."""
+        gone = {*paths}
+        for path in gone:
+            anomalous, error, *_ = self.told.pop(path)
+            self.count(-1, -anomalous, -error)
+            del self.done[path]
+        if gone and self.can_cut:
+            path = os.path.realpath(self.path)
+            with open(path, "rb") as file:
+                header = file.readline() if self.kind == "csv" else b""
+                kept = [record for record in records(file, self.kind) if self.parsed(record)["path"] not in gone]
+            write_file(header + b"".join(kept), path)
+            self.file.close()
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+            self.lock()
 
     def write(self, content: bytes) -> None:
         """Write all of it; if that fails, nothing of it where the file can be cut."""
@@ -127,9 +164,12 @@ class RowsFile:
     def read(self, file: BinaryIO, header: bytes) -> int:
         """Note the rows of an earlier run, and return where the last whole one ends, in bytes."""
         if header and (first := file.readline(len(header))) != header:
-            if file.read(1) or not header.startswith(first):
+            if first == csv_record(without_state(self.columns)):
+                self.columns, header = without_state(self.columns), first
+            elif file.read(1) or not header.startswith(first):
                 self.refuse()
-            return 0  # a run that was killed at once
+            else:
+                return 0  # a run that was killed at once
         end = len(header)
         for record in records(file, self.kind):
             if not record.endswith(b"\n"):
@@ -148,6 +188,8 @@ class RowsFile:
             text = record.decode("utf-8", "surrogateescape")
             if self.kind == "jsonl":
                 row = json.loads(text)
+                if not self.done and tuple(row) == without_state(self.columns):
+                    self.columns = tuple(row)
             else:
                 (values,) = csv.reader(io.StringIO(text, newline=""), strict=True)
                 row = dict(zip(self.columns, values, strict=True))
@@ -162,12 +204,28 @@ class RowsFile:
         raise InputError(f"{self.path}: holds something else than {needed}; another --output, or --overwrite")
 
 
+def file_state(path: str) -> tuple[str, str] | None:
+    """Return size and time of a file as a row tells them, None if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    modified = datetime.fromtimestamp(status.st_mtime, timezone.utc)
+    return str(status.st_size), modified.isoformat(timespec="milliseconds")
+
+
+def without_state(columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns that an earlier version wrote."""
+    return tuple(name for name in columns if name not in STATE)
+
+
 def begins_like_rows(file: BinaryIO) -> bool:
     """Return whether a file is empty or begins with a record of this program, which a kill may have cut off: of any of
     choices.FORMATS, with or without a column for the category. The file is at its start afterwards."""
     first = file.readline(LONGEST_ROW)
     file.seek(0)
-    for columns in (COLUMNS, ("category", *COLUMNS)):
+    earlier = without_state(COLUMNS)
+    for columns in (COLUMNS, ("category", *COLUMNS), earlier, ("category", *earlier)):
         start = b'{"%s": ' % columns[0].encode()
         if csv_record(columns).startswith(first) or start.startswith(first):
             return True
@@ -230,21 +288,21 @@ class Drawings:
         for folder in self.folders:
             os.makedirs(folder, exist_ok=True)
 
-    def draw(self, path: str, heat: np.ndarray, folders: Sequence[str], threshold: float, outlined: bool) -> None:
+    def draw(self, path: str, heat: np.ndarray, level: float | None, folders: Sequence[str], threshold: float) -> None:
         """Draw an image's heat map and mask, as asked for, in the image's own size.
 
-        heat: its map (h, w). folders: those that drawings are named from. outlined: with a line around what is above
-        the threshold. Raises InputError if it cannot be drawn.
+        heat: its map (h, w). level: what the outline and the mask are of, see overlays.drawn_above; None without them.
+        folders: those that drawings are named from. Raises InputError if it cannot be drawn.
         """
         self.protect(path)  # it may have come later
         targets = self.targets(path, folders)
         pixels = decode(path)
         heat = overlays.enlarged(heat, pixels.shape[:2])
         if self.heatmaps:
-            picture = overlays.overlay(pixels, heat, threshold, outlined)
+            picture = overlays.overlay(pixels, heat, threshold, level)
             write_file(overlays.encoded(picture, targets[0]), targets[0])
         if self.masks:
-            write_file(overlays.encoded(overlays.above_threshold(heat, threshold), targets[-1]), targets[-1])
+            write_file(overlays.encoded(overlays.above(heat, level), targets[-1]), targets[-1])
 
     def targets(self, path: str, folders: Sequence[str]) -> list[str]:
         """Return the files of an image's heat map and mask. Raises InputError if one would harm another file."""
@@ -265,6 +323,16 @@ class Drawings:
         self.owners[self.place(path)] = (path, "")
         if os.path.islink(path):
             self.owners[os.path.realpath(path)] = (path, "")
+
+    def lacks(self, path: str, folders: Sequence[str], anomalous: bool) -> bool:
+        """Return whether an image that was scored before is there, and has not all of its drawings, newer than it."""
+        targets = self.targets(path, folders) + ([self.panel(path, folders)] if self.panels and anomalous else [])
+        try:
+            return not all(
+                os.path.isfile(target) and os.path.getmtime(target) >= os.path.getmtime(path) for target in targets
+            )
+        except OSError:
+            return False
 
     def target(self, folder: str, name: str, path: str, suffix: str | None = None) -> str:
         """Return the file in a folder of drawings for the image that is called ``name`` there; without a ``suffix`` a

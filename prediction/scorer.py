@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from detector import BatchPrediction, Detector
-from prediction.outputs import COLUMNS, RowsFile
+from prediction.outputs import COLUMNS, STATE, RowsFile, file_state
 from reporting import overlays
-from runtime.files import InputError
+from runtime.files import InputError, say
 from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import decode_with_size
 
@@ -34,12 +35,13 @@ SAME_SCORE = 0.01  # relative difference; devices and batches round otherwise, i
 
 class ImageFile(NamedTuple):
     """One file that was read: pixels (h, w, 3) uint8 at the model's size, and the file's own size (H, W); or only the
-    error that says why there are none."""
+    error that says why there are none. state: of the file before it was read."""
 
     path: str
     pixels: np.ndarray | None = None
     size: tuple[int, int] | None = None
     error: str | None = None
+    state: tuple[str, str] | None = None  # see outputs.file_state
 
 
 @dataclass(frozen=True)
@@ -91,32 +93,51 @@ class Scorer:
     """Paths in; rows, drawings and calls of callbacks out.
 
     ahead: how many images are decoded before their turn, beside those of one batch. draw: called in threads with each
-    path and its heat (h, w), raises InputError where it cannot; None: nothing is drawn. first: columns that come before
-    those of an image, and their values.
+    path, its heat (h, w) and overlays.drawn_above of it, raises InputError where it cannot; None: nothing is drawn.
+    first: columns that come before those of an image, and their values. shows: callbacks, too, that show something of
+    each image; they and ``draw`` get an image that was scored before once more if ``lacks``, called with its path and
+    whether it is anomalous, says so. stamped: rows tell when they were made.
     """
 
     def __init__(
         self,
         model: Model,
         ahead: int,
-        draw: Callable[[str, np.ndarray], object] | None = None,
+        draw: Callable[[str, np.ndarray, float | None], object] | None = None,
         callbacks: Sequence[Callback] = (),
         first: dict[str, str] | None = None,
+        shows: Sequence[Callback] = (),
+        lacks: Callable[[str, bool], bool] = lambda path, anomalous: False,
+        stamped: bool = False,
     ) -> None:
         self.model, self.ahead, self.draw, self.callbacks = model, model.batch_size + ahead, draw, callbacks
+        self.shows, self.lacks, self.stamped = shows, lacks, stamped
         self.empty_row = (first or {}) | dict.fromkeys(COLUMNS)
 
     def score(self, paths: Iterable[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
-        """Add a row for each path that has none, one batch at a time, and call ``tell`` with the size of each batch.
-        Raises InputError if rows that are there already are another detector's."""
-        scored = (path for path in paths if rows.done.get(path) is not None)
-        self.check_earlier(list(islice(scored, ROWS_COMPARED)), rows)
+        """Add a row for each path that has none, or an outdated one, one batch at a time, and call ``tell`` with the
+        size of each batch. Raises InputError if rows that are there already are another detector's."""
+        paths = list(paths)
+        outdated = {path for path in paths if rows.outdated(path)}
+        scored = [path for path in paths if rows.done.get(path) is not None and path not in outdated]
+        self.check_earlier(scored[:ROWS_COMPARED], rows)
+        shown_again = [path for path in scored if self.lacks(path, rows.told[path][0])]
+        if shown_again:
+            say(f"{len(shown_again)} images that have a row are looked at again, to be shown")
+        for batch, pixels, prediction in self.predictions(shown_again, pool):
+            self.rows(batch, pixels, prediction, pool, self.shows)
+            tell(0)
+        rows.forget(outdated)
         missing = (path for path in paths if path not in rows.done)
-        with closing(in_order(pool, self.read, missing, self.ahead)) as files:
+        for batch, pixels, prediction in self.predictions(missing, pool):
+            rows.add(self.rows(batch, pixels, prediction, pool, (*self.callbacks, *self.shows)))
+            tell(len(batch))
+
+    def predictions(self, paths: Iterable[str], pool: Executor) -> Iterator[tuple]:
+        """Yield what ``predict`` returns, batch by batch."""
+        with closing(in_order(pool, self.read, paths, self.ahead)) as files:
             batches = iter(lambda: list(islice(files, self.model.batch_size)), [])
-            for batch, pixels, prediction in issued_ahead(map(self.predict, batches), self.model.device):
-                rows.add(self.rows(batch, pixels, prediction, pool))
-                tell(len(batch))
+            yield from issued_ahead(map(self.predict, batches), self.model.device)
 
     @torch.inference_mode()
     def check_earlier(self, paths: list[str], rows: RowsFile) -> None:
@@ -133,12 +154,13 @@ class Scorer:
 
     def read(self, path: str) -> ImageFile:
         """Open and decode a file, once."""
+        state = file_state(path)
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise InputError("no file, or a folder that cannot be listed")
-            return ImageFile(path, *decode_with_size(path, self.model.size))
+            return ImageFile(path, *decode_with_size(path, self.model.size), state=state)
         except InputError as error:
-            return ImageFile(path, error=reason(error, path))
+            return ImageFile(path, error=reason(error, path), state=state)
 
     def view(self, files: list[ImageFile]) -> Tensor:
         """Return files as the model sees them, (B, 3, H, W)."""
@@ -154,31 +176,44 @@ class Scorer:
 
     @torch.inference_mode()
     def rows(
-        self, batch: list[ImageFile], pixels: Tensor | None, prediction: BatchPrediction | None, pool: Executor
+        self,
+        batch: list[ImageFile],
+        pixels: Tensor | None,
+        prediction: BatchPrediction | None,
+        pool: Executor,
+        callbacks: Iterable[Callback],
     ) -> list[dict]:
         """Return the rows of a batch of files. What is drawn of them is in place by then."""
-        rows = {file.path: self.empty_row | {"path": file.path, "error": file.error} for file in batch}
+        now = datetime.now().astimezone().isoformat(timespec="seconds") if self.stamped else None
+        rows = {}
+        for file in batch:
+            state = dict(zip(STATE, (now, *(file.state or (None, None)))))
+            rows[file.path] = self.empty_row | {"path": file.path, "error": file.error} | state
         files = [file for file in batch if file.error is None]
         if not files:
             return list(rows.values())
         maps = self.model.heat(prediction) if self.model.has_maps or self.draw else [None] * len(files)
-        errors = pool.map(self.draw_one, files, maps) if self.draw else [None] * len(files)
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
-        for file, score, p, heat, error in zip(files, scores, p_values, maps, errors):
+        levels = [None] * len(files)
+        if self.model.has_maps:
+            decisions = zip(maps, p_values)
+            levels = [overlays.drawn_above(heat, self.model.threshold, p <= self.model.rate) for heat, p in decisions]
+        errors = pool.map(self.draw_one, files, maps, levels) if self.draw else [None] * len(files)
+        for file, score, p, heat, level, error in zip(files, scores, p_values, maps, levels, errors):
             if error:
                 rows[file.path]["error"] = error
                 continue
             rows[file.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.model.rate)}
-            if self.model.has_maps and (box := overlays.region(heat, self.model.threshold, file.size)):
+            if self.model.has_maps and (box := overlays.region(heat, level, file.size)):
                 rows[file.path] |= dict(zip(("x", "y", "width", "height"), box))
-        for callback in self.callbacks:
+        for callback in callbacks:
             callback([file.path for file in files], [file.size for file in files], pixels, prediction)
         return list(rows.values())
 
-    def draw_one(self, file: ImageFile, heat: np.ndarray) -> str | None:
+    def draw_one(self, file: ImageFile, heat: np.ndarray, level: float | None) -> str | None:
         """Draw an image with its heat (h, w); return why that failed."""
         try:
-            self.draw(file.path, heat)
+            self.draw(file.path, heat, level)
         except InputError as error:
             return reason(error, file.path)
 

@@ -18,6 +18,7 @@ from dataset import GOOD
 from detector import Detector, category_seed, stream
 from image_ops import to_float
 from reporting.metrics import Evaluation
+from reporting.overlays import drawn_above
 from runtime.files import MARK
 
 NORMAL_COLOR = VIEWS["image"].color
@@ -113,6 +114,7 @@ class Case(NamedTuple):
     image: np.ndarray  # (H, W, 3) in [0, 1]
     mask: np.ndarray | None  # (H, W) of {0, 1}: ground truth; None if it is missing
     heat: np.ndarray | None  # (H, W): anomaly map; None for all cases or for none
+    anomalous: bool  # called so
 
 
 def choose_cases(evaluation: Evaluation) -> list[Case]:
@@ -130,7 +132,8 @@ def choose_cases(evaluation: Evaluation) -> list[Case]:
     for i, role in roles.items():
         title = f"{_words(test.defect_types[i])}, {role}\n{test.paths[i].name}: score {scores[i]:.3g}"
         mask = evaluation.masks[i] if test.with_truth[i] else None
-        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i]))
+        anomalous = bool(evaluation.p_values[i] <= evaluation.detector.guarantee.rate)
+        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i], anomalous))
     return cases
 
 
@@ -148,8 +151,8 @@ def heat_sheet(
 ) -> Figure:
     """Draw images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colors.
 
-    For a patch model an outline shows where the map is above the detector's threshold. shows: what is on the sheet, in
-    words. unit: of a patch model's maps; default: that of the detector's scores.
+    For a patch model an outline shows what makes an image anomalous, see overlays.drawn_above. shows: what is on the
+    sheet, in words. unit: of a patch model's maps; default: that of the detector's scores.
     """
     category, patches = detector.config.category, detector.config.patches
     threshold = detector.threshold.item() if patches else None
@@ -167,7 +170,7 @@ def heat_sheet(
         high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
     for axes in grid.flat:
         axes.set_axis_off()
-    for number, (title, image, mask, heat) in enumerate(cases):
+    for number, (title, image, mask, heat, anomalous) in enumerate(cases):
         band, column = divmod(number, across)
         top, *middle, bottom = grid[per_case * band : per_case * (band + 1), column]
         top.imshow(image.clip(0, 1))
@@ -181,9 +184,10 @@ def heat_sheet(
             continue
         bottom.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
         colors = bottom.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.75)
-        if threshold is not None and heat.min() < threshold < heat.max():
-            bottom.contour(heat, [threshold], colors=OUTLINE, linewidths=1)
-    note = "" if threshold is None else "; blue outline: above the threshold"
+        level = None if threshold is None else drawn_above(heat, threshold, anomalous)
+        if level is not None and heat.min() < level < heat.max():
+            bottom.contour(heat, [level], colors=OUTLINE, linewidths=1)
+    note = "" if threshold is None else "; blue outline: why it is called anomalous"
     figure.suptitle(f"{category}: {shows}{note}", fontsize=11)
     if maps:
         bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")

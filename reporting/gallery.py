@@ -20,7 +20,7 @@ from torch import Tensor
 
 from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
-from reporting.overlays import overlay
+from reporting.overlays import drawn_above, overlay
 from runtime.files import MARK
 from runtime.image_files import encode
 
@@ -65,8 +65,8 @@ def gallery_page(evaluation: Evaluation, seed: str = "") -> Page:
     test, tiles = evaluation.test, []
     for i, path in enumerate(test.paths):
         heat = None if evaluation.maps is None else evaluation.maps[i]
-        pictures = _pictures(evaluation.detector, test.images[i], heat)
         score, p_value = evaluation.scores[i].item(), evaluation.p_values[i].item()
+        pictures = _pictures(evaluation.detector, test.images[i], heat, p_value)
         name = f"{path.parent.name}/{path.name}"
         tiles.append(Tile(name, test.defect_types[i], int(test.labels[i]), score, p_value, *pictures))
     title = " ".join(filter(None, (evaluation.category, seed)))
@@ -92,7 +92,7 @@ class Gallery:
             full = len(self.heap) == MAX_TILES
             if full and score <= self.heap[0][0]:
                 continue
-            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat))
+            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat, p_value))
             (heapq.heappushpop if full else heapq.heappush)(self.heap, (score, -self.count, tile))
 
     def page(self) -> Page:
@@ -110,13 +110,14 @@ def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures(detector: Detector, image: Tensor, heat: np.ndarray | None) -> tuple[bytes, bytes | None]:
+def _pictures(detector: Detector, image: Tensor, heat: np.ndarray | None, p_value: float) -> tuple[bytes, bytes | None]:
     """Return the JPEG files of a tile: of an image (3, H, W) uint8, and with its map (H, W) if that is a patch model's,
-    whose scale the threshold gives."""
+    whose scale the threshold gives, and whose outline the decision by its p-value."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     if heat is None or detector.config.patches is None:
         return thumbnail(pixels), None
-    drawn = overlay(pixels, heat, detector.threshold.item(), outlined=True)
+    threshold = detector.threshold.item()
+    drawn = overlay(pixels, heat, threshold, drawn_above(heat, threshold, p_value <= detector.guarantee.rate))
     return thumbnail(pixels), thumbnail(np.asarray(drawn))
 
 

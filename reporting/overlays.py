@@ -37,6 +37,19 @@ def region(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[i
     return left, top, right - left, bottom - top
 
 
+def drawn_above(heat: np.ndarray, threshold: float, anomalous: bool) -> float:
+    """Return the level above which a map (h, w) is drawn as anomalous: what its outline, box and mask are of.
+
+    It follows the decision: nothing is above it in an image called normal, something always is in one called anomalous.
+    That is the threshold, but where several networks decide, whose p-values can differ from their mean score: then it
+    is as far below the maximum as shows the strongest place.
+    """
+    if not anomalous:
+        return np.inf
+    highest = heat.max().item()
+    return min(threshold, highest - (highest - np.median(heat).item()) / 4)
+
+
 def as_score(heat: np.ndarray, score: float) -> np.ndarray:
     """Return a Grad-CAM map, at least 0, in the unit of the score: its maximum is the score, as in a patch model."""
     return heat * np.float32(max(score, 0) / max(heat.max(), 1e-30))
@@ -47,16 +60,16 @@ def enlarged(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
 
 
-def above_threshold(heat: np.ndarray, threshold: float) -> Image.Image:
-    """Return a picture that is 255 where the map (H, W) is above the threshold, else 0."""
-    return Image.fromarray((heat > threshold).astype(np.uint8) * np.uint8(255))
+def above(heat: np.ndarray, level: float) -> Image.Image:
+    """Return a picture that is 255 where the map (H, W) is above the level, else 0."""
+    return Image.fromarray((heat > level).astype(np.uint8) * np.uint8(255))
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bool) -> Image.Image:
+def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, level: float | None) -> Image.Image:
     """Return a picture of an image (H, W, 3) uint8 under its map (H, W).
 
-    Colors depend on the threshold alone: transparent up to half of it, strongest from twice of it. outlined: with a
-    thin line around what is above the threshold.
+    Colors depend on the threshold alone: transparent up to half of it, strongest from twice of it. level: what is above
+    it gets a thin line around it, see ``drawn_above``; None: without such a line.
     """
     from scipy.ndimage import binary_erosion
 
@@ -66,10 +79,10 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, outlined: bo
     table = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
     colors = Image.fromarray(np.stack(table, 1).astype(np.uint8)[strength])
     image = Image.composite(colors, Image.fromarray(pixels), Image.fromarray((strength * OPACITY).astype(np.uint8)))
-    if outlined:
-        above = heat > threshold
-        width = -(-max(above.shape) // SIDE_PER_PIXEL)
-        line = above & ~binary_erosion(above, iterations=width, border_value=1)
+    if level is not None:
+        inside = heat > level
+        width = -(-max(inside.shape) // SIDE_PER_PIXEL)
+        line = inside & ~binary_erosion(inside, iterations=width, border_value=1)
         image.paste(OUTLINE, mask=Image.fromarray(line))
     return image
 

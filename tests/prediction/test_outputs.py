@@ -118,7 +118,7 @@ def draw(folders, *paths, below=()):
     drawings = Drawings(*folders)
     drawings.prepare((path, below) for path in paths)
     for path in paths:
-        drawings.draw(path, np.full((4, 4), 9, np.float32), below, 1.0, outlined=True)
+        drawings.draw(path, np.full((4, 4), 9, np.float32), 1.0, below, 1.0)
 
 
 def test_names_of_drawings(here):
@@ -175,5 +175,5 @@ def test_no_drawing_is_in_the_way_of_another_file(here):
     drawings.prepare([("photos/d.png", ["photos"])])
     (here / "heat/d.png").write_text("came in the way since")
     with pytest.raises(InputError, match=r"heat/d\.png: is there already"):
-        drawings.draw("photos/d.png", np.zeros((4, 4), np.float32), ["photos"], 1.0, outlined=True)
+        drawings.draw("photos/d.png", np.zeros((4, 4), np.float32), 1.0, ["photos"], 1.0)
     assert (here / "heat/d.png").read_text() == "came in the way since"

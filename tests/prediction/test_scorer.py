@@ -12,9 +12,9 @@ from PIL import Image
 
 from detector import BatchPrediction, load
 from prediction.inputs import list_paths
-from prediction.outputs import COLUMNS, RowsFile
+from prediction.outputs import COLUMNS, STATE, RowsFile, file_state
 from prediction.scorer import Model, Scorer
-from reporting.overlays import region
+from reporting.overlays import drawn_above, region
 from runtime.files import InputError
 from runtime.image_files import decode, find_images, read_size
 
@@ -29,6 +29,7 @@ def scored(model, paths, callbacks=(), draw=None, done=()):
 
     rows = Rows("rows.csv", "csv", COLUMNS)
     rows.done = dict(done)
+    rows.told = {path: (False, False, "", "") for path in rows.done}
     with ThreadPoolExecutor(2) as pool:
         Scorer(model, 2, draw, callbacks).score(paths, rows, pool, sizes.append)
     assert sum(sizes) == len(added)
@@ -92,7 +93,8 @@ def test_any_function_of_a_batch_can_score(here):
     batches, drawn = [], {}
     paths = [*list_paths(["photos"]), "none.png"]
 
-    def draw(path, heat):
+    def draw(path, heat, level):
+        assert level == drawn_above(heat, 120.0, heat.mean() >= 101)
         drawn[path] = heat
         if path == paths[-2]:
             raise InputError(f"{path}: is in\nthe way")
@@ -100,12 +102,14 @@ def test_any_function_of_a_batch_can_score(here):
     rows = scored(model, paths, [lambda *args: batches.append(args)], draw)
     assert [row["path"] for row in rows] == paths
     for row, error in zip(rows[-2:], ("is in the way", "No such file or directory")):
-        assert row == dict.fromkeys(COLUMNS) | {"path": row["path"], "error": error}
+        state = dict(zip(STATE, (row["time"], *(file_state(row["path"]) or (None, None)))))
+        assert row == dict.fromkeys(COLUMNS) | {"path": row["path"], "error": error} | state
     for row in rows[:-2]:
         red = decode(row["path"], (20, 30))[:, :, 0].astype(np.float32)
         assert row["score"] == pytest.approx(red.mean(), rel=1e-5)
         assert row["anomalous"] == (red.mean() >= 101)
-        box = region(red, 120.0, read_size(row["path"])) or (None,) * 4
+        box = region(red, drawn_above(red, 120.0, red.mean() >= 101), read_size(row["path"])) or (None,) * 4
+        assert (box[0] is None) == (red.mean() < 101)  # what is decided is what is drawn
         assert (row["x"], row["y"], row["width"], row["height"]) == box
         assert np.array_equal(drawn[row["path"]], red)
     assert [path for batch, *_ in batches for path in batch] == paths[:-1]
@@ -147,4 +151,4 @@ def test_broken_files_do_not_stop_the_others(detectors, data, here):
             continue
         assert row["error"].startswith(ways[number][1])
         assert len(row["error"].splitlines()) == 1
-        assert {row[name] for name in COLUMNS[1:-1]} == {None}
+        assert {row[name] for name in COLUMNS[1:8]} == {None}

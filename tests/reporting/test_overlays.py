@@ -39,15 +39,15 @@ def test_the_scale_of_an_overlay_is_the_threshold():
     heat = np.zeros((40, 60), np.float32)
     heat[10:30, 10:50] = 3.0
     heat[0] = 1.0  # half of the threshold: nothing
-    plain = np.array(overlays.overlay(gray, heat, 2.0, outlined=False))
+    plain = np.array(overlays.overlay(gray, heat, 2.0, None))
     assert (plain[:10] == 100).all()
     assert (plain[15, 20] != 100).any()
-    lined = np.array(overlays.overlay(gray, heat, 2.0, outlined=True))
+    lined = np.array(overlays.overlay(gray, heat, 2.0, 2.0))
     assert (lined[10, 10:50] == overlays.OUTLINE).all()
     assert (lined != plain).any(2).sum() == 2 * 40 + 2 * 18
-    strong = np.array(overlays.overlay(gray, np.full_like(heat, 4), 2.0, outlined=False))
-    assert np.array_equal(strong, overlays.overlay(gray, np.full_like(heat, 9), 2.0, outlined=True))
+    strong = np.array(overlays.overlay(gray, np.full_like(heat, 4), 2.0, None))
+    assert np.array_equal(strong, overlays.overlay(gray, np.full_like(heat, 9), 2.0, 2.0))
     expected = 100 + overlays.OPACITY * (np.array(overlays.COLORS[-1]) - 100.0)
     assert np.abs(strong[0, 0] - expected).max() <= 1
     for threshold in (0.0, -1.0):
-        assert np.array(overlays.overlay(gray, heat, threshold, True)).shape == gray.shape
+        assert np.array(overlays.overlay(gray, heat, threshold, threshold)).shape == gray.shape

@@ -19,7 +19,10 @@ from conftest import ROOT, contents, one_line, rows_of, wait_for
 from forked import Forked
 from PIL import Image
 
-from detector import Detector, load, save
+from config import Config, PatchConfig
+from dataset import load_train
+from detector import Detector, initial_network, load, save
+from normals import normals_path, save_normals
 from prediction.inputs import list_paths
 from prediction.outputs import COLUMNS, RowsFile
 from reporting import gallery, overlays
@@ -45,6 +48,7 @@ def half_above(path, folder):
     """A copy of a detector whose threshold half of the images in photos/ exceed."""
     detector = load(path)
     detector.threshold = torch.from_numpy(detector.predict(list_paths(["photos"])).scores).median()
+    detector.calibration_scores = torch.full_like(detector.calibration_scores, detector.threshold)  # p-values agree
     save(detector, folder / "brick.pt")
     return folder / "brick.pt"
 
@@ -179,10 +183,54 @@ def test_rows_of_another_detector_are_not_continued(detectors, here, script):
     assert out.read_bytes() == before
     shutil.copy("photos/a.jpg", "photos/b.png")  # replaced since; the other tells that it is the same detector
     assert script("predict", patch, *words).code == 0
-    assert [row["path"] for row in rows_of(out)[:3]] == ["photos/b.png", "photos/d.png", "photos/a.jpg"]
+    assert [row["path"] for row in rows_of(out)[:3]] == ["photos/d.png", "photos/a.jpg", "photos/b.png"]
     assert len(rows_of(out)) == 6
     assert script("predict", whole, *words, "--overwrite").code == 0
     assert np.allclose(scores_of(rows_of(out)), load(whole).predict(list_paths(["photos"])).scores, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_what_was_mended_or_has_changed_is_scored_again(detectors, here, script, kind):
+    """Each image has one row at any time; the others keep theirs, byte by byte."""
+    good, out = (here / "photos/b.png").read_bytes(), here / "rows"
+    words = ["predict", detectors / "patch/brick.pt", "photos", "--output", out, "--format", kind]
+    (here / "photos/b.png").write_bytes(good[:100])
+    assert script(*words).code == 1
+    before = out.read_bytes().splitlines()
+    again = script(*words)  # still broken
+    assert again.code == 1
+    assert again.err.splitlines()[-1].startswith("6 images, ")
+    assert "; 1 could not be scored" in again.err
+    (here / "photos/b.png").write_bytes(good)
+    os.utime(here / "photos/d.png", (1e9, 1e9))  # older than its row, but another file
+    done = script(*words)
+    assert done.code == 0, done.err
+    after = out.read_bytes().splitlines()
+    assert len(after) == len(before)
+    changed = [line for line in before if b"photos/b.png" in line or b"photos/d.png" in line]
+    assert [line for line in before if line not in changed] == after[:-2]
+    told = out.read_bytes()
+    assert script(*words).code == 0
+    assert out.read_bytes() == told
+    (here / "photos/d.png").unlink()  # gone: its row stays
+    assert script(*words).code == 0
+    assert out.read_bytes() == told
+
+
+def test_rows_of_an_earlier_version_are_continued_in_their_columns(detectors, here, script):
+    out, words = here / "rows.csv", ["predict", detectors / "patch/brick.pt", "photos", "--output", "rows.csv"]
+    assert script(*words).code == 0
+    whole = pandas.read_csv(out)
+    whole.iloc[:3, :9].to_csv(out, index=False)
+    assert script(*words).code == 0
+    assert list(rows_of(out)[0]) == list(COLUMNS[:9])
+    assert np.allclose(scores_of(rows_of(out)), whole.score, rtol=1e-5)
+
+
+def test_a_path_that_does_not_exist_stops_at_once(detectors, here, script):
+    done = script("predict", detectors / "whole/brick.pt", "photos", "photos/bb.png", "--output", "rows.csv")
+    one_line(done, "photos/bb.png: no such file or folder")
+    assert not (here / "rows.csv").exists()
 
 
 def test_rows_and_reports_replace_no_other_file(detectors, here, script):
@@ -245,6 +293,64 @@ def test_heatmaps_and_masks_are_drawn(detectors, here, script):
     assert len(contents(here / "masks")) == len(contents(here / "photos/heat")) == 6
 
 
+def folds_that_disagree(data, folder):
+    """A patch model of three networks, decisions by p-values of which differ from those by its threshold."""
+    patches = PatchConfig(patch_size=32, window=8, stride=4, sigma=2.0)
+    small = {"height": 32, "width": 48, "pretrained": False, "backbone": "mobilenet_v2", "false_alarm_rate": 0.5}
+    config = Config("brick", **small, level=(1,), folds=3, patches=patches)
+    networks = [initial_network(config, member=number) for number in range(3)]
+    detector = Detector(config, networks).fit(load_train(data, "brick", (32, 48), 0).images)
+    scores = torch.from_numpy(detector.predict(list_paths(["photos"])).scores).sort().values
+    return detector, scores, folder / "brick.pt"
+
+
+@pytest.mark.parametrize("threshold", ["low", "high"])
+def test_what_is_decided_is_what_is_drawn(data, here, script, threshold):
+    """Box, mask, outline and decision agree where p-values and the threshold of the mean score do not."""
+    detector, scores, path = folds_that_disagree(data, here)
+    decisions = detector.predict(list_paths(["photos"])).anomalous
+    assert 0 < decisions.sum() < 6
+    detector.threshold = scores[0] - 0.01 if threshold == "low" else scores[-1] + 0.01
+    save(detector, path)
+    flags = ["--masks", "masks", "--heatmaps", "heat", "--explain", "why"]
+    save_normals(detector, load_train(data, "brick", (32, 48), 0), normals_path(path))
+    for name in ("a.jpg", "b.png", "c.TIF", "d.png", "more/a.png", "more/e.bmp"):  # no color near the outline's
+        Image.open(here / "photos" / name).convert("L").convert("RGB").save(here / "photos" / name)
+    rows = rows_on_stdout(script("predict", path, "photos", *flags))
+    called = {row["path"] for row in rows if row["anomalous"] == "1"}
+    assert 0 < len(called) < 6
+    for row in rows:
+        name = os.path.splitext(row["path"].removeprefix("photos/"))[0]
+        assert bool(row["x"]) == (row["path"] in called)
+        assert np.array(Image.open(here / f"masks/{name}.png")).any() == (row["path"] in called)
+        assert (here / f"why/{name}.png").exists() == (row["path"] in called)
+        if (heat := here / f"heat/{name}.png").exists():
+            outlined = (np.array(Image.open(heat).convert("RGB")) == overlays.OUTLINE).all(2).any()
+            assert outlined == (row["path"] in called)
+
+
+@pytest.mark.parametrize("kind", ["patch", "whole"])
+def test_drawings_and_report_of_rows_that_are_there_already(detectors, here, script, kind):
+    """Why? comes after the first scoring: they are made then, and rows stay as they are."""
+    words = ["predict", detectors / kind / "brick.pt", "photos", "--output", "rows.csv", "--false_alarm_rate", 0.9]
+    assert script(*words).code == 0
+    before = (here / "rows.csv").read_bytes()
+    anomalous = sum(row["anomalous"] == "1" for row in rows_of(here / "rows.csv"))
+    assert anomalous
+    done = script(*words, "--heatmaps", "heat", "--explain", "why", "--report", "look.html")
+    assert done.code == 0, done.err
+    assert "6 images that have a row are looked at again, to be shown" in done.err
+    assert (here / "rows.csv").read_bytes() == before
+    assert len(contents(here / "heat")) == 6
+    assert len(contents(here / "why")) == anomalous
+    assert (here / "look.html").read_text().count('class="tile"') == 6
+    drawn = contents(here / "heat")
+    (here / "heat/b.png").unlink()
+    done = script(*words, "--heatmaps", "heat", "--explain", "why")  # only what is missing
+    assert "1 images that have a row are looked at again" in done.err
+    assert contents(here / "heat") == drawn
+
+
 def test_image_level_models_draw_where_the_score_comes_from(detectors, here, script):
     path = detectors / "whole/brick.pt"
     plain = rows_on_stdout(script("predict", path, "photos"))
@@ -259,7 +365,7 @@ def test_image_level_models_draw_where_the_score_comes_from(detectors, here, scr
 
 
 def test_a_report_of_new_images(detectors, here, script, monkeypatch):
-    """Those of this run, the highest scores first; none of images that have a row already."""
+    """The highest scores first, those of images that have a row already too."""
     path = half_above(detectors / "patch/brick.pt", here)
     shutil.copy("photos/b.png", "photos/<b>&'.png")
     words = ["predict", path, "photos", "--output", "rows.csv", "--report", "look.html"]
@@ -273,7 +379,8 @@ def test_a_report_of_new_images(detectors, here, script, monkeypatch):
     names = shown()
     assert {*names} == {*scores}
     assert [scores[name] for name in names] == sorted(scores.values(), reverse=True)
-    assert "nothing new was scored, so look.html is not written" in script(*words).err
+    (here / "look.html").unlink()
+    assert script(*words).code == 0
     assert shown() == names
     monkeypatch.setattr(gallery, "MAX_TILES", 4)
     assert script(*words, "--overwrite").code == 0  # the report has the mark of this program, and is replaced
