@@ -10,6 +10,7 @@ nothing but anomaly maps, and nothing beside the images.
 """
 
 import io
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,8 +66,13 @@ class TestSet:
 
     @property
     def with_truth(self) -> np.ndarray:
-        """(M,) bool: the images whose pixels are known. An anomalous one without a mask would count as all normal."""
+        """(M,) bool: normal images, and anomalous ones that have a mask."""
         return np.array([path is not None or not label for path, label in zip(self.mask_paths, self.labels)])
+
+    def known(self, masks: np.ndarray) -> np.ndarray:
+        """Return (M,) bool: the images whose pixels are known, normal ones and anomalous ones with marks in their masks
+        (M, H, W). An anomalous one without marks would count as all normal."""
+        return (self.labels == 0) | masks.any((1, 2))
 
 
 def find_categories(data_dir: str | Path) -> list[str]:
@@ -203,11 +209,22 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
-            marked = Image.fromarray(decode_mask(path))
-            masks[index] = torch.from_numpy(np.array(marked.resize(size[::-1], Image.Resampling.NEAREST)))
+            masks[index] = torch.from_numpy(_resized_mask(decode_mask(path), size))
 
     _for_each(decode_into, len(test.paths), workers)
     return masks
+
+
+def _resized_mask(marked: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (h, w) bool at ``size`` (H, W). Where it shrinks, a pixel counts if any part of it is marked, so
+    that no defect is lost."""
+    small = np.zeros([min(sides) for sides in zip(marked.shape, size)], dtype=bool)
+    places = []  # along each axis, the first and the last pixel that a marked one is a part of: two at most
+    for numbers, length, smaller in zip(marked.nonzero(), marked.shape, small.shape):
+        places.append((numbers * smaller // length, ((numbers + 1) * smaller - 1) // length))
+    for rows, columns in itertools.product(*places):
+        small[rows, columns] = True
+    return np.array(Image.fromarray(small).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
