@@ -289,7 +289,7 @@ def load_ignored(path: Path, size: tuple[int, int], file_size: tuple[int, int] |
     file_size: (H, W) of the image files, None if unknown. The mask has it, or ``size``. Raises InputError if not, if
     the file is no image, or if it ignores every pixel or none.
     """
-    mask = decode_mask(path)
+    mask = decode_mask(path, faint=True)
     if file_size is not None and mask.shape not in (size, file_size):
         here, files, resized = (f"{width}x{height}" for height, width in (mask.shape, file_size, size))
         raise InputError(f"{path}: mask of {here} pixels for images of {files}; give it their size, or {resized}")

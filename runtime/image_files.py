@@ -4,6 +4,7 @@ Owns which files are images, how one is decoded and resized, and the limits on w
 ``InputError`` that names it and says what to do. Writes nothing.
 """
 
+import functools
 import io
 import os
 import struct
@@ -14,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from runtime.files import InputError
 
@@ -26,6 +27,9 @@ MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
 MAX_RLE_PIXELS = 2**23  # of a run-length encoded BMP: decoded in Python, 0.3 us a pixel
 SCANS = 16  # of a progressive JPEG that has MAX_PIXELS: each is a pass over all of them, writers make about ten
 MAX_PARTS = 2**16  # strips or tiles of a TIFF: handled in Python, 10 us apiece, before the size is known
+# Of masks: the largest number of a kind of defects, as VisA has them; how many grays between black and the brightest
+# one may stand for kinds, before they are taken for smoothed edges
+MAX_KIND, MAX_GRAYS = 32, 8
 BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
 DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
@@ -78,12 +82,36 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def decode_mask(path: str | Path) -> np.ndarray:
-    """Return a mask upright: (H, W) bool, True where it is not black. Raises InputError as ``decode`` does."""
+def decode_mask(path: str | Path, faint: bool = False) -> np.ndarray:
+    """Return a mask upright: (H, W) bool, True where it is marked. Raises InputError as ``decode`` does.
+
+    Black and what is transparent is unmarked, all else is marked; but of a mask that is lossy or has many values, only
+    what is brighter than half of the brightest: not the artefacts and smoothed edges. faint: those too.
+    """
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
-        return (values > 0).reshape(*values.shape[:2], -1).any(2)
+        values = _brightness(image)
+        top, lossless = values.max(), image.format in ("PNG", "BMP", "TIFF")
+    between = values[(values > 0) & (values < top)]
+    if faint or not between.size:
+        return values > 0
+    if top <= MAX_KIND and values.dtype.kind != "f":  # kinds of defects; a lossy file that has no more is all black
+        return (values > 0) & lossless
+    few = lossless and len(np.unique(between)) <= MAX_GRAYS and 2 * np.count_nonzero(values) <= values.size
+    return values > (0 if few else float(top) / 2)
+
+
+def _brightness(image: Image.Image) -> np.ndarray:
+    """Return the values (H, W) of a mask: of colors the brightest channel, laid on black as far as it is transparent.
+    Where all that can be seen is black, the opacity: it was painted in black."""
+    if image.mode[0] in "IF" or (image.mode in ("1", "L") and "transparency" not in image.info):
+        return np.asarray(image)
+    *colors, alpha = image.convert("RGBA").split()
+    values = functools.reduce(ImageChops.lighter, colors)
+    if alpha.getextrema() not in ((0, 0), (255, 255)):
+        visible = ImageChops.multiply(values, alpha)
+        values = visible if visible.getbbox() else alpha
+    return np.asarray(values)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

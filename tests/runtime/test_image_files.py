@@ -199,6 +199,83 @@ def test_masks_of_any_color_are_read_as_they_are_seen(tmp_path):
     assert np.array_equal(decode_mask(save(tmp_path / "b.png", upside_down, exif=turned_by(3))), marked > 0)
 
 
+RECTANGLE = np.zeros((100, 120), bool)
+RECTANGLE[21:51, 33:83] = True  # 1,500 pixels, beside the blocks of a lossy file
+
+
+def with_alpha(color, alpha, background=(255, 255, 255)):
+    """The rectangle in one color, the rest in another; alpha: of both."""
+    colors = np.where(RECTANGLE[..., None], color, background)
+    return Image.fromarray(np.dstack([colors, np.where(RECTANGLE, *alpha)]).astype(np.uint8))
+
+
+def transparent_palette():
+    image = Image.fromarray(RECTANGLE.astype(np.uint8))
+    image.putpalette([255, 255, 255, 9, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        (with_alpha((255, 255, 255), (255, 0)), {}),
+        (with_alpha((90, 0, 0), (255, 0)), {}),
+        (with_alpha((255, 255, 255), (120, 0), (0, 0, 0)), {}),
+        (with_alpha((0, 0, 0), (255, 0)), {}),  # painted in black
+        (with_alpha((255, 255, 255), (255, 0)).convert("LA"), {}),
+        (with_alpha((255, 255, 255), (255, 255), (0, 0, 0)), {}),  # the alpha channel says nothing
+        (with_alpha((255, 255, 255), (0, 0), (0, 0, 0)), {}),
+        (with_alpha((255, 255, 255), (255, 0), (0, 0, 0)), {}),
+        (transparent_palette(), {"transparency": 0}),
+        (transparent_palette(), {"transparency": b"\0\xff"}),
+        (Image.fromarray(np.where(RECTANGLE, 255, 7).astype(np.uint8)), {"transparency": 7}),
+    ],
+    ids=range(11),
+)
+def test_what_is_transparent_in_a_mask_is_not_marked(tmp_path, mask, options):
+    mask.save(tmp_path / "a.png", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(decode_mask(tmp_path / "a.png"), RECTANGLE)
+        assert np.array_equal(decode_mask(tmp_path / "a.png", faint=True), RECTANGLE)
+
+
+@pytest.mark.parametrize(("suffix", "quality"), [("jpg", 50), ("jpg", 75), ("jpg", 95), ("webp", 50), ("webp", 90)])
+@pytest.mark.parametrize("noise_up_to", [0, 5])
+def test_artefacts_of_a_lossy_mask_are_not_marked(tmp_path, suffix, quality, noise_up_to):
+    values = np.where(RECTANGLE, 255, noise(100, 120) % (noise_up_to + 1)).astype(np.uint8)
+    path = save(tmp_path / f"a.{suffix}", values, quality=quality)
+    assert np.array_equal(decode_mask(path), RECTANGLE)
+    assert decode_mask(path, faint=True).sum() > 1500
+    empty = save(tmp_path / f"b.{suffix}", np.where(RECTANGLE, 0, values), quality=quality)
+    assert not decode_mask(empty).any()
+
+
+@pytest.mark.parametrize("kinds", [[1], [1, 2, 7, 15], [100, 255], [254, 255], [20, 60, 100, 140, 180, 220]])
+@pytest.mark.parametrize("mode", ["L", "I;16", "P"])
+def test_all_kinds_of_defects_in_a_mask_are_marked(tmp_path, kinds, mode):
+    """As numbers, as grays, as colors."""
+    values = np.zeros((100, 120), np.uint8)
+    for number, kind in enumerate(kinds):
+        values[10 * number + 3 : 10 * number + 9, 30:70] = kind
+    image = Image.fromarray(values if mode != "I;16" else values.astype(np.uint16))
+    if mode == "P":
+        image.putpalette([part for number in range(256) for part in (0, number, number // 2)])
+    image.save(tmp_path / "a.png")
+    assert mode_of(tmp_path / "a.png") == mode
+    assert np.array_equal(decode_mask(tmp_path / "a.png"), values > 0)
+
+
+def test_smoothed_edges_and_noise_of_a_mask_are_not_marked(tmp_path):
+    """A mask that was resized and one with a noisy background, both without loss."""
+    large = Image.fromarray(RECTANGLE * np.uint8(255)).resize((240, 200), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "a.png")
+    assert np.array_equal(decode_mask(tmp_path / "a.png"), RECTANGLE.repeat(2, 0).repeat(2, 1))
+    noisy = np.where(RECTANGLE, 255, noise(100, 120) % 6).astype(np.uint8)
+    assert np.array_equal(decode_mask(save(tmp_path / "b.png", noisy)), RECTANGLE)
+    assert np.array_equal(decode_mask(save(tmp_path / "b.tif", (noisy / 255).astype(np.float32))), RECTANGLE)
+
+
 # Bad files --------------------------------------------------------------------------------------------------------
 
 
