@@ -249,7 +249,8 @@ def make_scorer(
         callbacks.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
     draw = None
     if drawings.every_image:
-        draw = partial(drawings.draw, folders=task.folders, threshold=model.threshold, outlined=model.has_maps)
+        decided = {"threshold": model.threshold, "outlined": model.has_maps, "white": model.white}
+        draw = partial(drawings.draw, folders=task.folders, **decided)
     first = {"category": task.category} if args.model_dir else {}
     return Scorer(model, args.workers, draw, callbacks, first), drift
 

@@ -231,15 +231,23 @@ class Drawings:
         for folder in self.folders:
             os.makedirs(folder, exist_ok=True)
 
-    def draw(self, path: str, heat: np.ndarray, folders: Sequence[str], threshold: float, outlined: bool) -> None:
+    def draw(
+        self,
+        path: str,
+        heat: np.ndarray,
+        folders: Sequence[str],
+        threshold: float,
+        outlined: bool,
+        white: int | None = None,
+    ) -> None:
         """Draw an image's heat map and mask, as asked for, in the image's own size.
 
         heat: its map (h, w). folders: those that drawings are named from. outlined: with a line around what is above
-        the threshold. Raises InputError if it cannot be drawn.
+        the threshold. white: see image_files.decode. Raises InputError if it cannot be drawn.
         """
         self.protect(path)  # it may have come later
         targets = self.targets(path, folders)
-        pixels = decode(path)
+        pixels = decode(path, white=white)
         heat = overlays.enlarged(heat, pixels.shape[:2])
         if self.heatmaps:
             picture = overlays.overlay(pixels, heat, threshold, outlined)
