@@ -75,7 +75,8 @@ def main(args: argparse.Namespace) -> None:
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
     for category, path in work.items():
         detector = load(path, device)
-        where = (args.data_dir, category, detector.config.size, args.workers, storage(args), detector.fill_index)
+        size = detector.config.size
+        where = (args.data_dir, category, size, args.workers, storage(args), detector.fill_index, detector.white)
         paths = train_paths(args.data_dir, category)
         if scored_paths(paths, detector) is None:
             others = f"made from other images than the {len(paths)} of {paths[0].parent}"

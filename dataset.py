@@ -10,6 +10,7 @@ nothing but anomaly maps, and nothing beside the images.
 """
 
 import io
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,16 @@ from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of
 from runtime import cache
 from runtime.cache import IN_MEMORY, Storage
 from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
-from runtime.image_files import DECODER, IMAGE_SUFFIXES, decode, decode_mask, find_images, read_size
+from runtime.image_files import (
+    DECODER,
+    FULL_RANGE,
+    IMAGE_SUFFIXES,
+    decode,
+    decode_mask,
+    find_images,
+    read_size,
+    white_of,
+)
 
 GOOD = "good"
 AT_ONCE = 4096  # images that are given to the threads together: each that waits takes a kilobyte
@@ -40,6 +50,7 @@ class TrainSet:
     images: Tensor  # (N, 3, H, W) uint8, ignored pixels filled
     paths: list[Path]
     fill_index: Tensor  # (H, W) int32, see image_ops.fill_ignored; empty if every pixel counts
+    white: int = FULL_RANGE  # the value that is white in 16-bit images, see image_files.decode
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,8 +76,13 @@ class TestSet:
 
     @property
     def with_truth(self) -> np.ndarray:
-        """(M,) bool: the images whose pixels are known. An anomalous one without a mask would count as all normal."""
+        """(M,) bool: normal images, and anomalous ones that have a mask."""
         return np.array([path is not None or not label for path, label in zip(self.mask_paths, self.labels)])
+
+    def known(self, masks: np.ndarray) -> np.ndarray:
+        """Return (M,) bool: the images whose pixels are known, normal ones and anomalous ones with marks in their masks
+        (M, H, W). An anomalous one without marks would count as all normal."""
+        return (self.labels == 0) | masks.any((1, 2))
 
 
 def find_categories(data_dir: str | Path) -> list[str]:
@@ -113,17 +129,37 @@ def load_train(
     workers: int,
     storage: Storage = IN_MEMORY,
     ignored: str | Tensor | None = None,
+    white: int | None = None,
     paths: Sequence[Path] = (),
 ) -> TrainSet:
     """Return the normal training images of a category at ``size`` (H, W).
 
-    ignored: what does not count, the text of --ignore or the fill index of a finished detector. paths: what
-    ``train_paths`` has listed, or some of it; default: it is listed now. Raises InputError if there are fewer than two
-    images, one is bad, or what is ignored cannot be.
+    ignored: what does not count, the text of --ignore or the fill index of a finished detector. white: that of a
+    finished detector; default: as ``find_white`` finds it. paths: what ``train_paths`` has listed, or some of it;
+    default: it is listed now. Raises InputError if there are fewer than two images, one is bad, or what is ignored
+    cannot be.
     """
     paths = list(paths) or train_paths(data_dir, category)
     fill_index = load_fill_index(ignored, category, size, paths[0])
-    return TrainSet(load_images(paths, size, workers, storage, fill_index=fill_index), paths, fill_index)
+    white = white or find_white(paths, workers)
+    images = load_images(paths, size, workers, storage, fill_index=fill_index, white=white)
+    return TrainSet(images, paths, fill_index, white)
+
+
+def find_white(paths: Sequence[Path], workers: int) -> int:
+    """Return the value that is white in the 16-bit images of a training set: one less than the smallest power of two
+    above the largest value of them all, such as 1023 for cameras of 10 bits; FULL_RANGE if there are none.
+
+    One for all images, and for those that are scored later: one for each would hide which are darker.
+    """
+    whites = set()
+
+    def look(index: int) -> None:
+        if FULL_RANGE not in whites:  # which nothing exceeds: the others need not be decoded
+            whites.add(white_of(paths[index]))
+
+    _for_each(look, len(paths), workers)
+    return max(whites) or FULL_RANGE
 
 
 def load_test(
@@ -133,11 +169,12 @@ def load_test(
     workers: int,
     storage: Storage = IN_MEMORY,
     ignored: str | Tensor | None = None,
+    white: int = FULL_RANGE,
 ) -> TestSet:
     """Return the test images of a category at ``size`` (H, W). Masks are paired and their sizes compared, not decoded.
 
-    ignored: as ``load_train`` takes it. Raises InputError if the test folder is missing or empty, an image is bad, or a
-    mask has another size than its image.
+    ignored, white: as ``load_train`` takes them. Raises InputError if the test folder is missing or empty, an image is
+    bad, or a mask has another size than its image.
     """
     folder = Path(data_dir) / category / "test"
     if not folder.is_dir():
@@ -156,7 +193,8 @@ def load_test(
     types = [path.parent.name for path in paths]
     labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
     fill_index = load_fill_index(ignored, category, size, paths[0])
-    return TestSet(load_images(paths, size, workers, storage, folder, fill_index), labels, types, paths, masks)
+    images = load_images(paths, size, workers, storage, folder, fill_index, white)
+    return TestSet(images, labels, types, paths, masks)
 
 
 def has_test_images(data_dir: str | Path, category: str) -> bool:
@@ -183,22 +221,25 @@ def load_images(
     storage: Storage = IN_MEMORY,
     folder: Path | None = None,
     fill_index: Tensor = NOTHING_IGNORED,
+    white: int = FULL_RANGE,
 ) -> Tensor:
     """Decode, resize and fill images in ``workers`` threads (0: in this one): (N, 3, H, W) uint8, in the order of
     ``paths``.
 
     storage: says whether they are kept for the next run and how many stay in memory; images beyond the memory are
-    mapped from a file and must not be written to. folder: what they are called in the cache, see cache.load.
+    mapped from a file and must not be written to. folder: what they are called in the cache, see cache.load. white: see
+    image_files.decode.
     """
 
     def decode_into(first: int, images: Tensor) -> None:
         def work(index: int) -> None:
-            pixels = torch.from_numpy(decode(paths[first + index], size)).permute(2, 0, 1)
+            pixels = torch.from_numpy(decode(paths[first + index], size, white)).permute(2, 0, 1)
             images[index] = fill_ignored(pixels[None], fill_index)[0]
 
         _for_each(work, len(images), workers)
 
     decoder = DECODER + (f", filled {cache.digest(fill_index[None])}" if fill_index.numel() else "")
+    decoder += f", white {white}" if white != FULL_RANGE else ""
     return cache.load(paths, size, decode_into, decoder, storage, folder)
 
 
@@ -209,11 +250,22 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
-            marked = Image.fromarray(decode_mask(path))
-            masks[index] = torch.from_numpy(np.array(marked.resize(size[::-1], Image.Resampling.NEAREST)))
+            masks[index] = torch.from_numpy(_resized_mask(decode_mask(path), size))
 
     _for_each(decode_into, len(test.paths), workers)
     return masks
+
+
+def _resized_mask(marked: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (h, w) bool at ``size`` (H, W). Where it shrinks, a pixel counts if any part of it is marked, so
+    that no defect is lost."""
+    small = np.zeros([min(sides) for sides in zip(marked.shape, size)], dtype=bool)
+    places = []  # along each axis, the first and the last pixel that a marked one is a part of: two at most
+    for numbers, length, smaller in zip(marked.nonzero(), marked.shape, small.shape):
+        places.append((numbers * smaller // length, ((numbers + 1) * smaller - 1) // length))
+    for rows, columns in itertools.product(*places):
+        small[rows, columns] = True
+    return np.array(Image.fromarray(small).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _for_each(work: Callable[[int], None], count: int, workers: int) -> None:
@@ -278,7 +330,7 @@ def load_ignored(path: Path, size: tuple[int, int], file_size: tuple[int, int] |
     file_size: (H, W) of the image files, None if unknown. The mask has it, or ``size``. Raises InputError if not, if
     the file is no image, or if it ignores every pixel or none.
     """
-    mask = decode_mask(path)
+    mask = decode_mask(path, faint=True)
     if file_size is not None and mask.shape not in (size, file_size):
         here, files, resized = (f"{width}x{height}" for height, width in (mask.shape, file_size, size))
         raise InputError(f"{path}: mask of {here} pixels for images of {files}; give it their size, or {resized}")

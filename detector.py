@@ -27,11 +27,12 @@ from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_wind
 from model import CutPasteNet, load_backbone_weights
 from runtime.files import InputError, load_tensors, save_tensors, say
 from runtime.gpu import issued_ahead, to_device
-from runtime.image_files import decode, resized
+from runtime.image_files import FULL_RANGE, decode, resized
 
 FORMAT = "cutpaste-detector"
-VERSION = 5  # raise it when an older program could no longer read the file rightly
+VERSION = 6  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
+WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white
 APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
 DENSITY_IMAGES = 10_000
@@ -73,7 +74,8 @@ class Detector(nn.Module):
     The score is that of its only member, a distance; or, with ``--folds K``, the mean of the scores of K members, each
     standardized by the normal images of fold k, which member k has not seen.
 
-    metadata: plain values that say how it was made. Buffers:
+    metadata: plain values that say how it was made. white: the value that is white in 16-bit images, see
+    dataset.find_white. Buffers:
     threshold (): the score above which an image is called anomalous, NaN before ``fit``.
     calibration_scores (n,): scores of normal images, which the threshold and p-values follow from. Of one member they
         are by densities that have not seen the image, though the network has; with ``--holdout`` they are those of the
@@ -83,10 +85,14 @@ class Detector(nn.Module):
     """
 
     def __init__(
-        self, config: Config, networks: Sequence[CutPasteNet] = (), fill_index: Tensor = NOTHING_IGNORED
+        self,
+        config: Config,
+        networks: Sequence[CutPasteNet] = (),
+        fill_index: Tensor = NOTHING_IGNORED,
+        white: int = FULL_RANGE,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.white = config, white
         self.metadata: dict = {}
         networks = networks or [build_network(config) for _ in range(config.folds)]
         hidden = ignored_pixels(fill_index)
@@ -201,7 +207,7 @@ class Detector(nn.Module):
 
         def predictions() -> Iterator[BatchPrediction]:
             while block := list(islice(rest, self.batch_size)):
-                arrays = [resized(x, size) if isinstance(x, np.ndarray) else decode(x, size) for x in block]
+                arrays = [resized(x, size) if isinstance(x, np.ndarray) else decode(x, size, self.white) for x in block]
                 yield self.predict_batch(to_device(torch.from_numpy(np.stack(arrays)), self.device).permute(0, 3, 1, 2))
 
         batches = [
@@ -295,14 +301,15 @@ class Detector(nn.Module):
         """Return a detector of the same networks with other densities, fitted to ``images``, those they were trained
         on. changes: other settings. This detector stays as it is."""
         config = Config.from_dict(self.config.to_dict() | changes)
-        other = Detector(config, [member.network for member in self.members], self.fill_index)
+        other = Detector(config, [member.network for member in self.members], self.fill_index, self.white)
         other.metadata = dict(self.metadata)
         return other.fit(images)
 
     def untrained(self) -> "Detector":
         """Return the untrained baseline: networks as training found them, the same kinds of density, not yet fitted."""
         networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
-        other = Detector(self.config, [network.to(self.device) for network in networks], self.fill_index)
+        networks = [network.to(self.device) for network in networks]
+        other = Detector(self.config, networks, self.fill_index, self.white)
         for new_member, member in zip(other.members, self.members):
             for new_level, level in zip(new_member.levels, member.levels):
                 new_level.location = "shared" if level.shared else "each"
@@ -573,6 +580,7 @@ def save(detector: Detector, path: str | Path) -> None:
         "normal_scores": detector.calibration_scores,
         "appearance": detector.appearance,
         "sources": detector.fill_index,
+        "white": detector.white,
     }
     save_tensors(content, path)
 
@@ -598,6 +606,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
         detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
         detector.metadata = dict(content["metadata"])
+        detector.white = content.get("white", FULL_RANGE)  # earlier files have none
+        if type(detector.white) is not int or detector.white not in WHITES:
+            raise ValueError(f"white {detector.white!r} is none of {', '.join(map(str, WHITES))}")
         return detector.to(device).eval()
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

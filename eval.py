@@ -148,7 +148,7 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     """
     detector, seed = load(path, device), seed_of(args, path)
     category, size, changed = detector.config.category, detector.config.size, changes(args)
-    where = (args.data_dir, category, size, args.workers, storage(args), detector.fill_index)
+    where = (args.data_dir, category, size, args.workers, storage(args), detector.fill_index, detector.white)
     test, train = load_test(*where), load_train(*where) if changed or args.control else None
     try:
         if changed:

@@ -274,7 +274,8 @@ def make_scorer(
         shows.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
     draw = None
     if drawings.every_image:
-        draw = partial(drawings.draw, folders=task.folders, threshold=model.threshold)
+        decided = {"threshold": model.threshold, "white": model.white}
+        draw = partial(drawings.draw, folders=task.folders, **decided)
     first = {"category": task.category} if args.model_dir else {}
     lacks = lambda path, anomalous: bool(args.report) or drawings.lacks(path, task.folders, anomalous)  # noqa: E731
     return Scorer(model, args.workers, draw, [drift.on_batch], first, shows, lacks, args.watch), drift

@@ -72,7 +72,7 @@ if __name__ == "__main__":
 import torch
 
 from cutpaste import invisible_shares
-from dataset import choose_categories, load_train, train_paths
+from dataset import choose_categories, find_white, load_train, train_paths
 from density import NotFiniteError
 from model import WeightsError
 from runtime.distributed import Ranks, from_environment
@@ -229,9 +229,9 @@ def write_preview(path: str, jobs: list[Job], options: RunOptions) -> None:
     images, names, config = [], [], jobs[0].config
     for job in jobs:
         category, paths = job.config.category, job.paths[:rows]
-        train_set = load_train(
-            options.data_dir, category, config.size, options.workers, ignored=config.ignore, paths=paths
-        )
+        white = find_white(job.paths, options.workers)
+        where = options.data_dir, category, config.size, options.workers
+        train_set = load_train(*where, ignored=config.ignore, white=white, paths=paths)
         images.append(train_set.images)
         names += [f"{category}\n{path.name}" for path in paths]
     shown = torch.cat(images)

@@ -288,15 +288,24 @@ class Drawings:
         for folder in self.folders:
             os.makedirs(folder, exist_ok=True)
 
-    def draw(self, path: str, heat: np.ndarray, level: float | None, folders: Sequence[str], threshold: float) -> None:
+    def draw(
+        self,
+        path: str,
+        heat: np.ndarray,
+        level: float | None,
+        folders: Sequence[str],
+        threshold: float,
+        white: int | None = None,
+    ) -> None:
         """Draw an image's heat map and mask, as asked for, in the image's own size.
 
         heat: its map (h, w). level: what the outline and the mask are of, see overlays.drawn_above; None without them.
-        folders: those that drawings are named from. Raises InputError if it cannot be drawn.
+        folders: those that drawings are named from. white: see image_files.decode. Raises InputError if it cannot be
+        drawn.
         """
         self.protect(path)  # it may have come later
         targets = self.targets(path, folders)
-        pixels = decode(path)
+        pixels = decode(path, white=white)
         heat = overlays.enlarged(heat, pixels.shape[:2])
         if self.heatmaps:
             picture = overlays.overlay(pixels, heat, threshold, level)

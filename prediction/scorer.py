@@ -23,7 +23,7 @@ from prediction.outputs import COLUMNS, STATE, RowsFile, file_state
 from reporting import overlays
 from runtime.files import InputError, say
 from runtime.gpu import issued_ahead, to_device
-from runtime.image_files import decode_with_size
+from runtime.image_files import FULL_RANGE, decode_with_size
 
 T, R = TypeVar("T"), TypeVar("R")
 # What is called with each batch: paths, sizes (H, W) of the files, pixels (B, 3, H, W) uint8 as the detector sees them
@@ -51,7 +51,7 @@ class Model:
     view: images (B, 3, H, W) uint8 on the CPU, at most ``batch_size`` of ``size`` (H, W) -> the same as the model sees
     them, on its device. predict: those -> what the model says of them. heat: that -> maps (B, H, W) float32 in the
     score's unit. has_maps: True if the score is the maximum of the map. rate: an image with a p-value <= rate is
-    anomalous. device: where the model is.
+    anomalous. device: where the model is. white: of 16-bit images, see image_files.decode.
     """
 
     view: Callable[[Tensor], Tensor]
@@ -63,6 +63,7 @@ class Model:
     rate: float
     has_maps: bool
     device: torch.device
+    white: int = FULL_RANGE
 
     @classmethod
     def of(cls, detector: Detector, explain: bool) -> "Model":
@@ -77,6 +78,7 @@ class Model:
             rate=detector.guarantee.rate,
             has_maps=detector.config.patches is not None,
             device=detector.device,
+            white=detector.white,
         )
 
 
@@ -158,7 +160,7 @@ class Scorer:
         try:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise InputError("no file, or a folder that cannot be listed")
-            return ImageFile(path, *decode_with_size(path, self.model.size), state=state)
+            return ImageFile(path, *decode_with_size(path, self.model.size, self.model.white), state=state)
         except InputError as error:
             return ImageFile(path, error=reason(error, path), state=state)
 

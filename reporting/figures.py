@@ -120,7 +120,7 @@ class Case(NamedTuple):
 def choose_cases(evaluation: Evaluation) -> list[Case]:
     """Choose what a sheet of heat maps shows: of each defect type and of the normal images the one with the median
     score, and the worst mistakes."""
-    test, scores = evaluation.test, evaluation.scores
+    test, scores, known = evaluation.test, evaluation.scores, evaluation.test.known(evaluation.masks)
     roles = {}
     for defect_type in dict.fromkeys(test.defect_types):
         numbers = np.flatnonzero(np.array(test.defect_types) == defect_type)
@@ -131,7 +131,7 @@ def choose_cases(evaluation: Evaluation) -> list[Case]:
     cases = []
     for i, role in roles.items():
         title = f"{_words(test.defect_types[i])}, {role}\n{test.paths[i].name}: score {scores[i]:.3g}"
-        mask = evaluation.masks[i] if test.with_truth[i] else None
+        mask = evaluation.masks[i] if known[i] else None
         anomalous = bool(evaluation.p_values[i] <= evaluation.detector.guarantee.rate)
         cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i], anomalous))
     return cases

@@ -49,7 +49,7 @@ def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None)
             maps[part] = detector.heat(prediction).cpu().numpy()
     metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
     if masks is not None:
-        known = test.with_truth
+        known = test.known(masks)
         truth = masks[known]
         if truth.any() and not truth.all():
             metrics |= pixel_metrics(truth, maps if known.all() else maps[known])

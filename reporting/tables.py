@@ -15,6 +15,7 @@ from detector import Detector
 from reporting.metrics import Evaluation, image_metrics
 from runtime.cli import command_line
 
+NAMED_FILES = 3  # of those that a line is about
 LINES = {  # on stdout, for columns of results.csv
     "image_auroc": "AUC",
     "pixel_auroc": "pixel AUROC",
@@ -50,15 +51,26 @@ def missing(evaluation: Evaluation) -> Iterator[str]:
         yield f"no {kind} test image, so no AUC; the scores are in scores.csv"
     if masks is None:
         return
-    without_mask = int((~test.with_truth).sum())
+    without_mask, known = int((~test.with_truth).sum()), test.known(masks)
     if without_mask and without_mask == test.labels.sum():
         yield "no masks in ground_truth, so image metrics only"
         return
     if without_mask:
         yield f"{without_mask} anomalous images without a mask, left out of the pixel metrics"
-    share = masks[test.with_truth].mean()
-    if share in (0, 1) and test.labels.any():
-        yield f"the masks mark {'every' if share else 'no'} pixel, so image metrics only"
+    if empty := [test.mask_paths[i] for i in np.flatnonzero(test.with_truth & ~known)]:
+        yield f"{len(empty)} masks mark nothing; their images are left out of the pixel metrics: {_first(empty)}"
+    shares = masks.mean((1, 2))
+    if large := [test.mask_paths[i] for i in np.flatnonzero(shares > 0.5)]:
+        yield f"{len(large)} masks mark more than half of their image; are they inverted? {_first(large)}"
+    truth = masks[known]
+    if test.labels.any() and (truth.all() or not truth.any()):
+        yield f"the masks mark {'every' if truth.any() else 'no'} pixel, so image metrics only"
+
+
+def _first(paths: Sequence[Path]) -> str:
+    """Name the first of some files, with their folders."""
+    named = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:NAMED_FILES])
+    return named + (", ..." if len(paths) > NAMED_FILES else "")
 
 
 def decision_line(row: dict) -> str:

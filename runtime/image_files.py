@@ -1,22 +1,24 @@
 """Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image. Encode images.
 
 Owns which files are images, how one is decoded and resized, and the limits on what a file may claim. A bad file gets an
-``InputError`` that names it and says what to do. Writes nothing.
+``InputError`` that names it and says what to do. Writes nothing but lines on stderr.
 """
 
+import functools
 import io
 import os
 import struct
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
-from runtime.files import InputError
+from runtime.files import InputError, say_once
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # some others tell their size only as they are decoded
@@ -26,6 +28,11 @@ MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
 MAX_RLE_PIXELS = 2**23  # of a run-length encoded BMP: decoded in Python, 0.3 us a pixel
 SCANS = 16  # of a progressive JPEG that has MAX_PIXELS: each is a pass over all of them, writers make about ten
 MAX_PARTS = 2**16  # strips or tiles of a TIFF: handled in Python, 10 us apiece, before the size is known
+# Of masks: the largest number of a kind of defects, as VisA has them; how many grays between black and the brightest
+# one may stand for kinds, before they are taken for smoothed edges
+MAX_KIND, MAX_GRAYS = 32, 8
+FULL_RANGE = 65535  # the value that is white in a 16-bit image, unless a training set says otherwise
+FEW_GRAYS = 16  # that are left of an image that is brought to 8 bits, up to which that is told
 BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
 DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
@@ -40,22 +47,27 @@ def find_images(folder: Path) -> list[Path]:
 # Image files ------------------------------------------------------------------------------------------------------
 
 
-def decode(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode(path: str | Path, size: tuple[int, int] | None = None, white: int | None = None) -> np.ndarray:
     """Return an image file as RGB: (H, W, 3) uint8, resized to ``size`` = (H, W) with an anti-aliased bilinear filter.
 
     Turned upright by its EXIF tag; 16-bit and float images brought to 8 bits; transparent pixels laid on white.
+    white: the value that is white in 16-bit images, larger ones are cut off; stderr tells, once for a folder, where it
+    does not suit. Default: FULL_RANGE, and nothing is told.
     Raises InputError, with the path, if the file is missing, truncated, no image, or claims to be too large.
     """
-    return decode_with_size(path, size)[0]
+    return decode_with_size(path, size, white)[0]
 
 
-def decode_with_size(path: str | Path, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+def decode_with_size(
+    path: str | Path, size: tuple[int, int] | None, white: int | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the pixels of an image file, as ``decode`` does, and its own (H, W), as ``read_size`` does, in one
     opening."""
     with _opened(path) as image:
+        raw_mode = _raw_mode(image)
         ImageOps.exif_transpose(image, in_place=True)
         file_size = image.size[::-1]
-        image = _to_8_bits(image, path)
+        image = _to_8_bits(image, path, raw_mode, white)
         image = image if size is None else _resized(image, size)
         return np.array(image if image.mode == "RGB" else image.convert("RGB")), file_size
 
@@ -78,12 +90,36 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def decode_mask(path: str | Path) -> np.ndarray:
-    """Return a mask upright: (H, W) bool, True where it is not black. Raises InputError as ``decode`` does."""
+def decode_mask(path: str | Path, faint: bool = False) -> np.ndarray:
+    """Return a mask upright: (H, W) bool, True where it is marked. Raises InputError as ``decode`` does.
+
+    Black and what is transparent is unmarked, all else is marked; but of a mask that is lossy or has many values, only
+    what is brighter than half of the brightest: not the artefacts and smoothed edges. faint: those too.
+    """
     with _opened(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
-        values = np.asarray(image if image.mode in ("1", "L", "I", "I;16", "F") else image.convert("RGB"))
-        return (values > 0).reshape(*values.shape[:2], -1).any(2)
+        values = _brightness(image)
+        top, lossless = values.max(), image.format in ("PNG", "BMP", "TIFF")
+    between = values[(values > 0) & (values < top)]
+    if faint or not between.size:
+        return values > 0
+    if top <= MAX_KIND and values.dtype.kind != "f":  # kinds of defects; a lossy file that has no more is all black
+        return (values > 0) & lossless
+    few = lossless and len(np.unique(between)) <= MAX_GRAYS and 2 * np.count_nonzero(values) <= values.size
+    return values > (0 if few else float(top) / 2)
+
+
+def _brightness(image: Image.Image) -> np.ndarray:
+    """Return the values (H, W) of a mask: of colors the brightest channel, laid on black as far as it is transparent.
+    Where all that can be seen is black, the opacity: it was painted in black."""
+    if image.mode[0] in "IF" or (image.mode in ("1", "L") and "transparency" not in image.info):
+        return np.asarray(image)
+    *colors, alpha = image.convert("RGBA").split()
+    values = functools.reduce(ImageChops.lighter, colors)
+    if alpha.getextrema() not in ((0, 0), (255, 255)):
+        visible = ImageChops.multiply(values, alpha)
+        values = visible if visible.getbbox() else alpha
+    return np.asarray(values)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -140,16 +176,86 @@ def _check_pixels(image: Image.Image, path: str | Path) -> None:
         raise InputError(f"{path}: claims {width}x{height} pixels in {length} bytes, at most 8 a byte; replace it")
 
 
-def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_8_bits(image: Image.Image, path: str | Path, raw_mode: str, white: int | None) -> Image.Image:
     """Return the image as gray or RGB, without transparency: gray is resized in a third of the time."""
     if image.mode == "F" or image.mode.startswith("I"):  # float; 16 bits, some of which Pillow reads as 32
         largest, kind, how = (1, "float", "in [0, 1] or 8") if image.mode == "F" else (65535, "gray", "with 8 or 16")
         values = np.asarray(image).reshape(-1)
         if not (values.min() >= 0 and values.max() <= largest):
             raise InputError(f"{path}: {kind} values from {values.min()} to {values.max()}; save it {how} bits")
-        bands = np.array_split(values, len(values) // BAND + 1)
-        scaled = np.concatenate([(band * np.float32(255 / largest)).round().astype(np.uint8) for band in bands])
-        image = Image.fromarray(scaled.reshape(image.size[::-1]))
+        if white is not None and image.mode != "F":
+            largest = _suited(white, int(values.max()), path)
+        image = Image.fromarray(_scaled(values, largest).reshape(image.size[::-1]))
+    elif white is not None and ";16" in raw_mode:  # colors, of which Pillow gives the upper bytes
+        _suited(white, 256 * max(high for _, high in image.getextrema()[:3]), path)
+        if white < FULL_RANGE:
+            values = _deep_colors(image, path, raw_mode)
+            image = Image.fromarray(_scaled(values.reshape(-1), white).reshape(values.shape))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _scaled(values: np.ndarray, white: int) -> np.ndarray:
+    """Return values (n,) as uint8: 0 stays 0, ``white`` and what is above become 255."""
+    bands = np.array_split(values, len(values) // BAND + 1)
+    if white < FULL_RANGE and values.dtype.kind != "f":
+        bands = (np.minimum(band, white) for band in bands)
+    return np.concatenate([(band * np.float32(255 / white)).round().astype(np.uint8) for band in bands])
+
+
+# 16 bits ----------------------------------------------------------------------------------------------------------
+
+
+def white_of(path: str | Path) -> int:
+    """Return the value that should be white in a 16-bit image file: the least of 255, 511, 1023, ... 65535 that is not
+    below its largest value; 0 for another file. Raises InputError as ``decode`` does."""
+    with suppress(OSError), open(path, "rb") as file:  # in a tenth of the time that Pillow takes for a header
+        head = file.read(25)
+        if head[:2] not in (b"II", b"MM") and (head[:4], head[24:]) != (b"\x89PNG", b"\x10"):
+            return 0
+    with _opened(path) as image:
+        if image.mode[0] == "I":
+            largest = int(np.asarray(image).max())
+        elif ";16" in _raw_mode(image):
+            largest = 256 * max(high for _, high in image.getextrema()[:3])  # the upper byte decides, down to 255
+        else:
+            return 0
+    return min(2 ** max(8, largest.bit_length()) - 1, FULL_RANGE)
+
+
+def _suited(white: int, largest: int, path: str | Path) -> int:
+    """Return ``white``; tell, once for a folder, of 16-bit images whose largest value it does not suit."""
+    folder, limit = os.path.dirname(path) or os.curdir, 2 ** largest.bit_length() - 1
+    if largest > white:
+        say_once(f"{folder}: 16-bit images with values above {white}, where those for training end; they are cut off")
+    elif white == FULL_RANGE and 0 < largest < FEW_GRAYS * 256:
+        grays = f"at most {round(limit * 255 / white) + 1} grays are left of 16-bit images with values up to {limit}"
+        say_once(f"{folder}: {grays}; {white} is white, as in the training images")
+    return white
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Return what Pillow calls the values in a PNG or TIFF file, such as RGB;16B, as long as it is not loaded."""
+    if image.format not in ("PNG", "TIFF") or not image.tile:
+        return ""
+    args = image.tile[0][3]
+    return args if isinstance(args, str) else str(args[0])
+
+
+def _deep_colors(image: Image.Image, path: str | Path, raw_mode: str) -> np.ndarray:
+    """Return the values (H, W, 3 or 4) uint16 of a 16-bit image in colors, of which ``image`` has the upper bytes."""
+    kind, _, order = raw_mode.partition(";16")
+    if kind not in ("RGB", "RGBA", "RGBX"):
+        raise InputError(f"{path}: 16 bits of a kind that is not read ({kind}); save it as gray or RGB")
+    # Read in the other order of bytes, lower ones are taken for upper ones. N is the machine's own
+    upper_first = order == "B" or (order == "N" and sys.byteorder == "big")
+    swapped = f"{kind};16{'L' if upper_first else 'B'}"
+    with _opened(path) as other:
+        tiles = []
+        for tile in other.tile:
+            args = swapped if isinstance(tile[3], str) else (swapped, *tile[3][1:])
+            tiles.append(tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args))
+        other.tile = tiles
+        ImageOps.exif_transpose(other, in_place=True)
+        return np.asarray(image) * np.uint16(256) + np.asarray(other)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dataset import (
+    TestSet,
     choose_categories,
     find_categories,
     find_mask,
@@ -166,6 +167,31 @@ def test_load_masks(category, workers):
             assert masks[i, y, x] in expected[2 * y : 2 * y + 2, 2 * x : 2 * x + 2]
     sums = masks.sum((1, 2)).tolist()
     assert (sums[:3], sums[4:]) == ([0, 0, 5 * 4], [0, 5 * 4])
+
+
+@pytest.mark.parametrize("size", [(10, 16), (7, 11), (19, 31), (1, 1), (20, 9), (33, 16), (40, 64)])
+def test_a_pixel_counts_if_any_part_of_it_is_marked(tmp_path, size):
+    """Against a count in halves, thirds ...: where it shrinks, any overlap; where it grows, the nearest pixel."""
+    marked = np.random.default_rng(1).random((20, 32)) < 0.03
+    path = save(tmp_path / "mask.png", marked * np.uint8(255))
+    test = TestSet(torch.empty(0), np.array([1]), ["crack"], [path], [path])
+
+    def parts(number, length, smaller):
+        """The pixels of an axis that a pixel of the resized one covers."""
+        if smaller > length:
+            return [int((number + 0.5) * length / smaller)]
+        return [i for i in range(length) if i * smaller < (number + 1) * length and (i + 1) * smaller > number * length]
+
+    rows, columns = ([parts(i, *sides) for i in range(sides[1])] for sides in zip(marked.shape, size))
+    expected = [[marked[np.ix_(y, x)].any() for x in columns] for y in rows]
+    assert np.array_equal(load_masks(test, size, 0)[0], expected)
+    assert test.known(load_masks(test, size, 0).numpy()).all()
+
+
+def test_an_anomalous_image_whose_mask_marks_nothing_is_not_known(category):
+    save(category / "ground_truth/bent/000_mask.png", np.zeros((20, 32), np.uint8))
+    test = load(category)
+    assert test.known(load_masks(test, (10, 16), 0).numpy()).tolist() == [True, True, False, True, False, True]
 
 
 # Errors -----------------------------------------------------------------------------------------------------------

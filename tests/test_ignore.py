@@ -65,6 +65,15 @@ def test_what_resizing_mixes_with_an_ignored_pixel_is_ignored(tmp_path, file_siz
     assert (differs == ignored).mean() >= least
 
 
+def test_what_is_not_black_in_a_mask_is_ignored_but_not_what_is_transparent(tmp_path):
+    """Smoothed edges are ignored too."""
+    values = np.linspace(0, 255, 32 * 48).round().astype(np.uint8).reshape(32, 48)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(load_ignored(tmp_path / "a.png", (32, 48), None), values > 0)
+    Image.fromarray(np.dstack([np.full_like(values, 255), values])).save(tmp_path / "a.png")
+    assert np.array_equal(load_ignored(tmp_path / "a.png", (32, 48), None), values > 0)
+
+
 def test_ignored_pixels_become_the_nearest_ones_that_count():
     mask = torch.rand(9, 13, generator=torch.Generator().manual_seed(0)) < 0.8
     fill_index = fill_index_of(mask)

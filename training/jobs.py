@@ -18,6 +18,7 @@ from runtime import cache
 from runtime.cli import command_line, device_name, suitable_precision
 from runtime.distributed import Ranks
 from runtime.files import InputError, remove_file, say
+from runtime.image_files import FULL_RANGE
 from training.trainer import (
     Precision,
     RunOptions,
@@ -75,7 +76,7 @@ def train_networks(job: Job, numbers: list[int], options: RunOptions) -> TrainSe
     if len(train_set) < config.batch_size and ranks.is_main:
         say(f"{category}: {len(train_set)} training images, so {len(train_set)} per step (--batch_size)")
     watches = options.test_epochs > 0 and ranks.is_main
-    test_set = load_watched(config, options, train_set.fill_index) if watches else None
+    test_set = load_watched(config, options, train_set) if watches else None
     if options.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
     for number in numbers:
@@ -98,7 +99,10 @@ def load_normal(job: Job, options: RunOptions) -> TrainSet:
     """Return the training images. Raises InputError or SettingError if nothing can be learned from them."""
     config, category, ranks = job.config, job.config.category, options.ranks
     where = options.data_dir, category, config.size, options.workers, options.storage
-    train_set = load_train(*where, config.ignore, job.paths)
+    train_set = load_train(*where, config.ignore, paths=job.paths)
+    if train_set.white < FULL_RANGE and ranks.is_main:
+        depth = f"{train_set.white} is white in 16-bit images, now and whenever this detector scores one"
+        say(f"{category}: {depth}; no training image has a larger value")
     if cache.all_equal(train_set.images):
         raise InputError(f"{Path(options.data_dir) / category}: all training images are equal; nothing can be learned")
     if len(train_set) < ranks.world_size:
@@ -108,14 +112,14 @@ def load_normal(job: Job, options: RunOptions) -> TrainSet:
     return train_set
 
 
-def load_watched(config: Config, options: RunOptions, fill_index: Tensor) -> TestSet | None:
-    """Return the test images to watch while training; None, which is told, unless there are normal and anomalous
-    ones. fill_index: of the training images, for what is ignored in both."""
+def load_watched(config: Config, options: RunOptions, train_set: TrainSet) -> TestSet | None:
+    """Return the test images to watch while training, decoded as ``train_set`` is; None, which is told, unless there
+    are normal and anomalous ones."""
     if not has_test_images(options.data_dir, config.category):
         say(f"{config.category}: no test images, so no AUROC while training")
         return None
     where = options.data_dir, config.category, config.size, options.workers, options.storage
-    test_set = load_test(*where, fill_index)
+    test_set = load_test(*where, train_set.fill_index, train_set.white)
     if 0 < test_set.labels.sum() < len(test_set.labels):
         return test_set
     say(f"{config.category}: test images of one kind only, so no AUROC while training")
@@ -162,7 +166,8 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
         networks = [build_network(config).to(options.device) for _ in states]
     for network, state in zip(networks, states):
         network.load_state_dict(state["network"])
-    detector = Detector(config, networks, train_set.fill_index.to(options.device)).fit(train_set.images)
+    detector = Detector(config, networks, train_set.fill_index.to(options.device), train_set.white)
+    detector.fit(train_set.images)
     detector.metadata = {
         "command": command_line(),
         "train_images": len(train_set),

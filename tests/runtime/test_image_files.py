@@ -4,13 +4,16 @@ import io
 import struct
 import time
 import warnings
+import zlib
+from functools import partial
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from runtime.files import InputError
-from runtime.image_files import decode, decode_mask, decode_with_size, find_images, read_size
+from runtime.image_files import FULL_RANGE, decode, decode_mask, decode_with_size, find_images, read_size, white_of
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)
@@ -150,6 +153,122 @@ def test_decode_16_bit(tmp_path, suffix, mode, dtype):
     assert np.array_equal(decode(path), as_rgb(expected))
 
 
+def png_of_16_bits(values):
+    """A PNG file of colors (H, W, 3 or 4), or gray with opacity (H, W, 2), which Pillow does not write."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff_of_16_bits(values, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, photometric="minisblack" if values.ndim == 2 else "rgb", **options)
+    return buffer.getvalue()
+
+
+def gray_png(values):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+DEEP = {  # files of 16-bit values: how they are made, and their number of channels
+    "gray png": (gray_png, 1),
+    "gray tif": (tiff_of_16_bits, 1),
+    "gray tif, big-endian": (partial(tiff_of_16_bits, byteorder=">"), 1),
+    "gray tif, 32 bits": (lambda values: tiff_of_16_bits(values.astype(np.int32)), 1),
+    "rgb png": (png_of_16_bits, 3),
+    "rgba png": (png_of_16_bits, 4),
+    "rgb tif": (tiff_of_16_bits, 3),
+    "rgb tif, big-endian": (partial(tiff_of_16_bits, byteorder=">"), 3),
+    "rgb tif, compressed": (partial(tiff_of_16_bits, compression="zlib", rowsperstrip=5), 3),
+    "rgba tif": (partial(tiff_of_16_bits, extrasamples=["unassalpha"]), 4),
+}
+
+
+def deep_values(largest, channels, seed=0):
+    """Values (12, 20) or (12, 20, C) uint16 up to ``largest``, which is among them, opaque."""
+    values = np.random.default_rng(seed).integers(0, largest + 1, (12, 20, channels)).astype(np.uint16)
+    values[3, 4] = largest
+    values[..., 3:] = 65535
+    return values[..., 0] if channels == 1 else values
+
+
+@pytest.mark.parametrize("kind", DEEP)
+@pytest.mark.parametrize(("largest", "white"), [(90, 255), (255, 255), (1000, 1023), (4095, 4095), (32767, 32767)])
+def test_16_bit_images_of_fewer_bits_keep_all_of_them(tmp_path, capsys, kind, largest, white):
+    """Gray and colors, turned upright too; values above what is white are cut off, which is told once."""
+    make, channels = DEEP[kind]
+    values, path = deep_values(largest, channels), tmp_path / "a.png"
+    path.write_bytes(make(values))
+    assert white_of(path) == white
+    colors = as_rgb(values) if channels == 1 else values[..., :3]
+    expected = (np.float64(255) * colors / white).round()
+    assert np.array_equal(decode(path, white=white), expected)
+    assert np.array_equal(
+        decode(path, (5, 6), white), decode(save(tmp_path / "b.png", expected.astype(np.uint8)), (5, 6))
+    )
+    assert capsys.readouterr().err == ""
+    if white > 255:
+        cut = (np.float64(255) * colors.clip(0, 255) / 255).round()
+        assert np.array_equal(decode(path, white=255), cut)
+        decode(path, white=255)
+        assert capsys.readouterr().err == (
+            f"{tmp_path}: 16-bit images with values above 255, where those for training end; they are cut off\n"
+        )
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_16_bit_images_of_the_full_range_are_decoded_as_without_white(tmp_path, capsys, kind):
+    make, channels = DEEP[kind]
+    path = tmp_path / "a.png"
+    path.write_bytes(make(deep_values(65535, channels)))
+    assert white_of(path) == FULL_RANGE
+    assert np.array_equal(decode(path, white=FULL_RANGE), decode(path))
+    assert capsys.readouterr().err == ""
+    path.write_bytes(make(deep_values(1000, channels)))
+    assert len(np.unique(decode(path))) <= 5
+    assert capsys.readouterr().err == ""
+    decode(path, white=FULL_RANGE)
+    grays = (
+        "at most 5 grays are left of 16-bit images with values up to 1023; 65535 is white, as in the training images"
+    )
+    assert capsys.readouterr().err == f"{tmp_path}: {grays}\n"
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_deep_colors_are_turned_upright(tmp_path, orientation):
+    values, path = deep_values(1023, 3), tmp_path / "a.tif"
+    path.write_bytes(tiff_of_16_bits(values, extratags=[(ORIENTATION, 3, 1, orientation, True)]))
+    assert np.array_equal(decode(path, white=1023), UPRIGHT[orientation]((values * (255 / 1023)).round()))
+
+
+def test_opacity_of_deep_colors_has_their_range(tmp_path):
+    values, path = deep_values(1023, 4), tmp_path / "a.png"
+    values[:6, :, 3], values[6:, :, 3] = 0, 1023
+    path.write_bytes(png_of_16_bits(values))
+    expected = (values[..., :3] * (255 / 1023)).round()
+    expected[:6] = 255
+    assert np.array_equal(decode(path, white=1023), expected)
+
+
+def test_other_images_have_no_white(tmp_path):
+    for suffix in ("png", "jpg", "bmp", "tif", "webp"):
+        path = save(tmp_path / f"a.{suffix}", noise(12, 20, 3))
+        assert white_of(path) == 0
+        assert np.array_equal(decode(path, white=255), decode(path))
+    path = save(tmp_path / "a.tif", np.random.default_rng(0).random((12, 20), np.float32))
+    assert white_of(path) == 0
+    assert np.array_equal(decode(path, white=255), decode(path))
+    path.write_bytes(png_of_16_bits(deep_values(1023, 2)))
+    assert error_of(lambda path: decode(path, white=1023), path).startswith("16 bits of a kind that is not read (LA)")
+    path.write_bytes(gray_png(deep_values(1023, 1))[:150])
+    assert error_of(white_of, path).startswith("not a readable image")
+
+
 def test_decode_float(tmp_path):
     expected = noise(600, 500)
     off = np.random.default_rng(1).uniform(-0.49, 0.49, expected.shape)
@@ -197,6 +316,83 @@ def test_masks_of_any_color_are_read_as_they_are_seen(tmp_path):
     assert np.array_equal(decode_mask(tmp_path / "a.png"), marked > 0)
     upside_down = np.ascontiguousarray(marked[::-1, ::-1] * 255)
     assert np.array_equal(decode_mask(save(tmp_path / "b.png", upside_down, exif=turned_by(3))), marked > 0)
+
+
+RECTANGLE = np.zeros((100, 120), bool)
+RECTANGLE[21:51, 33:83] = True  # 1,500 pixels, beside the blocks of a lossy file
+
+
+def with_alpha(color, alpha, background=(255, 255, 255)):
+    """The rectangle in one color, the rest in another; alpha: of both."""
+    colors = np.where(RECTANGLE[..., None], color, background)
+    return Image.fromarray(np.dstack([colors, np.where(RECTANGLE, *alpha)]).astype(np.uint8))
+
+
+def transparent_palette():
+    image = Image.fromarray(RECTANGLE.astype(np.uint8))
+    image.putpalette([255, 255, 255, 9, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [
+        (with_alpha((255, 255, 255), (255, 0)), {}),
+        (with_alpha((90, 0, 0), (255, 0)), {}),
+        (with_alpha((255, 255, 255), (120, 0), (0, 0, 0)), {}),
+        (with_alpha((0, 0, 0), (255, 0)), {}),  # painted in black
+        (with_alpha((255, 255, 255), (255, 0)).convert("LA"), {}),
+        (with_alpha((255, 255, 255), (255, 255), (0, 0, 0)), {}),  # the alpha channel says nothing
+        (with_alpha((255, 255, 255), (0, 0), (0, 0, 0)), {}),
+        (with_alpha((255, 255, 255), (255, 0), (0, 0, 0)), {}),
+        (transparent_palette(), {"transparency": 0}),
+        (transparent_palette(), {"transparency": b"\0\xff"}),
+        (Image.fromarray(np.where(RECTANGLE, 255, 7).astype(np.uint8)), {"transparency": 7}),
+    ],
+    ids=range(11),
+)
+def test_what_is_transparent_in_a_mask_is_not_marked(tmp_path, mask, options):
+    mask.save(tmp_path / "a.png", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(decode_mask(tmp_path / "a.png"), RECTANGLE)
+        assert np.array_equal(decode_mask(tmp_path / "a.png", faint=True), RECTANGLE)
+
+
+@pytest.mark.parametrize(("suffix", "quality"), [("jpg", 50), ("jpg", 75), ("jpg", 95), ("webp", 50), ("webp", 90)])
+@pytest.mark.parametrize("noise_up_to", [0, 5])
+def test_artefacts_of_a_lossy_mask_are_not_marked(tmp_path, suffix, quality, noise_up_to):
+    values = np.where(RECTANGLE, 255, noise(100, 120) % (noise_up_to + 1)).astype(np.uint8)
+    path = save(tmp_path / f"a.{suffix}", values, quality=quality)
+    assert np.array_equal(decode_mask(path), RECTANGLE)
+    assert decode_mask(path, faint=True).sum() > 1500
+    empty = save(tmp_path / f"b.{suffix}", np.where(RECTANGLE, 0, values), quality=quality)
+    assert not decode_mask(empty).any()
+
+
+@pytest.mark.parametrize("kinds", [[1], [1, 2, 7, 15], [100, 255], [254, 255], [20, 60, 100, 140, 180, 220]])
+@pytest.mark.parametrize("mode", ["L", "I;16", "P"])
+def test_all_kinds_of_defects_in_a_mask_are_marked(tmp_path, kinds, mode):
+    """As numbers, as grays, as colors."""
+    values = np.zeros((100, 120), np.uint8)
+    for number, kind in enumerate(kinds):
+        values[10 * number + 3 : 10 * number + 9, 30:70] = kind
+    image = Image.fromarray(values if mode != "I;16" else values.astype(np.uint16))
+    if mode == "P":
+        image.putpalette([part for number in range(256) for part in (0, number, number // 2)])
+    image.save(tmp_path / "a.png")
+    assert mode_of(tmp_path / "a.png") == mode
+    assert np.array_equal(decode_mask(tmp_path / "a.png"), values > 0)
+
+
+def test_smoothed_edges_and_noise_of_a_mask_are_not_marked(tmp_path):
+    """A mask that was resized and one with a noisy background, both without loss."""
+    large = Image.fromarray(RECTANGLE * np.uint8(255)).resize((240, 200), Image.Resampling.BICUBIC)
+    large.save(tmp_path / "a.png")
+    assert np.array_equal(decode_mask(tmp_path / "a.png"), RECTANGLE.repeat(2, 0).repeat(2, 1))
+    noisy = np.where(RECTANGLE, 255, noise(100, 120) % 6).astype(np.uint8)
+    assert np.array_equal(decode_mask(save(tmp_path / "b.png", noisy)), RECTANGLE)
+    assert np.array_equal(decode_mask(save(tmp_path / "b.tif", (noisy / 255).astype(np.float32))), RECTANGLE)
 
 
 # Bad files --------------------------------------------------------------------------------------------------------
