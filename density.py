@@ -1,10 +1,11 @@
-"""Densities of normal embeddings: a Gaussian in torch, the same in scikit-learn, a kernel density estimate.
+"""Densities of normal embeddings: Gaussians in torch or scikit-learn, a kernel density estimate, nearest embeddings.
 
 Owns the estimators, the table ``DENSITIES`` and held-out scores. K densities are fitted in one batch: embeddings
 (K, N, D) in, anomaly scores (K, N) out, higher is more anomalous; without the first axis it is one density. Knows
 nothing of images or networks.
 Sources: Rippel et al., ICPR 2020 (the Gaussian on deep features); Ledoit and Wolf, "A well-conditioned estimator for
-large-dimensional covariance matrices", J. Multivariate Analysis 88 (2004) (the shrinkage).
+large-dimensional covariance matrices", J. Multivariate Analysis 88 (2004) (the shrinkage); Roth et al., "Towards total
+recall in industrial anomaly detection", CVPR 2022 (nearest normal embeddings, and few of them that cover all).
 """
 
 import math
@@ -16,6 +17,9 @@ POOLED = 0.05  # share of the mean covariance in the covariance of each of sever
 FOLDS = 5  # of held-out scores and of the cross-validation of KernelDensity
 SHARED_BYTES = 48 * 2**20  # largest size, as float64, of the embeddings that a shared density is fitted to
 GAUSSIANS_AT_ONCE = 64  # whose embeddings are converted to float64 together, to bound the memory
+NEAREST_BYTES = 60 * 10**6  # largest size, in the file, of the embeddings that the nearest ones are searched in
+CORESET = 4096  # embeddings that stand for all, where one memory is for all locations
+CORESET_POOL = 50_000  # of which they are chosen
 
 
 class DensityError(ValueError):

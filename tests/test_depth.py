@@ -80,7 +80,7 @@ def test_training_evaluation_and_prediction_are_as_in_8_bits(trained, script, tm
         assert not any("grays" in done.err or "cut off" in done.err for done in runs)
         outputs[kind] = [done.out.replace(str(trained / kind), "") for done in runs[:3]]
         file_columns = {"path": "", "time": "", "bytes": "", "modified": ""}  # they tell the files apart
-            outputs[kind] += [row | file_columns for row in rows_of(runs[3].out)]
+        outputs[kind] += [row | file_columns for row in rows_of(runs[3].out)]
         drawings = [
             *sorted((tmp_path / f"heat{kind}").rglob("*.png")),
             *sorted((tmp_path / f"masks{kind}").rglob("*.png")),
