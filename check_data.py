@@ -305,7 +305,7 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
             chosen = torch.randperm(total, generator=generator)[:count].sort().values.to(detector.device)
             try:
                 for level, embeddings, one_for_all in zip(member.levels, known_embeddings, shared):
-                    level.density = fit_density(level.kind, embeddings[chosen], one_for_all)
+                    level.density = fit_density(level.kind, embeddings[chosen], one_for_all, level.grid.shape)
             except DensityError as error:
                 raise InputError(f"{config.category}: no density of {count} images can be fitted: {error}") from error
             scores = [_score(detector, member, embeddings) for embeddings in (new_embeddings, test_embeddings)]
@@ -328,11 +328,8 @@ def _embed(
 ) -> list[Tensor]:
     """Return the embeddings (n, L, d) of each level as its density takes them. limit, numbers: of the images that are
     taken, see detector.batches_of."""
-
-    def project(prepared: Tensor) -> list[Tensor]:
-        return [level.project(x) for level, x in zip(member.levels, member.embed(prepared))]
-
-    return [torch.cat(batches) for batches in zip(*stream(detector, images, project, limit, numbers))]
+    batches = stream(detector, images, lambda prepared: member.project(member.embed(prepared)), limit, numbers)
+    return [torch.cat(levels) for levels in zip(*batches)]
 
 
 @torch.inference_mode()

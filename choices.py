@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-DENSITY_NAMES = ["torch", "sklearn", "kde"]  # of density.DENSITIES
+DENSITY_NAMES = ["torch", "sklearn", "kde", "nearest"]  # of density.DENSITIES
+DENSITY_SUMS = {"both": ("torch", "nearest")}  # densities whose standardized distances are added
 LOCATIONS = ("auto", "shared", "each")  # which Gaussians a patch model has
 NORMALIZATIONS = ("imagenet", "image")
 FORMATS = ("csv", "jsonl")  # of predict.py's rows
@@ -67,10 +68,14 @@ class Backbone:
         """Return the numbers of the stages, from 1."""
         return tuple(range(1, len(self.stages) + 1))
 
+    def last_of_strides(self, *strides: int) -> tuple[int, ...]:
+        """Return the last stage of each of these strides."""
+        return tuple(self.levels[len(self.strides) - 1 - self.strides[::-1].index(stride)] for stride in strides)
+
     @property
     def middle(self) -> tuple[int, ...]:
         """Return the last stages of strides 8 and 16: ImageNet features that localize well, as in PaDiM."""
-        return tuple(self.levels[len(self.strides) - 1 - self.strides[::-1].index(stride)] for stride in (8, 16))
+        return self.last_of_strides(8, 16)
 
     @property
     def embedding_dim(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from choices import BACKBONES, DENSITY_NAMES, LOCATIONS, NORMALIZATIONS, VARIANTS
+from choices import BACKBONES, DENSITY_NAMES, DENSITY_SUMS, LOCATIONS, NORMALIZATIONS, VARIANTS
 from runtime.cli import Rule, anything, int_at_least, int_within, number, one_of, side, size, zero_or_one
 from runtime.files import InputError
 
@@ -42,6 +42,7 @@ RECIPES = {
         "epochs": 1500,
     },
 }
+PATCH_DENSITY = "nearest"  # of patch models by every recipe but the paper's
 
 
 def flag_value(value: object) -> object:
@@ -202,9 +203,22 @@ class Config:
         levels,
         "density",
         "numbers of the stages to embed, such as 1 or 1,2",
-        "7 of EfficientNet, 4 of others; for patch models 1, pretrained those of strides 8 and 16",
+        "7 of EfficientNet, 4 of others; for patch models 1, pretrained those of strides 8 and 16, joined also 4",
     )
-    density: str = setting("torch", one_of(DENSITY_NAMES), "density", "density that is fitted to the embeddings")
+    join: bool = setting(
+        False,
+        zero_or_one,
+        "density",
+        "1: one density of all stages side by side; 0: one for each stage, their standardized distances are added",
+        "1 for patch models, unless by recipe paper",
+    )
+    density: str = setting(
+        "torch",
+        one_of((*DENSITY_NAMES, *DENSITY_SUMS)),
+        "density",
+        "density of the embeddings: Gaussian (torch, sklearn), kde, nearest normal ones, or both (torch, nearest)",
+        "nearest for patch models, unless by recipe paper; else torch",
+    )
     l2: bool = setting(None, zero_or_one, "density", "1: scale embeddings to length 1 first", "1; 0 for patch models")
     false_alarm_rate: float = setting(
         0.01, number(0, 1), "density", "share of new normal images that may be called anomalous"
@@ -247,7 +261,8 @@ class Config:
         if self.features != "level" and self.level is not None:
             raise SettingError("level", f"goes with features level, not {self.features}")
         if self.features == "level" and self.level is None:
-            stages = (spec.middle if self.pretrained else (1,)) if self.patches else (spec.level,)
+            localizing = spec.last_of_strides(4, 8, 16) if self.join else spec.middle
+            stages = (localizing if self.pretrained else (1,)) if self.patches else (spec.level,)
             object.__setattr__(self, "level", stages)
         if max(self.levels) > len(spec.stages):
             raise SettingError("level", f"{max(self.levels)}: {self.backbone} has {len(spec.stages)} stages")
@@ -256,14 +271,20 @@ class Config:
         for name in ("patch_size", "window"):
             if (value := self._value(name)) > min(self.size):
                 raise SettingError(name, f"{value} is larger than the image, {self.width}x{self.height}")
+        if self.join and not self.patches.dense:
+            raise SettingError("join", "goes with --dense 1: the stages of one pass over the image")
         for level in self.levels if self.patches.dense else ():
             feature_stride = BACKBONES[self.backbone].strides[level - 1]
+            if self.join:
+                if self.patches.stride % feature_stride and feature_stride % self.patches.stride:
+                    raise SettingError(
+                        "stride", f"{self.patches.stride} must divide {feature_stride}, or be a multiple of it"
+                    )
+                continue
             for name in ("window", "stride"):  # a smaller value becomes one feature
                 if (value := self._value(name)) > feature_stride and value % feature_stride:
                     raise SettingError(name, f"{value} must be a multiple of {feature_stride} for stage {level}")
-        from density import DENSITIES
-
-        if not DENSITIES[self.density].several:
+        if self.density == "kde":
             raise SettingError("density", f"{self.density} cannot be fitted to the windows of a patch model")
 
     @property
@@ -294,7 +315,12 @@ class Config:
         """Return whether scores have a gradient, which Grad-CAM needs."""
         from density import DENSITIES
 
-        return DENSITIES[self.density].has_gradient
+        return all(DENSITIES[density].has_gradient for density in self.densities)
+
+    @property
+    def densities(self) -> tuple[str, ...]:
+        """Return the names of the densities whose standardized distances are added, or of the only one."""
+        return DENSITY_SUMS.get(self.density, (self.density,))
 
     def sample_params(self, count: int, generator: "Generator") -> "ViewParams":
         """Draw the parameters of the views of ``count`` images, see ``cutpaste.sample_params``."""
@@ -446,7 +472,10 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     if "minutes" in given and "epochs" in given:
         raise SettingError("minutes", "decides the number of steps; leave --epochs out")
     recipe = given.setdefault("recipe", "finetune" if given.get("pretrained", Config.pretrained) else "paper")
-    values = RECIPES[recipe] | given | {"category": category}
+    values = RECIPES[recipe] | given
+    if recipe != "paper" and "patch_size" in values:
+        values = {"density": PATCH_DENSITY, "join": values.get("dense", True)} | values
+    values["category"] = category
     patches = {name: values.pop(name) for name in PATCH_SETTINGS if name in values}
     if patches and "patch_size" not in patches:
         raise SettingError(next(iter(patches)), "goes with --patch_size, which makes a patch model")

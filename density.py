@@ -9,6 +9,7 @@ recall in industrial anomaly detection", CVPR 2022 (nearest normal embeddings, a
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ POOLED = 0.05  # share of the mean covariance in the covariance of each of sever
 FOLDS = 5  # of held-out scores and of the cross-validation of KernelDensity
 SHARED_BYTES = 48 * 2**20  # largest size, as float64, of the embeddings that a shared density is fitted to
 GAUSSIANS_AT_ONCE = 64  # whose embeddings are converted to float64 together, to bound the memory
-NEAREST_BYTES = 60 * 10**6  # largest size, in the file, of the embeddings that the nearest ones are searched in
-CORESET = 4096  # embeddings that stand for all, where one memory is for all locations
-CORESET_POOL = 50_000  # of which they are chosen
+LOCAL_POINTS, SHARED_POINTS = 100, 4096  # normal embeddings that stand for all: for each location, or for all of them
+COVER_POOL = 50_000  # embeddings that they are chosen from
+LEFT_OUT_AT_ONCE = 8  # images whose nearest others are searched together
 
 
 class DensityError(ValueError):
@@ -30,7 +31,20 @@ class NotFiniteError(DensityError):
     """The embeddings are not finite: the network is broken, not the images."""
 
 
-class GaussianTorch(nn.Module):
+class Density(nn.Module):
+    """What every density has. shape (h, w): the windows down and across whose embeddings it describes, row by row."""
+
+    unit = ""  # of its scores, in words
+    several = True  # K may be more than 1
+    has_gradient = True  # of its scores, which Grad-CAM needs
+    has_likelihood = True
+
+    def __init__(self, shape: tuple[int, int] = (1, 1)) -> None:
+        super().__init__()
+        self.shape = shape
+
+
+class GaussianTorch(Density):
     """Gaussians with Ledoit-Wolf covariance, computed in float64.
 
     If K > 1, each covariance is (1 - POOLED) times its own plus POOLED times the mean of all: without it, where all
@@ -40,11 +54,9 @@ class GaussianTorch(nn.Module):
     """
 
     unit = "Mahalanobis distance"
-    several = True  # K may be more than 1
-    has_gradient = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, shape: tuple[int, int] = (1, 1)) -> None:
+        super().__init__(shape)
         for name in ("mean", "factor"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
@@ -80,6 +92,11 @@ class GaussianTorch(nn.Module):
         logdet = torch.linalg.slogdet(self.factor.double())[1]
         return (logdet[..., None] - scores.double().square() / 2).mean().item()
 
+    @property
+    def width(self) -> int:
+        """Return D, the number of dimensions."""
+        return self.mean.shape[-1]
+
 
 class GaussianSklearn(GaussianTorch):
     """The same Gaussians, estimated by scikit-learn's LedoitWolf on the CPU."""
@@ -95,7 +112,7 @@ class GaussianSklearn(GaussianTorch):
         return means.view(*x.shape[:-2], -1), covariances.view(*x.shape[:-2], x.shape[-1], -1)
 
 
-class KernelDensity(nn.Module):
+class KernelDensity(Density):
     """scikit-learn's KernelDensity with a Gaussian kernel, its bandwidth chosen by cross-validation on the normal
     embeddings.
 
@@ -108,8 +125,8 @@ class KernelDensity(nn.Module):
     count = 1
     candidates = 16  # bandwidths to try, in equal ratios around the typical distance between neighbors
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, shape: tuple[int, int] = (1, 1)) -> None:
+        super().__init__(shape)
         for name in ("points", "bandwidth"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
@@ -145,7 +162,176 @@ class KernelDensity(nn.Module):
         return -scores.mean().item()
 
 
-DENSITIES = {"torch": GaussianTorch, "sklearn": GaussianSklearn, "kde": KernelDensity}
+class Match(NamedTuple):
+    """Hold the nearest normal embeddings of embeddings (K, N, D), each (K, N)."""
+
+    distances: Tensor  # float32
+    locations: Tensor  # int64, of the window that it is the embedding of
+    images: Tensor  # int64, its image's number
+
+
+class Nearest(Density):
+    """The distance to the nearest normal embedding.
+
+    K > 1, one memory for each location: it is searched for embeddings of the location itself and of the (up to) eight
+    around it, so that parts may lie a little differently. K = 1: one memory for all locations.
+    A memory of more than ``LOCAL_POINTS`` (K > 1) or ``SHARED_POINTS`` embeddings is reduced to those that cover the
+    others best, see ``cover``. It is kept in half precision if K > 1, which halves the file; distances are computed in
+    float32.
+    Attributes (buffers): points (K, D, M), the memories; squares (K, M), the squared lengths of their embeddings;
+    locations, images (K, M) int32, of what a point is the embedding.
+    """
+
+    unit = "distance to the nearest normal embedding"
+    has_likelihood = False
+
+    def __init__(self, shape: tuple[int, int] = (1, 1)) -> None:
+        super().__init__(shape)
+        for name in ("points", "squares"):
+            self.register_buffer(name, torch.empty(0))
+        for name in ("locations", "images"):
+            self.register_buffer(name, torch.empty(0, dtype=torch.int32))
+        neighbors, inverse = neighborhoods(*shape)
+        self.register_buffer("neighbors", neighbors, persistent=False)
+        self.register_buffer("inverse", inverse, persistent=False)
+
+    @property
+    def count(self) -> int:
+        """Return K, the number of memories."""
+        return len(self.points) if self.points.ndim > 1 else 1
+
+    @property
+    def width(self) -> int:
+        """Return D, the number of dimensions."""
+        return self.points.shape[1]
+
+    def fit(self, embeddings: Tensor) -> "Nearest":
+        """Fit to embeddings (K, N, D) of N images, or of all windows of N / (h w) images if K = 1. Raises DensityError
+        as GaussianTorch.fit does."""
+        x = _checked(embeddings)
+        x = x.float()[None] if x.ndim == 2 else x.float()
+        (count, rows, _), windows = x.shape[:2] + x.shape[2:], math.prod(self.shape)
+        numbers = torch.arange(rows, device=x.device)
+        if count > 1:
+            images, locations = (
+                numbers.expand(count, -1),
+                torch.arange(count, device=x.device)[:, None].expand(-1, rows),
+            )
+        else:
+            images, locations = numbers[None] // windows, numbers[None] % windows
+        x = x.half().float() if count > 1 else x
+        limit = LOCAL_POINTS if count > 1 else SHARED_POINTS
+        if rows > limit:
+            chosen = cover(x, limit)
+            x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))
+            images, locations = images.gather(1, chosen), locations.gather(1, chosen)
+        self.points, self.squares = x.mT.contiguous(), x.square().sum(-1)
+        self.images, self.locations = images.int().contiguous(), locations.int().contiguous()
+        return self
+
+    def score(self, embeddings: Tensor) -> Tensor:
+        """Return the distances (K, N) float32, in the unit of the embeddings, of embeddings (K, N, D)."""
+        if embeddings.ndim == 2:
+            return self.match(embeddings[None]).distances[0]
+        return self.match(embeddings).distances
+
+    def match(self, embeddings: Tensor, left_out: Tensor | None = None) -> Match:
+        """Return the nearest normal embeddings of embeddings (K, N, D).
+
+        left_out: (N,), the number of an image for each, whose embeddings do not count. The nearest one is searched by
+        matrix products, whose rounding does not matter then: its distance is computed directly.
+        """
+        x = embeddings.to(self.points)
+        (count, batch, _), reach = x.shape, self.neighbors.shape[1] if self.count > 1 else 1
+        queries = x[self.neighbors].flatten(1, 2) if reach > 1 else x  # (K, J*N, D): whom each memory may be near to
+        closeness = torch.baddbmm(self.squares[:, None], queries, self.points, alpha=-2)  # less the query's own square
+        if left_out is not None:
+            own = self.images[:, None] == left_out.repeat(reach)[:, None]  # (K, J*N, M)
+            closeness = closeness.masked_fill(own, math.inf)
+        best = closeness.amin(2)
+        memories = torch.arange(count, device=x.device)[:, None].expand(-1, batch)
+        rows = torch.arange(batch, device=x.device).expand(count, -1)
+        if reach > 1:
+            choice = best.view(-1, batch)[self.inverse].argmin(1)  # (K, N): which of the memories around
+            entry = self.inverse.gather(1, choice)  # memory * J + place of the query among its neighbors
+            memories, rows = entry // reach, entry % reach * batch + rows
+        points = closeness[memories, rows].argmin(-1)  # (K, N)
+        nearest = self.points.mT[memories, points]
+        locations, images = self.locations[memories, points], self.images[memories, points]
+        return Match((x - nearest).norm(dim=-1), locations.long(), images.long())
+
+    def leave_one_out(self, embeddings: Tensor) -> Tensor:
+        """Return the distances (K, N) float64 of the embeddings (K, N, D) that it was fitted to, each from those of
+        other images alone.
+
+        Where all embeddings are kept, that is the distance from a memory that the image has no part in. It is so, too,
+        of an embedding that ``cover`` has not chosen, since without it the same ones would have been chosen. Without
+        one that was chosen, one more would have been: its distance may be too large, never too small.
+        """
+        windows = math.prod(self.shape) if self.count == 1 else 1
+        images = torch.arange(embeddings.shape[1], device=embeddings.device) // windows
+        parts = zip(embeddings.split(LEFT_OUT_AT_ONCE * windows, 1), images.split(LEFT_OUT_AT_ONCE * windows))
+        return torch.cat([self.match(part, numbers).distances for part, numbers in parts], 1).double()
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.count > 1:  # exactly: see ``fit``
+            destination[prefix + "points"] = destination[prefix + "points"].half()
+
+
+DENSITIES = {"torch": GaussianTorch, "sklearn": GaussianSklearn, "kde": KernelDensity, "nearest": Nearest}
+
+
+# Nearest embeddings -----------------------------------------------------------------------------------------------
+
+
+def neighborhoods(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return which windows lie around each window of a grid, itself included, and where it is among the neighbors of
+    each of those: (h*w, 9) int64 both, numbers of windows, and numbers of window * 9 + place in its row.
+
+    Beyond the border the window itself stands in, in both.
+    """
+    if height * width == 1:
+        return torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+    window = torch.arange(height * width)[:, None]
+    down, across = (step.flatten() for step in torch.meshgrid(torch.arange(-1, 2), torch.arange(-1, 2), indexing="ij"))
+    y, x = window // width + down, window % width + across
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    neighbors = torch.where(inside, y * width + x, window)
+    # Seen from the neighbor, this window lies on the opposite side
+    return neighbors, torch.where(inside, neighbors * 9 + 8 - torch.arange(9), window * 9 + 4)
+
+
+def cover(points: Tensor, count: int) -> Tensor:
+    """Choose ``count`` of N points for each of K sets such that no point is far from the chosen ones: (K, count) int64.
+
+    points: (K, N, D). Greedy k-centers: first the point nearest to the mean, then, again and again, the one that is
+    furthest from all that are chosen. Of more than COVER_POOL points, so many random ones are looked at, always the
+    same. Distances are summed dimension by dimension, so that the choice does not depend on the number of threads.
+    """
+    pool = None
+    if points.shape[1] > COVER_POOL:
+        pool = torch.randperm(points.shape[1], generator=torch.Generator().manual_seed(0))[:COVER_POOL]
+        pool = pool.sort().values.to(points.device)
+        points = points[:, pool]
+    dimensions = points.permute(2, 0, 1).contiguous()  # (D, K, N)
+
+    def squared_distances(centers: Tensor) -> Tensor:
+        """Return the squared distances (K, N) of all points from one center (D, K, 1) of each set."""
+        total = torch.zeros_like(dimensions[0])
+        for values, center in zip(dimensions, centers):
+            difference = values - center
+            total.addcmul_(difference, difference)
+        return total
+
+    chosen = [squared_distances(dimensions.mean(2, keepdim=True)).argmin(1)]
+    nearest = torch.full_like(dimensions[0], math.inf)
+    for _ in range(count - 1):
+        centers = dimensions.gather(2, chosen[-1][None, :, None].expand(len(dimensions), -1, 1))
+        nearest = torch.minimum(nearest, squared_distances(centers))
+        chosen.append(nearest.argmax(1))
+    numbers = torch.stack(chosen, 1)
+    return numbers if pool is None else pool[numbers]
 
 
 # Estimates --------------------------------------------------------------------------------------------------------
@@ -190,37 +376,43 @@ def group_by_density(embeddings: Tensor, shared: bool) -> Tensor:
     return embeddings.flatten(0, 1)[None] if shared else embeddings.transpose(0, 1)
 
 
-def fit_density(kind: str, embeddings: Tensor, shared: bool) -> nn.Module:
+def fit_density(kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, int] | None = None) -> Density:
     """Fit a density of ``DENSITIES`` to embeddings (N, L, D): one shared by all L locations, or one for each.
 
-    A shared density is fitted to evenly spaced images if all of them would take more than SHARED_BYTES.
+    shape: (h, w), h w = L; default: one row of windows. A shared density of embeddings that would take more than
+    SHARED_BYTES is fitted to evenly spaced images.
     """
     count, locations, dims = embeddings.shape
     limit = max(2, SHARED_BYTES // (8 * locations * dims))
     if shared and count > limit:
         embeddings = embeddings[torch.arange(limit, device=embeddings.device) * count // limit]
-    return DENSITIES[kind]().fit(group_by_density(embeddings, shared))
+    return DENSITIES[kind](shape or (1, locations)).to(embeddings.device).fit(group_by_density(embeddings, shared))
 
 
-def held_out(kind: str, embeddings: Tensor, shared: bool) -> tuple[Tensor, float]:
+def held_out(kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, int] | None = None) -> tuple[Tensor, float]:
     """Estimate the scores of new normal images: score normal images by densities that were not fitted to them.
 
     Image i of embeddings (N, L, D) is in fold i modulo FOLDS; a fold is scored by the density of all other folds.
-    Returns the scores (N, L) float64, higher is more anomalous, and their mean log likelihood. Fewer than four images
-    are scored by the density of all of them, because one to two others are no distribution. Raises DensityError.
+    Nearest embeddings leave out image by image instead, see ``Nearest.leave_one_out``. Returns the scores (N, L)
+    float64, higher is more anomalous, and their mean log likelihood, NaN if the density has none. Fewer than four
+    images are scored by the density of all of them, because one to two others are no distribution. Raises DensityError.
     """
     x, total, folds = embeddings, 0.0, min(FOLDS, len(embeddings))
     if len(x) < 2:
         raise DensityError(f"a density needs at least 2 images, got {len(x)}")
+    ungrouped = lambda scores, count: (scores.view(count, -1) if shared else scores.T).double()  # noqa: E731
+    if kind == "nearest":
+        density = fit_density(kind, x, shared, shape)
+        return ungrouped(density.leave_one_out(group_by_density(x, shared)), len(x)), math.nan
     fold = torch.arange(len(x), device=x.device) % folds
     scores = torch.empty(x.shape[:2], dtype=torch.float64, device=x.device)
     for k in range(folds):
         inside, others = x[fold == k], x[fold != k]
         if len(x) < 4 or (others == others[0]).all():  # copies of one image are no distribution either
             others = x
-        density = fit_density(kind, others, shared)
+        density = fit_density(kind, others, shared, shape)
         fold_scores = density.score(group_by_density(inside, shared))
-        scores[fold == k] = (fold_scores.view(len(inside), -1) if shared else fold_scores.T).double()
+        scores[fold == k] = ungrouped(fold_scores, len(inside))
         total += density.log_likelihood(fold_scores) * len(inside)
     return scores, total / len(x)
 

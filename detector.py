@@ -21,7 +21,7 @@ from config import EACH_DIMS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
 from dataset import choose_categories
-from density import DensityError
+from density import DENSITIES, DensityError
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
@@ -271,7 +271,7 @@ class Detector(nn.Module):
         limit = DENSITY_IMAGES if self.config.patches is None else PATCH_DENSITY_IMAGES
         self.eval()
         try:
-            if any(level.dims is not None for level in member.levels):
+            if any(level.dims for level in member.levels):
                 member.choose_axes(stream(self, images, member.embed, AXES_IMAGES, numbers))
             embeddings = stream(self, images, member.embed, limit, numbers)
             return member.fit(embeddings, min(len(numbers), limit), held_out, self.batch_size)
@@ -340,36 +340,58 @@ class EnsembleMember(nn.Module):
     def __init__(self, config: Config, network: CutPasteNet, hidden: Tensor) -> None:
         super().__init__()
         self.config, self.network = config, network
-        self.levels = nn.ModuleList(self._new_level(level) for level in config.levels)
+        self.grids = [self._grid(level) for level in config.levels]
+        numbers = range(len(self.grids))
+        seen_together = [tuple(numbers)] if config.join else [(number,) for number in numbers]
+        self.levels = nn.ModuleList(
+            self._new_level(stages, density) for stages in seen_together for density in config.densities
+        )
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
         self.register_buffer("hidden", hidden)
 
-    def _new_level(self, level: int) -> StageDensity:
+    def _grid(self, level: int) -> Grid:
+        """Return the windows of a stage."""
         config, patches = self.config, self.config.patches
         if patches is None:
-            return StageDensity(Grid(*config.size), config.density, config.l2, "shared", None)
-        stride, width = (table[level - 1] for table in (self.network.spec.strides, self.network.spec.widths))
-        step = stride if patches.dense else 1
-        grid = Grid(*config.size, max(patches.window, step), max(patches.stride, step), step)
+            return Grid(*config.size)
+        feature_stride = self.network.spec.strides[level - 1] if patches.dense else 1
+        if config.join:
+            return Grid(*config.size, patches.window, patches.stride, feature_stride, padded=True)
+        window, stride = max(patches.window, feature_stride), max(patches.stride, feature_stride)
+        return Grid(*config.size, window, stride, feature_stride)
+
+    def _new_level(self, stages: tuple[int, ...], density: str) -> StageDensity:
+        """Return a density, not yet fitted, of the stages of these numbers."""
+        config, patches, grids = self.config, self.config.patches, [self.grids[stage] for stage in stages]
+        if patches is None:
+            return StageDensity(stages, grids, density, config.l2, "shared", None, config.join)
+        width = sum(self.network.spec.widths[config.levels[stage] - 1] for stage in stages)
+        if config.join:
+            dims = min(patches.dims or EACH_DIMS, width)
+            by_place = len(config.densities) > 1 and DENSITIES[density].has_likelihood
+            return StageDensity(stages, grids, density, config.l2, patches.location, dims, True, by_place)
         dims = patches.max_dims if patches.max_dims < width else None
-        return StageDensity(grid, config.density, config.l2, patches.location, dims)
+        return StageDensity(stages, grids, density, config.l2, patches.location, dims)
 
     @property
     def unit(self) -> str:
         """Return what a score is before it is standardized, in words."""
-        unit = self.levels[0].density.unit
-        return unit if len(self.levels) == 1 else f"sum of {len(self.levels)} standardized {unit}s"
+        units = list(dict.fromkeys(level.density.unit for level in self.levels))
+        if len(self.levels) == 1:
+            return units[0]
+        if len(units) == 1:
+            return f"sum of {len(self.levels)} standardized {units[0]}s"
+        return f"sum of standardized distances: {', '.join(units)}"
 
     def forward(self, prepared: Tensor, features: dict[int, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return standardized scores (B,) float64 and maps (B, H, W) float32 or None.
 
         prepared: as Detector.prepare gives them. features: of them, if they are there already.
         """
-        embeddings = self.embed(prepared, features)
-        return self.standardized(
-            *self.aggregate([level.distances(level.project(x)) for level, x in zip(self.levels, embeddings)])
-        )
+        projected = self.project(self.embed(prepared, features))
+        distances = [level.distances(x) for level, x in zip(self.levels, projected)]
+        return self.standardized(*self.aggregate(distances))
 
     def features(self, prepared: Tensor, levels: Iterable[int]) -> dict[int, Tensor]:
         """Return the network's features (B, D, h, w) of whole images at these stages, by stage, in one pass."""
@@ -377,11 +399,19 @@ class EnsembleMember(nn.Module):
         return dict(zip(levels, self.network.features(prepared, levels))) if levels else {}
 
     def embed(self, prepared: Tensor, features: dict[int, Tensor] | None = None) -> list[Tensor]:
-        """Return the embeddings of all windows at each level, (B, L, D) float32, as the network gives them."""
-        config, grids = self.config, [level.grid for level in self.levels]
+        """Return the embeddings of all windows at each stage, (B, L, D) float32, as the network gives them."""
+        config = self.config
         if features and config.dense:
-            return [grid.pool(features[level]).float() for grid, level in zip(grids, config.levels)]
-        return embed_windows(self.network, prepared, config.levels, grids, config.dense)
+            return [grid.pool(features[level]).float() for grid, level in zip(self.grids, config.levels)]
+        return embed_windows(self.network, prepared, config.levels, self.grids, config.dense)
+
+    def project(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
+        """Return the embeddings (B, L, D) of each stage as each level's density takes them, (B, L, d)."""
+        projected: dict[tuple[int, ...], Tensor] = {}  # densities of the same stages take the same
+        for level in self.levels:
+            if level.stages not in projected:
+                projected[level.stages] = level.project([embeddings[stage] for stage in level.stages])
+        return [projected[level.stages] for level in self.levels]
 
     def aggregate(self, distances: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return scores (B,) and maps (B, H, W) or None of each level's distances (B, L)."""
@@ -389,6 +419,8 @@ class EnsembleMember(nn.Module):
         if self.config.patches is None:
             return sum(distances)[:, 0].double(), None
         sigma = self.config.patches.sigma
+        if self.config.join:  # all at the same places
+            distances = [sum(distances)]
         maps = sum(upsample(x, level.grid, sigma) for level, x in zip(self.levels, distances))
         maps = self.lower_hidden(maps.float())
         return maps.amax((1, 2)).double(), maps
@@ -404,25 +436,32 @@ class EnsembleMember(nn.Module):
         return (scores - self.center) / self.scale, maps
 
     def grad_cam(self, features: dict[int, Tensor]) -> Tensor:
-        """Return Grad-CAM maps (B, H, W) of an image-level model from its features; of several levels the sum of their
+        """Return Grad-CAM maps (B, H, W) of an image-level model from its features; of several stages the sum of their
         maps. Raises InputError with a density whose score has no gradient."""
-        if not self.levels[0].density.has_gradient:
+        if not self.config.has_gradient:
             raise InputError(f"Grad-CAM needs the gradient of the score, which the density {self.config.density} lacks")
+        embeddings = [grid.pool(features[level]).float() for grid, level in zip(self.grids, self.config.levels)]
         maps = []
-        for number, level in zip(self.config.levels, self.levels):
-            score = lambda x, level=level: level.standardized(  # noqa: E731
-                level.distances(level.project(level.grid.pool(x).float()))[:, 0]
-            )
+        for stage, number in enumerate(self.config.levels):
+            levels = [level for level in self.levels if stage in level.stages]
+
+            def score(x: Tensor, stage: int = stage, levels: Sequence[StageDensity] = levels) -> Tensor:
+                """Return the part of the score (B,) that this stage's features (B, C, h, w) have to do with."""
+                seen = [*embeddings[:stage], self.grids[stage].pool(x).float(), *embeddings[stage + 1 :]]
+                distances = (level.distances(level.project([seen[s] for s in level.stages])) for level in levels)
+                return sum(level.standardized(x)[:, 0] for level, x in zip(levels, distances))
+
             maps.append(grad_cam(features[number], score, self.config.size)[1])
         return self.lower_hidden(sum(maps)) / self.scale.float()
 
     # Fitting ------------------------------------------------------------------------------------------------------
 
     def choose_axes(self, embeddings: Iterable[list[Tensor]]) -> None:
-        """Choose the directions that each level keeps, by batches of its embeddings of normal images."""
-        for level, batches in zip(self.levels, zip(*embeddings)):
+        """Choose the directions that each level keeps, by batches of the stages' embeddings of normal images."""
+        stages = [torch.cat(batches) for batches in zip(*embeddings)]
+        for level in self.levels:
             if level.dims is not None:
-                level.choose_axes(torch.cat(batches))
+                level.choose_axes([stages[stage] for stage in level.stages])
 
     def fit(self, embeddings: Iterable[list[Tensor]], count: int, held_out: bool, batch_size: int) -> Tensor | None:
         """Fit the densities to batches of each level's embeddings, of ``count`` normal images in all.
@@ -435,7 +474,7 @@ class EnsembleMember(nn.Module):
         distances = [level.fit(x, held_out or several) for level, x in zip(self.levels, projected)]
         if several:
             for level, normal in zip(self.levels, distances):
-                level.scale, level.center = torch.std_mean(normal)
+                level.standardize(normal)
         if not held_out:
             return None
         batches = zip(*(x.split(batch_size) for x in distances))
@@ -444,15 +483,15 @@ class EnsembleMember(nn.Module):
     @torch.inference_mode()
     def _project_all(self, embeddings: Iterable[list[Tensor]], count: int) -> list[Tensor]:
         """Return the projected embeddings (count, L, d) of each level, each held once."""
-        projected: list[Tensor] = []
+        projected: dict[tuple[int, ...], Tensor] = {}
         done = 0
         for batch in embeddings:
-            new = [level.project(x) for level, x in zip(self.levels, batch)]
-            projected = projected or [x.new_empty((count, *x.shape[1:])) for x in new]
-            part = slice(done, done := done + len(new[0]))
-            for held, x in zip(projected, new):
-                held[part] = x
-        return projected
+            new = {level.stages: x for level, x in zip(self.levels, self.project(batch))}
+            projected = projected or {stages: x.new_empty((count, *x.shape[1:])) for stages, x in new.items()}
+            part = slice(done, done := done + len(batch[0]))
+            for stages, x in new.items():
+                projected[stages][part] = x
+        return [projected[level.stages] for level in self.levels]
 
 
 # Passes over images -----------------------------------------------------------------------------------------------
@@ -622,7 +661,8 @@ def load_member(member: EnsembleMember, content: dict) -> None:
         raise ValueError("its densities are of another kind")
     for name, value in content["levels"].items():  # their shapes are the file's, not those of an empty density
         owner, _, buffer = name.rpartition(".")
-        setattr(member.levels.get_submodule(owner), buffer, value)
+        # What is kept in half precision is computed with in single precision
+        setattr(member.levels.get_submodule(owner), buffer, value.float() if value.dtype == torch.float16 else value)
     for level in member.levels:
         if level.density.count not in (1, math.prod(level.grid.shape)):
             raise ValueError(f"{level.density.count} densities for {math.prod(level.grid.shape)} windows")

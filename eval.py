@@ -27,7 +27,7 @@ from runtime.files import InputError, check_replaceable, check_writable, csv_tab
 
 # Settings that flags may repeat, and settings that flags may change
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
-REFITTED = ("features", "level", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
+REFITTED = ("features", "level", "join", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
 
 
 def get_parser() -> argparse.ArgumentParser:

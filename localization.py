@@ -17,6 +17,8 @@ from model import CutPasteNet
 
 EACH_LEAST = 8  # images that one Gaussian for each location needs
 AXES_IMAGES = 32  # normal images that the principal axes are taken from
+WHITENED = 0.25  # of joined stages: a direction in which normal embeddings have variance v gets v ** (1 - WHITENED)
+PLACE_SOFTENED = 0.1  # of the deviation over all places, added to that of each place
 WINDOWS_AT_ONCE = 512  # that go through the network alone
 
 
@@ -27,6 +29,9 @@ class Grid:
 
     feature_stride: windows begin at multiples of that many pixels: the stride of the stage whose features are averaged
     over a window, 1 where each window goes through the network alone.
+    padded: the windows' centers, not the windows, lie inside the image: one at each multiple of the stride, whatever
+    the stage, so that several stages share the centers. Features beyond the border count as 0: a window there is worth
+    as much as the share of it that lies inside, or its few pixels, which vary more, would decide every score.
     """
 
     height: int
@@ -34,12 +39,15 @@ class Grid:
     window: int | None = None
     stride: int = 1
     feature_stride: int = 1
+    padded: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """(h, w), the number of windows down and across."""
         if self.window is None:
             return 1, 1
+        if self.padded:
+            return (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1
         return tuple((side - self.window) // self.stride + 1 for side in (self.height, self.width))
 
     @property
@@ -56,6 +64,8 @@ class Grid:
         With a feature_stride, of what the features have seen: the stem and each halving are padded alike on both sides,
         which puts feature i at pixel feature_stride * i, not in the middle of so many pixels.
         """
+        if self.padded:
+            return tuple(0.5 + self.stride * torch.arange(count, dtype=torch.float64) for count in self.shape)
         return tuple(
             first
             + self.window / 2
@@ -69,17 +79,39 @@ class Grid:
         pixels: (B, L, C), row by row."""
         if self.window is None:
             return functional.adaptive_avg_pool2d(features, 1).flatten(2).mT
+        if self.padded:
+            return self._pool_padded(features)
         (y, x), (h, w) = (corner // self.feature_stride for corner in self.corner), self.shape
         means = functional.avg_pool2d(
             features[:, :, y:, x:], self.window // self.feature_stride, self.stride // self.feature_stride
         )
         return means[:, :, :h, :w].flatten(2).mT
 
+    def _pool_padded(self, features: Tensor) -> Tensor:
+        """Average over an odd number of features, at least three, and take the means at the centers; between two
+        features of a stage that has fewer of them than there are centers, linearly."""
+        size = max(3, self.window // (2 * self.feature_stride) * 2 + 1)
+        means = functional.avg_pool2d(features, size, max(1, self.stride // self.feature_stride), size // 2)
+        if self.feature_stride > self.stride:
+            down, across = (
+                between(count, side, self.stride / self.feature_stride).to(means)
+                for count, side in zip(self.shape, features.shape[2:])
+            )
+            means = down @ means @ across.T
+        return means.flatten(2).mT
+
     def cut(self, images: Tensor) -> Tensor:
         """Return the windows of images (B, 3, H, W), image by image: (B*L, 3, window, window)."""
         y, x = self.corner
         windows = images[:, :, y:, x:].unfold(2, self.window, self.stride).unfold(3, self.window, self.stride)
         return windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def between(count: int, side: int, step: float) -> Tensor:
+    """Return weights (count, side) float64 of a row of ``side`` values at the points 0, step, 2 step, ...: linear
+    between two values, the last value beyond it."""
+    points = (torch.arange(count, dtype=torch.float64) * step).clamp(max=side - 1)
+    return (1 - (points[:, None] - torch.arange(side)).abs()).clamp(min=0)
 
 
 def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], grids: Sequence[Grid], dense: bool):
@@ -99,21 +131,38 @@ def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], g
 
 
 class StageDensity(nn.Module):
-    """Hold what a detector knows of one stage: where its windows are, which directions of their embeddings count, the
-    density of those, and how its distances are standardized before those of several levels are added.
+    """Hold what a detector knows of one stage, or of several that are seen together: where the windows are, which
+    directions of their embeddings count, the density of those, and how its distances are standardized before they are
+    added to others.
 
-    dims: directions kept, None: all. Buffers: axes (D, d), principal axes of normal embeddings, empty where all are
-    kept; center, scale (): the distances' mean and standard deviation on held-out normal images, 0 and 1 of a single
-    level.
+    stages: numbers, from 0, of those of the detector's stages whose embeddings it takes. grids: of each of them, with
+    windows at the same places. dims: directions kept, None: all. joined: see ``choose_axes``. by_place: distances are
+    standardized place by place.
+    Buffers: axes (D, d), directions of normal embeddings, empty where all are kept as they are; origin (d,), if joined:
+    the mean of normal embeddings along them; center, scale () or (L,): the distances' mean and standard deviation on
+    held-out normal images, 0 and 1 if nothing is added.
     likelihoods: of "shared" and "each", what "auto" has decided by; empty otherwise. It is not saved.
     """
 
-    def __init__(self, grid: Grid, density: str, l2: bool, location: str, dims: int | None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[int],
+        grids: Sequence[Grid],
+        density: str,
+        l2: bool,
+        location: str,
+        dims: int | None,
+        joined: bool = False,
+        by_place: bool = False,
+    ) -> None:
         super().__init__()
-        self.grid, self.kind, self.l2, self.location, self.dims = grid, density, l2, location, dims
-        self.density = DENSITIES[density]()
+        self.stages, self.grid, self.kind, self.l2, self.location = tuple(stages), grids[0], density, l2, location
+        self.dims, self.joined, self.by_place = dims, joined, by_place
+        self.density = DENSITIES[density](self.grid.shape)
         self.likelihoods: dict[str, float] = {}
         self.register_buffer("axes", torch.empty(0))
+        if joined:
+            self.register_buffer("origin", torch.zeros(()))
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
 
@@ -125,25 +174,45 @@ class StageDensity(nn.Module):
     @property
     def choice(self) -> str:
         """Return which kind of density it is, and what "auto" decided by, in words."""
-        words = "one Gaussian for all locations" if self.shared else "one Gaussian for each location"
+        what = "Gaussian" if self.density.has_likelihood else "memory of normal embeddings"
+        words = f"one {what} for all locations" if self.shared else f"one {what} for each location"
         if self.likelihoods:
             likelihoods = ", ".join(f"{kind} {value:.1f}" for kind, value in self.likelihoods.items())
             words += f" (mean log likelihood of held-out normal images: {likelihoods})"
         return words
 
-    def choose_axes(self, embeddings: Tensor) -> None:
-        """Keep the ``dims`` directions in which normal embeddings (n, L, D) vary most."""
-        self.axes = torch.empty(0)
-        self.axes = principal_axes(self.project(embeddings))[:, : self.dims].float()
+    def choose_axes(self, embeddings: Sequence[Tensor]) -> None:
+        """Choose the ``dims`` directions to keep by embeddings (n, L, D) of normal images, one tensor for each stage.
 
-    def project(self, embeddings: Tensor) -> Tensor:
-        """Return embeddings (B, L, D) as the density takes them, (B, L, d): L2-normalized if so set, along the axes.
-        float64 of one window, float32 of many."""
-        x = embeddings.double()
+        Joined: those in which an image differs most from the others at the same place, the stages scaled to the same
+        variance first; small variances are raised a little, see WHITENED. Else those in which embeddings vary most.
+        """
+        self.axes = torch.empty(0)
+        if self.joined:
+            self.origin = torch.zeros(())
+        x = self.project(embeddings)
+        if not self.joined:
+            self.axes = principal_axes(x)[:, : self.dims].float()
+            return
+        widths = [stage.shape[2] for stage in embeddings]
+        scales = [part.double().flatten(0, 1).std(0).mean() * part.shape[2] ** 0.5 for part in x.split(widths, 2)]
+        scale = torch.cat([(1 / value.clamp(min=1e-9)).expand(width) for value, width in zip(scales, widths)])
+        values, axes = principal_components((x - x.mean(0)) * scale)
+        values = values[: self.dims].clamp(min=values[0] * 1e-6)
+        axes = scale[:, None] * axes[:, : self.dims] * values ** (-WHITENED / 2)
+        self.axes, self.origin = axes.float(), (x.double().mean((0, 1)) @ axes).float()
+
+    def project(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """Return embeddings, (B, L, D) of each stage, as the density takes them, (B, L, d): L2-normalized if so set,
+        side by side, along the axes. float64 of one window, float32 of many."""
+        parts = [x if self.joined and self.grid.window else x.double() for x in embeddings]
         if self.l2:
-            x = functional.normalize(x, dim=2)
+            parts = [functional.normalize(x, dim=2) for x in parts]
+        x = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
         if self.axes.numel():
-            x = x @ self.axes.double()
+            x = x @ self.axes.to(x.dtype)
+        if self.joined:
+            x = x - self.origin
         return x if self.grid.window is None else x.float()
 
     def distances(self, projected: Tensor) -> Tensor:
@@ -151,37 +220,52 @@ class StageDensity(nn.Module):
         scores = self.density.score(group_by_density(projected, self.shared))
         return scores.unflatten(1, projected.shape[:2])[0] if self.shared else scores.T
 
+    def standardize(self, distances: Tensor) -> None:
+        """Let ``standardized`` be in deviations of held-out distances (n, L) of normal images, from now on."""
+        self.scale, self.center = torch.std_mean(distances)
+        if self.by_place:
+            scale, self.center = torch.std_mean(distances, 0)
+            self.scale = scale + PLACE_SOFTENED * self.scale  # a place that hardly varies is no judge alone
+
     def standardized(self, distances: Tensor) -> Tensor:
         return (distances - self.center) / self.scale
 
     def fit(self, projected: Tensor, with_held_out: bool) -> Tensor | None:
         """Fit the density to projected embeddings (n, L, d) of normal images.
 
-        location "auto": the kind under which images are likelier when the density is fitted to the other folds;
-        "shared" with fewer than EACH_LEAST images.
+        location "auto": the kind under which images are likelier when the density is fitted to the other folds; "each"
+        of a density without a likelihood; "shared" with fewer than EACH_LEAST images.
         Returns the held-out distances (n, L) float64, see density.held_out; None if they are not asked for. Raises
         DensityError if no density can be fitted.
         """
-        kinds = ("shared", "each") if self.location == "auto" else (self.location,)
+        shape, compared = self.grid.shape, self.density.has_likelihood
+        kinds = (("shared", "each") if compared else ("each",)) if self.location == "auto" else (self.location,)
         if len(projected) < EACH_LEAST or projected.shape[1] == 1:
             kinds = ("shared",)
         tried = {}
         if len(kinds) > 1 or with_held_out:
-            tried = {kind: held_out(self.kind, projected, kind == "shared") for kind in kinds}
+            tried = {kind: held_out(self.kind, projected, kind == "shared", shape) for kind in kinds}
         if len(kinds) > 1:
             self.likelihoods = {kind: likelihood for kind, (_, likelihood) in tried.items()}
             kinds = (max(self.likelihoods, key=self.likelihoods.get),)
-        self.density = fit_density(self.kind, projected, kinds[0] == "shared")
+        self.density = fit_density(self.kind, projected, kinds[0] == "shared", shape)
         return tried[kinds[0]][0] if with_held_out else None
 
 
 def principal_axes(embeddings: Tensor) -> Tensor:
     """Return an orthonormal basis (D, D) float64 of embeddings (n, L, D): in its first directions they vary most."""
+    return principal_components(embeddings)[1]
+
+
+def principal_components(embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the variances (D,) of embeddings (n, L, D) along their principal axes, largest first, and the axes
+    (D, D), both float64."""
     x = embeddings.double().flatten(0, 1)
     if not torch.isfinite(x).all():
         raise NotFiniteError("the embeddings are not finite")
     x = x - x.mean(0)
-    return torch.linalg.eigh(x.T @ x)[1].flip(1)
+    values, axes = torch.linalg.eigh(x.T @ x)
+    return values.flip(0) / len(x), axes.flip(1)
 
 
 # Maps -------------------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def sample_views(evaluation: Evaluation) -> tuple[np.ndarray, list[str]]:
 
     def embed(prepared: torch.Tensor) -> torch.Tensor:
         member = detector.members[0]  # the networks of an ensemble have no common embedding
-        return member.levels[-1].project(member.embed(prepared)[-1])[:, 0].cpu()
+        return member.project(member.embed(prepared))[-1][:, 0].cpu()
 
     parts = list(stream(detector, test.images, embed))
     groups = ["anomalous" if label else "normal" for label in test.labels]

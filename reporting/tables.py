@@ -165,7 +165,7 @@ def record(detector: Detector, row: dict) -> dict:
         stages = list(zip(*(member.levels for member in detector.members)))  # for each stage, every member's density
         kinds = [sorted({"shared" if density.shared else "each" for density in stage}) for stage in stages]
         row["location_chosen"] = ",".join("/".join(names) for names in kinds)
-        row["dims"] = ",".join(str(stage[0].density.mean.shape[-1]) for stage in stages)
+        row["dims"] = ",".join(str(stage[0].density.width) for stage in stages)
     made = {("train_command" if name == "command" else name): value for name, value in detector.metadata.items()}
     return row | made
 

@@ -36,6 +36,8 @@ def test_a_recipe_sets_what_no_flag_sets():
     fast = parsed("--recipe", "fast", "--no-pretrained")
     assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
     assert (fast.patches, fast.epochs, fast.batch_size) == (PatchConfig(48), 1500, 28)
+    assert (fast.density, fast.join, parsed("--recipe", "paper", "--patch_size", 64).join) == ("nearest", True, False)
+    assert not parsed("--recipe", "fast", "--dense", 0).join
     flags = ["--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32]
     changed = replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))
     assert parsed("--recipe", "fast", "--no-pretrained", *flags) == changed
@@ -58,7 +60,8 @@ def test_pretrained_weights_are_fine_tuned():
         (["--features", "level"], (7,)),
         (["--features", "all"], ALL),
         (["--level", "2,7"], (2, 7)),
-        (["--patch_size", "64", "--window", "32"], (3, 5)),
+        (["--patch_size", "64", "--window", "32", "--join", "0"], (3, 5)),
+        (["--patch_size", "64"], (2, 3, 5)),
         (["--patch_size", "64", "--no-pretrained"], (1,)),
         (["--patch_size", "64", "--features", "all"], ALL),
     ],
@@ -135,8 +138,13 @@ def test_values_that_cannot_be_are_named(name, value):
         (["--sigma", 3], "sigma: goes with --patch_size"),
         (["--no-pretrained", "--weights", "w.pth"], "weights: goes with pretrained weights"),
         (["--folds", 2, "--holdout", 0.2], "holdout: not with folds"),
-        (["--patch_size", 64, "--stride", 12, "--level", 2], "stride: 12 must be a multiple of 8 for stage 2"),
-        (["--patch_size", 64, "--window", 30], "window: 30 must be a multiple of 8 for stage 2"),
+        (
+            ["--patch_size", 64, "--join", 0, "--stride", 12, "--level", 2],
+            "stride: 12 must be a multiple of 8 for stage 2",
+        ),
+        (["--patch_size", 64, "--join", 0, "--window", 30], "window: 30 must be a multiple of 8 for stage 2"),
+        (["--patch_size", 64, "--stride", 12], "stride: 12 must divide 8, or be a multiple of it"),
+        (["--patch_size", 64, "--join", 1, "--dense", 0], "join: goes with --dense 1"),
         (["--patch_size", 64, "--density", "kde"], "density: kde cannot be fitted"),
         (["--patch_size", 300], "patch_size: 300 is larger than the image, 256x256"),
     ],

@@ -31,7 +31,7 @@ def scores_of(made, images):
 def projected(made, images):
     """Embeddings (N, L, d) of the first level as its density takes them."""
     member = made.members[0]
-    return member.levels[0].project(torch.cat([levels[0] for levels in stream(made, images, member.embed)]))
+    return torch.cat([member.project(stages)[0] for stages in stream(made, images, member.embed)])
 
 
 def maps_of(made, images):
@@ -83,14 +83,14 @@ def test_l2_normalizes_embeddings(fitted, images):
     plain = fitted.refit(images, l2=False)
     for made, deviation in ((fitted, 0), (plain, 1)):
         (level,) = made.members[0].levels
-        lengths = level.project(made.members[0].embed(made.prepare(images))[0]).norm(dim=2)
+        lengths = level.project(made.members[0].embed(made.prepare(images))).norm(dim=2)
         assert (lengths.std() > 1e-9) == deviation
         assert made.config.l2 == (not deviation)
 
 
 def test_threshold_is_the_conformal_one_of_held_out_normal_scores(fitted, images):
     (level,) = fitted.members[0].levels
-    scores, _ = held_out("torch", level.project(fitted.members[0].embed(fitted.prepare(images))[0]), True)
+    scores, _ = held_out("torch", level.project(fitted.members[0].embed(fitted.prepare(images))), True)
     assert torch.allclose(fitted.calibration_scores, scores[:, 0])
     assert fitted.threshold == conformal_threshold(fitted.calibration_scores, 0.2)[0]
     assert list(fitted.notes()) == []
@@ -220,7 +220,7 @@ def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, ima
     if kind == "torch":
         precision = density["factor"][0].T @ density["factor"][0]
         density = {"mean": density["mean"][0], "precision": precision, "shrinkage": torch.tensor(0.1)}
-        x = level.project(made.members[0].embed(made.prepare(images))[0])[:, 0] - density["mean"]
+        x = level.project(made.members[0].embed(made.prepare(images)))[:, 0] - density["mean"]
         assert torch.allclose(((x @ precision) * x).sum(1).sqrt(), made(images)[0])
     config = {name: value for name, value in made.config.to_dict().items() if name != "dims"}
     content = {"format": detector.FORMAT, "version": 2, "config": config, "made": {}, "density": density}

@@ -133,7 +133,7 @@ def embeddings_of(images, locations, dims, seed=0, spread=1.0):
 
 
 def stage(location="auto", dims=None, l2=False, grid=None):
-    return StageDensity(grid or Grid(64, 64, 32, 16), "torch", l2, location, dims)
+    return StageDensity([0], [grid or Grid(64, 64, 32, 16)], "torch", l2, location, dims)
 
 
 def test_principal_axes_are_those_of_scikit_learn():
@@ -150,10 +150,10 @@ def test_principal_axes_are_those_of_scikit_learn():
 def test_embeddings_are_projected_on_the_axes_of_the_normalized_ones():
     x, made = embeddings_of(12, 7, 6), stage(dims=4, l2=True)
     unit = functional.normalize(x.double(), dim=2)
-    assert torch.allclose(made.project(x), unit.float())
-    made.choose_axes(x)
-    assert torch.allclose(made.project(x), (unit @ principal_axes(unit)[:, :4]).float(), atol=1e-5)
-    assert stage(grid=Grid(64, 64)).project(x).dtype == torch.float64
+    assert torch.allclose(made.project([x]), unit.float())
+    made.choose_axes([x])
+    assert torch.allclose(made.project([x]), (unit @ principal_axes(unit)[:, :4]).float(), atol=1e-5)
+    assert stage(grid=Grid(64, 64)).project([x]).dtype == torch.float64
 
 
 @pytest.mark.parametrize("location", ["shared", "each"])
@@ -239,7 +239,7 @@ def test_a_map_by_hand():
     (embeddings,) = embed_windows(MeanColor(), images, (1,), [grid], dense=True)
     made = stage(grid=grid)
     made.density.mean, made.density.factor = torch.zeros(1, 3), torch.diag(torch.tensor([2.0, 1.0, 1.0]))[None]
-    distances = made.distances(made.project(embeddings))
+    distances = made.distances(made.project([embeddings]))
     expected = torch.zeros(grid.shape)
     shares = torch.tensor([0.5, 1.0, 0.5])
     expected[3:6, 7:10] = 2 * shares[:, None] * shares
