@@ -214,9 +214,9 @@ class Config:
     )
     density: str = setting(
         "torch",
-        one_of((*DENSITY_NAMES, *DENSITY_SUMS)),
+        one_of(("auto", *DENSITY_NAMES, *DENSITY_SUMS)),
         "density",
-        "density of the embeddings: Gaussian (torch, sklearn), kde, nearest normal ones, or both (torch, nearest)",
+        "density of embeddings: Gaussian (torch, sklearn), kde, nearest normal ones, both (torch, nearest), or auto",
         "nearest for patch models, unless by recipe paper; else torch",
     )
     l2: bool = setting(None, zero_or_one, "density", "1: scale embeddings to length 1 first", "1; 0 for patch models")
@@ -315,12 +315,7 @@ class Config:
         """Return whether scores have a gradient, which Grad-CAM needs."""
         from density import DENSITIES
 
-        return all(DENSITIES[density].has_gradient for density in self.densities)
-
-    @property
-    def densities(self) -> tuple[str, ...]:
-        """Return the names of the densities whose standardized distances are added, or of the only one."""
-        return DENSITY_SUMS.get(self.density, (self.density,))
+        return self.density not in DENSITIES or DENSITIES[self.density].has_gradient
 
     def sample_params(self, count: int, generator: "Generator") -> "ViewParams":
         """Draw the parameters of the views of ``count`` images, see ``cutpaste.sample_params``."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from choices import DENSITY_SUMS
 from config import EACH_DIMS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
@@ -32,6 +33,7 @@ from runtime.image_files import FULL_RANGE, decode, resized
 FORMAT = "cutpaste-detector"
 VERSION = 6  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
+CHOSEN_BEFORE = "nearest"  # the density of "auto" until it has been chosen
 WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white
 APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
@@ -90,13 +92,15 @@ class Detector(nn.Module):
         networks: Sequence[CutPasteNet] = (),
         fill_index: Tensor = NOTHING_IGNORED,
         white: int = FULL_RANGE,
+        density: str = "",
     ) -> None:
         super().__init__()
         self.config, self.white = config, white
+        self.density = density or (CHOSEN_BEFORE if config.density == "auto" else config.density)
         self.metadata: dict = {}
         networks = networks or [build_network(config) for _ in range(config.folds)]
         hidden = ignored_pixels(fill_index)
-        self.members = nn.ModuleList(EnsembleMember(config, network, hidden) for network in networks)
+        self.members = nn.ModuleList(EnsembleMember(config, network, hidden, self.density) for network in networks)
         self.register_buffer("fill_index", fill_index)
         self.register_buffer("threshold", torch.tensor(torch.nan, dtype=torch.float64))
         self.register_buffer("calibration_scores", torch.empty(0, dtype=torch.float64))
@@ -300,16 +304,25 @@ class Detector(nn.Module):
     def refit(self, images: Tensor, **changes) -> "Detector":
         """Return a detector of the same networks with other densities, fitted to ``images``, those they were trained
         on. changes: other settings. This detector stays as it is."""
+        return self.changed(**changes).fit(images)
+
+    def changed(self, chosen_density: str = "", **changes) -> "Detector":
+        """Return a detector of the same networks with other settings, not yet fitted; this one stays as it is.
+
+        chosen_density: that of a Config whose density is "auto"; default: as it is here."""
         config = Config.from_dict(self.config.to_dict() | changes)
-        other = Detector(config, [member.network for member in self.members], self.fill_index, self.white)
+        if not chosen_density and config.density == self.config.density:
+            chosen_density = self.density
+        networks = [member.network for member in self.members]
+        other = Detector(config, networks, self.fill_index, self.white, chosen_density)
         other.metadata = dict(self.metadata)
-        return other.fit(images)
+        return other
 
     def untrained(self) -> "Detector":
         """Return the untrained baseline: networks as training found them, the same kinds of density, not yet fitted."""
         networks = [initial_network(self.config, member=number) for number in range(len(self.members))]
         networks = [network.to(self.device) for network in networks]
-        other = Detector(self.config, networks, self.fill_index, self.white)
+        other = Detector(self.config, networks, self.fill_index, self.white, self.density)
         for new_member, member in zip(other.members, self.members):
             for new_level, level in zip(new_member.levels, member.levels):
                 new_level.location = "shared" if level.shared else "each"
@@ -317,6 +330,8 @@ class Detector(nn.Module):
 
     def notes(self) -> Iterator[str]:
         """Yield what a person should know of how it was fitted."""
+        if self.config.density == "auto":
+            yield f"density {self.density} was chosen: {self.metadata.get('density_aurocs', 'see the log')}"
         if self.config.patches:
             yield from (level.choice for level in self.members[0].levels)
         if not self.guarantee.holds:
@@ -337,14 +352,14 @@ class EnsembleMember(nn.Module):
     not seen, 0 and 1 of a detector's only member. hidden (H, W) bool: where maps show nothing; may be empty.
     """
 
-    def __init__(self, config: Config, network: CutPasteNet, hidden: Tensor) -> None:
+    def __init__(self, config: Config, network: CutPasteNet, hidden: Tensor, density: str) -> None:
         super().__init__()
-        self.config, self.network = config, network
+        self.config, self.network, self.densities = config, network, DENSITY_SUMS.get(density, (density,))
         self.grids = [self._grid(level) for level in config.levels]
         numbers = range(len(self.grids))
         seen_together = [tuple(numbers)] if config.join else [(number,) for number in numbers]
         self.levels = nn.ModuleList(
-            self._new_level(stages, density) for stages in seen_together for density in config.densities
+            self._new_level(stages, density) for stages in seen_together for density in self.densities
         )
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
@@ -369,7 +384,7 @@ class EnsembleMember(nn.Module):
         width = sum(self.network.spec.widths[config.levels[stage] - 1] for stage in stages)
         if config.join:
             dims = min(patches.dims or EACH_DIMS, width)
-            by_place = len(config.densities) > 1 and DENSITIES[density].has_likelihood
+            by_place = len(self.densities) > 1 and DENSITIES[density].has_likelihood
             return StageDensity(stages, grids, density, config.l2, patches.location, dims, True, by_place)
         dims = patches.max_dims if patches.max_dims < width else None
         return StageDensity(stages, grids, density, config.l2, patches.location, dims)
@@ -389,9 +404,12 @@ class EnsembleMember(nn.Module):
 
         prepared: as Detector.prepare gives them. features: of them, if they are there already.
         """
-        projected = self.project(self.embed(prepared, features))
-        distances = [level.distances(x) for level, x in zip(self.levels, projected)]
-        return self.standardized(*self.aggregate(distances))
+        return self.standardized(*self.score_embeddings(self.embed(prepared, features)))
+
+    def score_embeddings(self, embeddings: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return scores (B,) and maps (B, H, W) or None, not standardized, of the embeddings that ``embed`` gives."""
+        distances = [level.distances(x) for level, x in zip(self.levels, self.project(embeddings))]
+        return self.aggregate(distances)
 
     def features(self, prepared: Tensor, levels: Iterable[int]) -> dict[int, Tensor]:
         """Return the network's features (B, D, h, w) of whole images at these stages, by stage, in one pass."""
@@ -455,6 +473,19 @@ class EnsembleMember(nn.Module):
         return self.lower_hidden(sum(maps)) / self.scale.float()
 
     # Fitting ------------------------------------------------------------------------------------------------------
+
+    def with_density(self, density: str) -> "EnsembleMember":
+        """Return a member of the same network that has some of this one's fitted densities: those of ``density``."""
+        other = EnsembleMember(self.config, self.network, self.hidden, density)
+        fitted = {(level.stages, level.kind): level for level in self.levels}
+        for new_level in other.levels:
+            level = fitted[new_level.stages, new_level.kind]
+            new_level.density, new_level.axes = level.density, level.axes
+            if new_level.joined:
+                new_level.origin = level.origin
+            if len(other.levels) > 1:
+                new_level.center, new_level.scale = level.center, level.scale
+        return other.to(next(self.network.parameters()).device)
 
     def choose_axes(self, embeddings: Iterable[list[Tensor]]) -> None:
         """Choose the directions that each level keeps, by batches of the stages' embeddings of normal images."""
@@ -620,6 +651,7 @@ def save(detector: Detector, path: str | Path) -> None:
         "appearance": detector.appearance,
         "sources": detector.fill_index,
         "white": detector.white,
+        "density": detector.density,
     }
     save_tensors(content, path)
 
@@ -635,7 +667,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED))
+            density = content.get("density", config.density)  # earlier files have none
+            if density not in (*DENSITIES, *DENSITY_SUMS):
+                raise ValueError(f"no density is called {density!r}")
+            detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED), density=density)
         if tuple(detector.fill_index.shape) not in ((0,), detector.config.size):
             raise ValueError(f"a fill index of {tuple(detector.fill_index.shape)} for images of {detector.config.size}")
         if len(content["members"]) != len(detector.members):

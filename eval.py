@@ -75,6 +75,7 @@ from reporting.tables import (
     seed_row,
 )
 from runtime.distributed import from_environment
+from training.choice import choose_density
 
 
 def main(args: argparse.Namespace) -> None:
@@ -152,7 +153,10 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     test, train = load_test(*where), load_train(*where) if changed or args.control else None
     try:
         if changed:
-            detector = detector.refit(train.images, **changed)
+            detector = detector.changed(**changed)
+            if changed.get("density") == "auto":
+                detector = choose_density(detector, train.images)
+            detector.fit(train.images)
             for note in detector.notes():
                 say(f"{category}: {note}")
         if args.control:

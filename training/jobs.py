@@ -19,6 +19,7 @@ from runtime.cli import command_line, device_name, suitable_precision
 from runtime.distributed import Ranks
 from runtime.files import InputError, remove_file, say
 from runtime.image_files import FULL_RANGE
+from training.choice import choose_density
 from training.trainer import (
     Precision,
     RunOptions,
@@ -167,8 +168,10 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     for network, state in zip(networks, states):
         network.load_state_dict(state["network"])
     detector = Detector(config, networks, train_set.fill_index.to(options.device), train_set.white)
+    if config.density == "auto":
+        detector = choose_density(detector, train_set.images)
     detector.fit(train_set.images)
-    detector.metadata = {
+    detector.metadata |= {
         "command": command_line(),
         "train_images": len(train_set),
         "train_seconds": round(sum(state["seconds"] for state in states), 1),

@@ -1,0 +1,88 @@
+"""Which density to take, by normal images alone: CutPaste itself is the judge.
+
+Some normal images are held out. Patches and scars are pasted into them, and each density, fitted to the other images,
+must tell the pasted images from those held out. Owns what is pasted, the densities that are compared, and the choice.
+"""
+
+import torch
+from torch import Tensor
+
+from cutpaste import make_views_and_sample, sample_params, visible
+from density import DensityError
+from detector import Detector, EnsembleMember, all_but, category_seed, evenly_spaced, stream, unseen_by
+from image_ops import to_float
+from localization import AXES_IMAGES
+from runtime.files import InputError
+
+CANDIDATES = ("nearest", "both", "torch")  # densities that are compared; "both" is the sum of the others
+MOST_IMAGES = 250  # normal images that are looked at
+HELD_OUT = 5  # one image of so many is held out
+MARGIN = 0.01  # of AUROC: a smaller difference is a matter of chance
+CROP = 96  # pixels: patches and scars are drawn as for a square of this side
+
+
+def pasted_images(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (n, 3, H, W) float in [0, 1], two or fewer of each of images (N, 3, H, W) uint8: with a patch and
+    with a scar, as the variant "soft" draws them, somewhere. Those that show no difference are left out."""
+    height, width = images.shape[2:]
+    side = min(CROP, height, width)
+    amounts = {"translate": 0.0, "jitter": 0.0, "patch_size": side}
+    params = sample_params("soft", len(images), height, width, generator, **amounts)
+    views, _, whole = make_views_and_sample(images, params)
+    shown = visible(views, params, whole).view(-1, len(images))[1:].flatten()
+    pasted = to_float(images).repeat(2, 1, 1, 1)
+    for image, view, (y, x) in zip(pasted, views[len(images) :], params.corner.repeat(2, 1).tolist()):
+        image[:, y : y + side, x : x + side] = view
+    return pasted[shown]
+
+
+@torch.inference_mode()
+def judge(detector: Detector, images: Tensor, seed: int = 0) -> dict[str, float]:
+    """Return how well each of CANDIDATES tells pasted from normal images, an image AUROC in [0, 1], as the density of a
+    detector's first network, from normal images (N, 3, H, W) uint8: those that it was or will be fitted to.
+
+    Raises InputError if they are too few or too much alike.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    config, first = detector.config, detector.members[0]
+    numbers = all_but(unseen_by(config, len(images), 0), len(images))
+    numbers = numbers[evenly_spaced(len(numbers), MOST_IMAGES)]
+    known = numbers[all_but(torch.arange(0, len(numbers), HELD_OUT), len(numbers))]
+    if len(known) < 2:
+        raise InputError(f"{config.category}: {len(images)} normal images are too few to choose a density by")
+    normal = images[numbers[::HELD_OUT]].cpu()
+    pasted = pasted_images(normal, torch.Generator().manual_seed(category_seed(seed, config.category)))
+    if not len(pasted):
+        raise InputError(f"{config.category}: nothing shows that is pasted into its images; name a --density")
+    new = list(stream(detector, torch.cat([to_float(normal), pasted]), first.embed))
+    labels = [0] * len(normal) + [1] * len(pasted)
+
+    fitted = EnsembleMember(config, first.network, first.hidden, "both").to(detector.device)
+    try:
+        fitted.choose_axes(stream(detector, images, first.embed, AXES_IMAGES, known))
+        fitted.fit(stream(detector, images, first.embed, numbers=known), len(known), False, detector.batch_size)
+    except DensityError as error:
+        raise InputError(f"{config.category}: no density can be fitted: {error}") from error
+    aurocs = {}
+    for density in CANDIDATES:
+        candidate = fitted.with_density(density)
+        scores = torch.cat([candidate.score_embeddings(embeddings)[0] for embeddings in new])
+        aurocs[density] = float(roc_auc_score(labels, scores.cpu().numpy()))
+    return aurocs
+
+
+def choose(aurocs: dict[str, float]) -> str:
+    """Return the density with the highest AUROC; the first of those that are less than MARGIN behind it."""
+    return next(density for density in CANDIDATES if aurocs[density] >= max(aurocs.values()) - MARGIN)
+
+
+def choose_density(detector: Detector, images: Tensor) -> Detector:
+    """Return a detector of the same networks with the density that ``judge`` prefers, not yet fitted; how it was chosen
+    is in its metadata. Raises InputError as ``judge`` does."""
+    aurocs = judge(detector, images, detector.config.seed)
+    other = detector.changed(choose(aurocs))
+    listed = ", ".join(f"{density} {100 * auroc:.1f}" for density, auroc in aurocs.items())
+    other.metadata["density_chosen"] = other.density
+    other.metadata["density_aurocs"] = f"{listed} % AUROC of pasted against held-out normal images"
+    return other
