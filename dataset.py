@@ -27,15 +27,18 @@ from torch.nn import functional
 from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of
 from runtime import cache
 from runtime.cache import IN_MEMORY, Storage
-from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
+from runtime.files import MARK, InputError, check_replaceable, has_mark, say_once, write_file
 from runtime.image_files import (
     DECODER,
     FULL_RANGE,
-    IMAGE_SUFFIXES,
     decode,
     decode_mask,
+    find_folders,
     find_images,
+    formats,
+    is_hidden,
     read_size,
+    suffixes_in_words,
     white_of,
 )
 
@@ -91,7 +94,8 @@ def find_categories(data_dir: str | Path) -> list[str]:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; give the one that holds the categories")
-    categories = sorted(p.name for p in data_dir.iterdir() if (p / "train" / GOOD).is_dir())
+    folders = (path for path in data_dir.iterdir() if not is_hidden(path.name))
+    categories = sorted(path.name for path in folders if (path / "train" / GOOD).is_dir())
     if not categories:
         raise InputError(f"{data_dir}: no category in it (a folder with train/{GOOD}); see 'Data' in the README")
     return categories
@@ -104,8 +108,8 @@ def choose_categories(data_dir: str | Path, names: Sequence[str]) -> list[str]:
         return find_categories(data_dir)  # raises, with the reason, if there is no such folder
     for name in names:
         if not (data_dir / name).is_dir():
-            known = ", ".join(p.name for p in sorted(data_dir.iterdir()) if p.is_dir()) or "nothing"
-            raise InputError(f"{name}: no such category in {data_dir}, which holds: {known}")
+            known = ", ".join(p.name for p in sorted(data_dir.iterdir()) if p.is_dir() and not is_hidden(p.name))
+            raise InputError(f"{name}: no such category in {data_dir}, which holds: {known or 'nothing'}")
     return list(dict.fromkeys(names))
 
 
@@ -116,9 +120,11 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a category keeps its normal training images there")
     paths = find_images(folder)
+    if others := [path.name for path in find_folders(folder.parent) if path.name != GOOD]:
+        say_once(f"{folder.parent}: left out: {', '.join(others)}; only {GOOD} is learned from")
     if len(paths) < 2:
-        kinds = ", ".join(s[1:] for s in IMAGE_SUFFIXES)
-        raise InputError(f"{folder}: {len(paths)} image(s) found, at least 2 are needed (files ending in {kinds})")
+        ending = f"files ending in {suffixes_in_words()}"
+        raise InputError(f"{folder}: {len(paths)} image(s) found, at least 2 are needed ({ending})")
     return paths
 
 
@@ -179,7 +185,7 @@ def load_test(
     folder = Path(data_dir) / category / "test"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; evaluation needs test/{GOOD} and a folder for each defect type")
-    kinds = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    kinds = [path.name for path in find_folders(folder)]
     kinds.sort(key=lambda name: (name != GOOD, name))
     paths = [path for kind in kinds for path in find_images(folder / kind)]
     if not paths:
@@ -200,7 +206,7 @@ def load_test(
 def has_test_images(data_dir: str | Path, category: str) -> bool:
     """Return whether a category has any test image."""
     folder = Path(data_dir) / category / "test"
-    return folder.is_dir() and any(find_images(kind) for kind in folder.iterdir() if kind.is_dir())
+    return folder.is_dir() and any(map(find_images, find_folders(folder)))
 
 
 def find_mask(path: Path) -> Path | None:
@@ -209,7 +215,7 @@ def find_mask(path: Path) -> Path | None:
     if path.parent.name == GOOD:
         return None
     folder = path.parents[2] / "ground_truth" / path.parent.name
-    suffixes = (path.suffix, *IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
+    suffixes = (path.suffix, *formats(), *(suffix.upper() for suffix in formats()))
     candidates = (folder / (stem + suffix) for stem in (f"{path.stem}_mask", path.stem) for suffix in suffixes)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 

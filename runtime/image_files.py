@@ -1,7 +1,7 @@
 """Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image. Encode images.
 
-Owns which files are images, how one is decoded and resized, and the limits on what a file may claim. A bad file gets an
-``InputError`` that names it and says what to do. Writes nothing but lines on stderr.
+Owns which files of a folder are images, how one is decoded and resized, and the limits on what a file may claim. A bad
+file gets an ``InputError`` that names it and says what to do. Writes nothing but lines on stderr.
 """
 
 import functools
@@ -9,6 +9,7 @@ import io
 import os
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +17,18 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, features
 
-from runtime.files import InputError, say_once
+from runtime.files import InputError, say, say_once
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # some others tell their size only as they are decoded
+# By suffix, in any case, what Pillow calls a format. Some others tell their size only as they are decoded
+FORMATS = {".png": "PNG"} | dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+FORMATS |= {".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
+OPTIONAL = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "'pillow>=11.3'"}  # the packages needed
+# What systems, network drives and archives leave: thumbnails, deleted files, earlier versions. In any case
+SYSTEM_NAMES = {"__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"}
+SYSTEM_NAMES |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+SYSTEM_NAMES |= {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
 # What a header may claim. One of a hundred bytes can keep Pillow busy for a minute
 MAX_PIXELS = 178_956_970  # Pillow's own limit: seconds and gigabytes an image; industrial cameras reach 151 million
 MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
@@ -32,16 +39,96 @@ MAX_PARTS = 2**16  # strips or tiles of a TIFF: handled in Python, 10 us apiece,
 # one may stand for kinds, before they are taken for smoothed edges
 MAX_KIND, MAX_GRAYS = 32, 8
 FULL_RANGE = 65535  # the value that is white in a 16-bit image, unless a training set says otherwise
+NAMED_KINDS = 6  # of what is left out of a folder
 FEW_GRAYS = 16  # that are left of an image that is brought to 8 bits, up to which that is told
 BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
 DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
 
+# Folders ----------------------------------------------------------------------------------------------------------
+
+
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files of a folder by name, without hidden ones (macOS leaves ``._x.png``) and sub-folders."""
+    """Return the image files of a folder by name; what else it holds is told, as ``list_folder`` does."""
+    return list_folder(folder, folders=False)[0]
+
+
+def find_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders of a folder by name; what else it holds is told, as ``list_folder`` does."""
+    return list_folder(folder, images=False)[1]
+
+
+def list_folder(folder: Path, images: bool = True, folders: bool = True) -> tuple[list[Path], list[Path]]:
+    """Return the image files and the sub-folders of a folder, each by name, without those that ``is_hidden``.
+
+    What else is there, and what is not wanted (``images``, ``folders``), is told on stderr, once, in a line that says
+    why it is left out. Raises OSError if the folder cannot be listed.
+    """
+    names, left_out = {"image": [], "folder": []}, []
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
-    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        for entry in entries:
+            if not is_hidden(entry.name):
+                kind = _kind(entry)
+                names.get(kind, left_out).append(entry.name if kind in names else kind)
+    if not images:
+        left_out += ["image(s) beside the sub-folders"] * len(names["image"])
+    if not folders:
+        left_out += ["sub-folder(s)"] * len(names["folder"])
+    _tell_left_out(folder, Counter(left_out))
+    found_images, found_folders = ([folder / name for name in sorted(group)] for group in names.values())
+    return found_images * images, found_folders * folders
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, as macOS's ``._x.png`` is, or kept by a system for itself."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Return "image", "folder", or what to tell of another entry of a folder."""
+    with suppress(OSError):  # a link that leads to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in formats():
+                return "image"
+            if suffix in OPTIONAL:
+                return f"{suffix} (read after pip install {OPTIONAL[suffix]})"
+            return suffix if suffix.isascii() and suffix[1:].isalnum() else "of no known kind"
+    return "link(s) that lead nowhere" if entry.is_symlink() else "of no known kind"
+
+
+@functools.cache
+def formats() -> dict[str, str]:
+    """Return FORMATS with those that an optional package reads, if it is installed."""
+    result = dict(FORMATS)
+    if "avif" in features.modules and features.check("avif"):
+        result[".avif"] = "AVIF"
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        result |= {suffix: "HEIF" for suffix, package in OPTIONAL.items() if package == "pillow-heif"}
+    return result
+
+
+def suffixes_in_words() -> str:
+    """Return the suffixes of image files, for a message."""
+    return ", ".join(suffix[1:] for suffix in formats())
+
+
+def _tell_left_out(folder: Path, counts: Counter) -> None:
+    """Tell what is left out of a folder; again only if it is of other kinds. Of several ranks the first tells."""
+    kinds = (folder, *sorted(counts))
+    if counts and kinds not in _TOLD and os.environ.get("RANK", "0") == "0":
+        _TOLD.add(kinds)
+        words = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(NAMED_KINDS))
+        more = f", {counts.total()} in all" if len(counts) > NAMED_KINDS else ""
+        say(f"{folder}: left out: {words}{more}; taken are {suffixes_in_words()}")
+
+
+_TOLD: set[tuple] = set()
 
 
 # Image files ------------------------------------------------------------------------------------------------------
@@ -139,13 +226,15 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
         with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
             _check_parts(file, path)
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=list({*formats().values()})) as image:
                 _check_pixels(image, path)
                 yield image
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, struct.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <")[0]
+        suffix = os.path.splitext(path)[1].lower()
+        reason += f"; pip install {OPTIONAL[suffix]}" if suffix in OPTIONAL and suffix not in formats() else ""
         raise InputError(f"{path}: not a readable image ({reason}); replace or remove it") from error
 
 

@@ -83,6 +83,8 @@ def test_find_categories(category):
     save_flat(data / "bolt" / "train" / "good" / "0.png", 0)
     save_flat(data / "no_training" / "test" / "good" / "0.png", 0)
     (data / "readme.txt").write_text("")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(data / "bolt", data / name)
     assert find_categories(data) == ["bolt", "nut"]
     assert choose_categories(data, ["all"]) == ["bolt", "nut"]
     assert choose_categories(str(data), ["nut", "bolt", "nut"]) == ["nut", "bolt"]
@@ -100,6 +102,24 @@ def test_load_train_is_in_the_order_of_names(category):
     assert train_paths(category.parent, "nut") == train.paths
 
 
+def test_what_lies_beside_the_images_of_a_category_is_told(category, capsys):
+    (category / "train/good/more").mkdir()
+    (category / "train/good/002.png").rename(category / "train/good/002.jp2")
+    save_flat(category / "train/bad/000.png", 1)
+    save_flat(category / "test/000.png", 1)
+    (category / "test/bent/001.png").symlink_to("nowhere")
+    load_train(category.parent, "nut", (6, 8), 0)
+    load(category)
+    load(category)
+    lines = [line.partition("; taken are png, jpg")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        f"{category}/train/good: left out: 1 .jp2, 1 sub-folder(s)",
+        f"{category}/train: left out: bad; only good is learned from",
+        f"{category}/test: left out: 1 image(s) beside the sub-folders",
+        f"{category}/test/bent: left out: 1 link(s) that lead nowhere",
+    ]
+
+
 @pytest.mark.parametrize("workers", [1, 4, 16])
 def test_images_are_decoded_in_order_by_any_number_of_workers(tmp_path, workers):
     paths = [save(tmp_path / f"{i}.png", noise(15 + i, 30 - i, 3, seed=i)) for i in range(12)]
@@ -112,8 +132,9 @@ def test_images_are_decoded_in_order_by_any_number_of_workers(tmp_path, workers)
 
 @pytest.mark.parametrize("workers", [0, 4])
 def test_load_test_order_labels_types_and_masks(category, workers):
-    """Hidden folders are no defect types, folders no images; the data folder is only read."""
-    shutil.copytree(category / "test" / "good", category / "test" / ".ipynb_checkpoints")
+    """Hidden folders and those of systems are no defect types, folders no images; the data folder is only read."""
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"):
+        shutil.copytree(category / "test" / "good", category / "test" / name)
     (category / "test" / "crack" / "003.png").mkdir()
     before = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(category.rglob("*"))]
     test = load(category, workers=workers)

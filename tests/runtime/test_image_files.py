@@ -1,6 +1,8 @@
 """image_files.py: what every kind of image file is decoded to, and what bad or crafted files get."""
 
+import importlib
 import io
+import os
 import struct
 import time
 import warnings
@@ -13,7 +15,19 @@ import tifffile
 from PIL import Image
 
 from runtime.files import InputError
-from runtime.image_files import FULL_RANGE, decode, decode_mask, decode_with_size, find_images, read_size, white_of
+from runtime.image_files import (
+    FULL_RANGE,
+    OPTIONAL,
+    decode,
+    decode_mask,
+    decode_with_size,
+    find_folders,
+    find_images,
+    formats,
+    list_folder,
+    read_size,
+    white_of,
+)
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)
@@ -81,6 +95,86 @@ def test_find_images_ignores_what_is_none(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in find_images(tmp_path)] == images
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of all that may lie among images."""
+    for name in (
+        "a.png",
+        "b.JFIF",
+        "c.jpe",
+        "d.jp2",
+        "e.JP2",
+        "f.raw",
+        "g",
+        "h.x\ny",
+        "i.heic",
+        "Thumbs.db",
+        "desktop.ini",
+        ".k.png",
+    ):
+        (tmp_path / name).write_text("")
+    for name in ("sub", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    return tmp_path
+
+
+def test_what_is_left_out_of_a_folder_is_told_once(mixed, capsys):
+    assert list_folder(mixed) == ([mixed / "a.png", mixed / "b.JFIF", mixed / "c.jpe"] + _heic(mixed), [mixed / "sub"])
+    line = capsys.readouterr().err
+    assert line.startswith(f"{mixed}: left out: ")
+    assert line.count("\n") == 1
+    heic = ["1 .heic (read after pip install pillow-heif)"] * (not _heic(mixed))
+    for part in (
+        "3 of no known kind",
+        "2 link(s) that lead nowhere",
+        "2 .jp2",
+        "1 .raw",
+        *heic,
+        "taken are png, jpg, jpeg",
+    ):
+        assert part in line
+    assert list_folder(mixed)[1] == find_folders(mixed)
+    assert capsys.readouterr().err.count("3 image(s) beside the sub-folders") == 1 - bool(_heic(mixed))
+    assert find_images(mixed) == list_folder(mixed)[0]
+    assert "1 sub-folder(s)" in capsys.readouterr().err
+    (mixed / "l.jp2").write_text("")
+    assert len(find_images(mixed)) == len(list_folder(mixed)[0])
+    assert capsys.readouterr().err == ""
+    (mixed / "m.gif").write_text("")
+    find_images(mixed)
+    assert "1 .gif" in capsys.readouterr().err
+
+
+def _heic(folder):
+    return [folder / "i.heic"] * (importlib.util.find_spec("pillow_heif") is not None)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JFIF"])
+def test_all_names_of_a_jpeg_are_taken(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise(12, 20, 3)).save(path, "JPEG")
+    assert find_images(tmp_path) == [path]
+    assert decode(path).shape == (12, 20, 3)
+
+
+@pytest.mark.parametrize(("suffix", "kind", "orientations"), [("heic", "HEIF", [1]), ("avif", "AVIF", [1, 6])])
+def test_photographs_of_phones_are_read_where_a_package_can(tmp_path, suffix, kind, orientations):
+    path, values = tmp_path / f"a.{suffix}", np.add.outer(np.arange(64), 2 * np.arange(48)).astype(np.uint8)
+    if f".{suffix}" not in formats():
+        path.write_bytes(b"\0\0\0\x18ftypheic")
+        assert error_of(decode, path).endswith(f"; pip install {OPTIONAL[f'.{suffix}']}); replace or remove it")
+        return
+    for orientation in orientations:
+        Image.fromarray(values).save(path, kind, quality=95, exif=turned_by(orientation))
+        assert find_images(tmp_path) == [path]
+        expected = UPRIGHT[orientation](as_rgb(values))
+        assert decode_with_size(path, None)[1] == read_size(path) == expected.shape[:2]
+        assert np.abs(decode(path).astype(int) - expected).mean() < 4
 
 
 # Decoding ---------------------------------------------------------------------------------------------------------
