@@ -6,7 +6,8 @@ nothing but anomaly maps, and nothing beside the images.
     <data_dir>/<category>/train/good/*          normal images to train on
     <data_dir>/<category>/test/good/*           normal test images
     <data_dir>/<category>/test/<defect type>/*  anomalous test images
-    <data_dir>/<category>/ground_truth/<defect type>/<name>_mask.png  (or <name>.png), optional
+    <data_dir>/<category>/ground_truth/<defect type>/<name>_mask.png  (or <name>.png), optional;
+                                                     <name>/*.png  several for an image, as in MVTec LOCO AD
 """
 
 import io
@@ -37,6 +38,7 @@ from runtime.image_files import (
     find_images,
     formats,
     is_hidden,
+    list_folder,
     read_size,
     suffixes_in_words,
     white_of,
@@ -75,7 +77,7 @@ class TestSet:
     labels: np.ndarray  # (M,) int64, 0 normal, 1 anomalous
     defect_types: list[str]  # M names of folders
     paths: list[Path]
-    mask_paths: list[Path | None]  # None: a normal image, or an anomalous one without a mask
+    mask_paths: list[Path | None]  # files, or folders of several; None: a normal image, or an anomalous one without
 
     @property
     def with_truth(self) -> np.ndarray:
@@ -192,10 +194,10 @@ def load_test(
         raise InputError(f"{folder}: no image in its folders; evaluation needs test/{GOOD} and the defect types")
     masks = [find_mask(path) for path in paths]
     for path, mask in zip(paths, masks):
-        if mask is not None and (a := read_size(mask)) != (b := read_size(path)):
-            raise InputError(
-                f"{mask}: mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}; make them equal"
-            )
+        for file in mask_files(mask) if mask else ():
+            if (a := read_size(file)) != (b := read_size(path)):
+                sizes = f"mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}"
+                raise InputError(f"{file}: {sizes}; make them equal")
     types = [path.parent.name for path in paths]
     labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
     fill_index = load_fill_index(ignored, category, size, paths[0])
@@ -211,13 +213,31 @@ def has_test_images(data_dir: str | Path, category: str) -> bool:
 
 def find_mask(path: Path) -> Path | None:
     """Return the ground truth of test/<defect type>/<name>: ground_truth/<defect type>/<name>_mask or <name>, any
-    suffix."""
+    suffix, or a folder <name>; None if there is none."""
     if path.parent.name == GOOD:
         return None
     folder = path.parents[2] / "ground_truth" / path.parent.name
     suffixes = (path.suffix, *formats(), *(suffix.upper() for suffix in formats()))
     candidates = (folder / (stem + suffix) for stem in (f"{path.stem}_mask", path.stem) for suffix in suffixes)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    several = folder / path.stem
+    return next((file for file in candidates if file.is_file()), several if several.is_dir() else None)
+
+
+def mask_files(mask: Path) -> list[Path]:
+    """Return the files of an image's ground truth, each of which marks a part: the file, or those in the folder."""
+    return find_images(mask) if mask.is_dir() else [mask]
+
+
+def unpaired_masks(test: TestSet) -> list[Path]:
+    """Return what lies in ground_truth and is the mask of no test image; without that folder, the other folders beside
+    test. Masks of normal images are not looked at."""
+    category = test.paths[0].parents[2]
+    if not (category / "ground_truth").is_dir():
+        return [path for path in list_folder(category)[1] if path.name not in ("train", "test", "validation")]
+    masks, kinds = list_folder(category / "ground_truth")
+    for kind in kinds:
+        masks += [path for group in list_folder(kind) for path in group if kind.name != GOOD]
+    return [path for path in masks if path not in test.mask_paths]
 
 
 def load_images(
@@ -256,7 +276,8 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
-            masks[index] = torch.from_numpy(_resized_mask(decode_mask(path), size))
+            for file in mask_files(path):
+                masks[index] |= torch.from_numpy(_resized_mask(decode_mask(file), size))
 
     _for_each(decode_into, len(test.paths), workers)
     return masks

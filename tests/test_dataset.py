@@ -20,6 +20,7 @@ from dataset import (
     load_train,
     save_maps,
     train_paths,
+    unpaired_masks,
 )
 from runtime.files import InputError
 from runtime.image_files import decode
@@ -170,6 +171,45 @@ def test_load_test_order_labels_types_and_masks(category, workers):
 def test_find_mask(category, image, mask, paired):
     mask = save(category / "ground_truth" / mask, np.zeros((20, 32), np.uint8))
     assert find_mask(category / "test" / image) == (mask if paired else None)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_several_masks_of_an_image_are_one(category, workers):
+    """A folder for each image, as in MVTec LOCO AD; of a mask file and a folder, the file."""
+    first, second = np.zeros((2, 20, 32), np.uint8)
+    first[2:4, 3:9] = second[10:14, 20:22] = 254
+    folder = category / "ground_truth/crack/001"
+    for number, mask in enumerate((first, second)):
+        save(folder / f"{number:03}.png", mask)
+    save(category / "ground_truth/crack/002/000.png", first)
+    test = load(category)
+    assert test.mask_paths[4:] == [folder, category / "ground_truth/crack/002_mask.png"]
+    assert unpaired_masks(test) == [category / "ground_truth/crack/002"]
+    assert np.array_equal(load_masks(test, (20, 32), workers)[4], (first + second) > 0)
+    for size in ((10, 16), (7, 11)):
+        masks = []
+        for mask in (first, second):
+            save(folder / "000.png", mask)
+            save(folder / "001.png", mask)
+            masks.append(load_masks(test, size, workers)[4])
+        save(folder / "000.png", first)
+        assert torch.equal(load_masks(test, size, workers)[4], masks[0] | masks[1])
+    wrong = save(folder / "002.png", first.T.copy())
+    assert error_of(load, category).startswith(f"{wrong}: mask of 20x32 pixels for {category}/test/crack/001.png")
+
+
+def test_masks_that_fit_no_image_are_found(category, tmp_path):
+    truth, mask = category / "ground_truth", np.zeros((20, 32), np.uint8)
+    names = ["000_mask.png", "bent/000_gt.png", "bent/001_mask.png", "bent/000_MASK.png", "Crack/001_mask.png"]
+    paths = [save(truth / name, mask) for name in names]
+    save(truth / "good/000_mask.png", mask)  # of a normal image
+    save(truth / "@eaDir/000_mask.png", mask)
+    test = load(category)
+    assert sorted(unpaired_masks(test)) == sorted(paths)
+    truth.rename(category / "masks")
+    assert unpaired_masks(test) == [category / "masks"]
+    (category / "masks").rename(tmp_path / "elsewhere")
+    assert unpaired_masks(test) == []
 
 
 @pytest.mark.parametrize("workers", [0, 4])
