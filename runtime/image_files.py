@@ -42,7 +42,8 @@ FULL_RANGE = 65535  # the value that is white in a 16-bit image, unless a traini
 NAMED_KINDS = 6  # of what is left out of a folder
 FEW_GRAYS = 16  # that are left of an image that is brought to 8 bits, up to which that is told
 BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
-DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
+PLANES = "16-bit colors in planes are not read; save it with the colors of a pixel together"
+DECODER = f"3, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
 
 
 # Folders ----------------------------------------------------------------------------------------------------------
@@ -151,10 +152,12 @@ def decode_with_size(
     """Return the pixels of an image file, as ``decode`` does, and its own (H, W), as ``read_size`` does, in one
     opening."""
     with _opened(path) as image:
-        raw_mode = _raw_mode(image)
+        raw_mode, kind, file = _raw_mode(image), image.format, image.fp
         ImageOps.exif_transpose(image, in_place=True)
         file_size = image.size[::-1]
         image = _to_8_bits(image, path, raw_mode, white)
+        if kind == "JPEG":
+            _tell_without_end(file, path)
         image = image if size is None else _resized(image, size)
         return np.array(image if image.mode == "RGB" else image.convert("RGB")), file_size
 
@@ -199,11 +202,14 @@ def decode_mask(path: str | Path, faint: bool = False) -> np.ndarray:
 def _brightness(image: Image.Image) -> np.ndarray:
     """Return the values (H, W) of a mask: of colors the brightest channel, laid on black as far as it is transparent.
     Where all that can be seen is black, the opacity: it was painted in black."""
-    if image.mode[0] in "IF" or (image.mode in ("1", "L") and "transparency" not in image.info):
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        return (1 if image.mode == "F" else FULL_RANGE) - values if _min_is_white(image) else values
+    if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.asarray(image)
-    *colors, alpha = image.convert("RGBA").split()
-    values = functools.reduce(ImageChops.lighter, colors)
-    if alpha.getextrema() not in ((0, 0), (255, 255)):
+    image = image.convert("RGBA")
+    values = functools.reduce(ImageChops.lighter, image.split()[:3])
+    if (alpha := _alpha(image)) is not None:
         visible = ImageChops.multiply(values, alpha)
         values = visible if visible.getbbox() else alpha
     return np.asarray(values)
@@ -255,7 +261,7 @@ def _check_parts(file: BinaryIO, path: str | Path) -> None:
 
 
 def _check_pixels(image: Image.Image, path: str | Path) -> None:
-    """Refuse an image that claims more pixels than are read, or than its file can hold."""
+    """Refuse an image that claims more pixels than are read, or than its file can hold; and what Pillow scrambles."""
     (width, height), packing = image.size, (image.format, image.info.get("compression"))
     scans = Path(path).read_bytes().count(b"\xff\xda") if "progressive" in image.info else 1
     limit = MAX_RLE_PIXELS if packing in (("BMP", 1), ("BMP", 2)) else MAX_PIXELS * SCANS // max(scans, SCANS)
@@ -263,6 +269,8 @@ def _check_pixels(image: Image.Image, path: str | Path) -> None:
         raise InputError(f"{path}: claims {width}x{height} pixels; allowed: {limit}, {MAX_SIDE} a side; scale it down")
     if packing == ("TIFF", "raw") and width * height > 8 * (length := os.path.getsize(path)):
         raise InputError(f"{path}: claims {width}x{height} pixels in {length} bytes, at most 8 a byte; replace it")
+    if packing == ("TIFF", "raw") and _in_planes(image):
+        raise InputError(f"{path}: {PLANES}")
 
 
 def _to_8_bits(image: Image.Image, path: str | Path, raw_mode: str, white: int | None) -> Image.Image:
@@ -274,15 +282,41 @@ def _to_8_bits(image: Image.Image, path: str | Path, raw_mode: str, white: int |
             raise InputError(f"{path}: {kind} values from {values.min()} to {values.max()}; save it {how} bits")
         if white is not None and image.mode != "F":
             largest = _suited(white, int(values.max()), path)
-        image = Image.fromarray(_scaled(values, largest).reshape(image.size[::-1]))
+        scaled = _scaled(values, largest).reshape(image.size[::-1])
+        image = Image.fromarray(255 - scaled if _min_is_white(image) else scaled)
     elif white is not None and ";16" in raw_mode:  # colors, of which Pillow gives the upper bytes
         _suited(white, 256 * max(high for _, high in image.getextrema()[:3]), path)
         if white < FULL_RANGE:
             values = _deep_colors(image, path, raw_mode)
             image = Image.fromarray(_scaled(values.reshape(-1), white).reshape(values.shape))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGBA")
+        if _alpha(image) is not None:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _tell_without_end(file: BinaryIO, path: str | Path) -> None:
+    """Tell of a JPEG whose end is missing: Pillow fills in what it does not find, as in a copy that was interrupted."""
+    file.seek(-2, os.SEEK_END)
+    if file.read() == b"\xff\xd9":
+        return
+    file.seek(0)
+    content = file.read()  # cameras may add something behind the end
+    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        say_once(f"{path}: has no end and is damaged, a part of it may be gray; replace it")
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """Return the opacity of an image in mode RGBA; None where it hides nothing, and where it hides everything, as the
+    fourth channel of a camera that does not set it."""
+    alpha = image.getchannel("A")
+    return None if alpha.getextrema() in ((0, 0), (255, 255)) else alpha
+
+
+def _min_is_white(image: Image.Image) -> bool:
+    """Return whether 0 is white in a TIFF file, which Pillow sees to if it has 8 bits or fewer."""
+    return image.format == "TIFF" and image.tag_v2.get(262) == 0
 
 
 def _scaled(values: np.ndarray, white: int) -> np.ndarray:
@@ -332,9 +366,16 @@ def _raw_mode(image: Image.Image) -> str:
     return args if isinstance(args, str) else str(args[0])
 
 
+def _in_planes(image: Image.Image) -> bool:
+    """Return whether a TIFF file has 16 bits and its colors one behind the other, not pixel by pixel."""
+    return image.format == "TIFF" and image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ())
+
+
 def _deep_colors(image: Image.Image, path: str | Path, raw_mode: str) -> np.ndarray:
     """Return the values (H, W, 3 or 4) uint16 of a 16-bit image in colors, of which ``image`` has the upper bytes."""
     kind, _, order = raw_mode.partition(";16")
+    if _in_planes(image):
+        raise InputError(f"{path}: {PLANES}")
     if kind not in ("RGB", "RGBA", "RGBX"):
         raise InputError(f"{path}: 16 bits of a kind that is not read ({kind}); save it as gray or RGB")
     # Read in the other order of bytes, lower ones are taken for upper ones. N is the machine's own

@@ -363,6 +363,64 @@ def test_other_images_have_no_white(tmp_path):
     assert error_of(white_of, path).startswith("not a readable image")
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"compression": "zlib"}])
+def test_deep_colors_in_planes_are_refused_where_they_would_be_scrambled(tmp_path, options):
+    values, path = deep_values(1023, 3), tmp_path / "a.tif"
+    path.write_bytes(
+        tiff_of_16_bits(np.ascontiguousarray(values.transpose(2, 0, 1)), planarconfig="separate", **options)
+    )
+    for call in (decode, decode_mask, read_size, lambda path: decode(path, white=1023)):
+        if options.get("compression") and call in (decode, decode_mask, read_size):
+            assert np.array_equal(decode(path), values >> 8)
+        else:
+            assert error_of(call, path).startswith("16-bit colors in planes are not read; save it")
+    path.write_bytes(tiff_of_16_bits(values.transpose(2, 0, 1).astype(np.uint8), planarconfig="separate", **options))
+    assert np.array_equal(decode(path), values.astype(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_where_0_is_white_an_image_is_inverted(tmp_path, dtype):
+    seen = noise(12, 20)
+    values = {np.uint8: 255 - seen, np.uint16: (255 - seen) * np.uint16(257), np.float32: (255 - seen) / 255}[dtype]
+    tifffile.imwrite(tmp_path / "a.tif", values.astype(dtype), photometric="miniswhite")
+    assert np.array_equal(decode(tmp_path / "a.tif"), as_rgb(seen))
+    tifffile.imwrite(tmp_path / "b.tif", (values.max() * (1 - RECTANGLE)).astype(dtype), photometric="miniswhite")
+    assert np.array_equal(decode_mask(tmp_path / "b.tif"), RECTANGLE)
+    tifffile.imwrite(tmp_path / "c.tif", 1023 - seen * np.uint16(4), photometric="miniswhite")
+    assert white_of(tmp_path / "c.tif") == 1023
+    assert np.array_equal(decode(tmp_path / "c.tif", white=1023), as_rgb((seen * (4 * 255 / 1023)).round()))
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_opacity_that_is_the_same_everywhere_hides_nothing(tmp_path, alpha):
+    array = noise(12, 20, 4)
+    array[..., 3] = alpha
+    for suffix, options in (("png", {}), ("tif", {}), ("webp", {"lossless": True, "exact": True})):
+        assert np.array_equal(decode(save(tmp_path / f"a.{suffix}", array, **options)), array[..., :3])
+    gray = Image.fromarray(array[..., 0]).convert("LA")
+    gray.putalpha(alpha)
+    gray.save(tmp_path / "b.png")
+    assert np.array_equal(decode(tmp_path / "b.png"), as_rgb(array[..., 0]))
+    array[3, 4, 3] = 128
+    share = array[..., 3:] / 255
+    expected = share * array[..., :3] + (1 - share) * 255
+    assert np.abs(decode(save(tmp_path / "c.png", array)) - expected).max() <= 1
+
+
+def test_a_jpeg_without_its_end_is_told_once(tmp_path, capsys):
+    """A copy that was interrupted, padded with zeros; not one that a camera has added something to."""
+    path = save(tmp_path / "a.jpg", noise(64, 64, 3))
+    whole = path.read_bytes()
+    expected = decode(path)
+    path.write_bytes(whole + b"some more of a camera")
+    assert np.array_equal(decode(path), expected)
+    assert capsys.readouterr().err == ""
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) // 2))
+    for _ in range(2):
+        assert decode(path).shape == (64, 64, 3)
+    assert capsys.readouterr().err == f"{path}: has no end and is damaged, a part of it may be gray; replace it\n"
+
+
 def test_decode_float(tmp_path):
     expected = noise(600, 500)
     off = np.random.default_rng(1).uniform(-0.49, 0.49, expected.shape)
