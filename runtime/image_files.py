@@ -195,7 +195,8 @@ def decode_mask(path: str | Path, faint: bool = False) -> np.ndarray:
         return values > 0
     if top <= MAX_KIND and values.dtype.kind != "f":  # kinds of defects; a lossy file that has no more is all black
         return (values > 0) & lossless
-    few = lossless and len(np.unique(between)) <= MAX_GRAYS and 2 * np.count_nonzero(values) <= values.size
+    noisy = 2 * np.count_nonzero(values) > values.size and between.max() < top / 8  # a background that is nearly black
+    few = lossless and not noisy and len(np.unique(between)) <= MAX_GRAYS
     return values > (0 if few else float(top) / 2)
 
 
@@ -232,7 +233,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
         with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
             _check_parts(file, path)
-            with Image.open(file, formats=list({*formats().values()})) as image:
+            with Image.open(file, formats=tuple(dict.fromkeys(formats().values()))) as image:
                 _check_pixels(image, path)
                 yield image
     except (FileNotFoundError, PermissionError) as error:

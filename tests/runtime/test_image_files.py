@@ -524,9 +524,11 @@ def test_artefacts_of_a_lossy_mask_are_not_marked(tmp_path, suffix, quality, noi
 
 @pytest.mark.parametrize("kinds", [[1], [1, 2, 7, 15], [100, 255], [254, 255], [20, 60, 100, 140, 180, 220]])
 @pytest.mark.parametrize("mode", ["L", "I;16", "P"])
-def test_all_kinds_of_defects_in_a_mask_are_marked(tmp_path, kinds, mode):
-    """As numbers, as grays, as colors."""
+@pytest.mark.parametrize("large", [False, True])
+def test_all_kinds_of_defects_in_a_mask_are_marked(tmp_path, kinds, mode, large):
+    """As numbers, as grays, as colors; also where they fill more than half of the image."""
     values = np.zeros((100, 120), np.uint8)
+    values[30:] = kinds[0] * large
     for number, kind in enumerate(kinds):
         values[10 * number + 3 : 10 * number + 9, 30:70] = kind
     image = Image.fromarray(values if mode != "I;16" else values.astype(np.uint16))
