@@ -29,6 +29,8 @@ OPTIONAL = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": 
 SYSTEM_NAMES = {"__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"}
 SYSTEM_NAMES |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
 SYSTEM_NAMES |= {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
+# What Pillow and its plugins raise for a bad file
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, RuntimeError)
 # What a header may claim. One of a hundred bytes can keep Pillow busy for a minute
 MAX_PIXELS = 178_956_970  # Pillow's own limit: seconds and gigabytes an image; industrial cameras reach 151 million
 MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
@@ -238,7 +240,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
                 yield image
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, struct.error) as error:
+    except (*UNREADABLE, struct.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <")[0]
         suffix = os.path.splitext(path)[1].lower()
         reason += f"; pip install {OPTIONAL[suffix]}" if suffix in OPTIONAL and suffix not in formats() else ""
@@ -369,7 +371,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 def _in_planes(image: Image.Image) -> bool:
     """Return whether a TIFF file has 16 bits and its colors one behind the other, not pixel by pixel."""
-    return image.format == "TIFF" and image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ())
+    return image.format == "TIFF" and image.tag_v2.get(284) == 2 and image.tag_v2.get(258, ())[:2] == (16, 16)
 
 
 def _deep_colors(image: Image.Image, path: str | Path, raw_mode: str) -> np.ndarray:

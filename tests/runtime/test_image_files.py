@@ -7,6 +7,7 @@ import struct
 import time
 import warnings
 import zlib
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -175,6 +176,13 @@ def test_photographs_of_phones_are_read_where_a_package_can(tmp_path, suffix, ki
         expected = UPRIGHT[orientation](as_rgb(values))
         assert decode_with_size(path, None)[1] == read_size(path) == expected.shape[:2]
         assert np.abs(decode(path).astype(int) - expected).mean() < 4
+    whole = path.read_bytes()
+    for number in range(40, len(whole), 23):  # also where a decoder finds it only as it decodes
+        path.write_bytes(whole[:number] + bytes(99) + whole[number + 99 :])
+        with suppress(InputError):
+            assert decode(path).shape[2] == 3
+        path.write_bytes(whole[:number])
+        assert error_of(decode, path).startswith("not a readable image")
 
 
 # Decoding ---------------------------------------------------------------------------------------------------------
@@ -376,6 +384,9 @@ def test_deep_colors_in_planes_are_refused_where_they_would_be_scrambled(tmp_pat
             assert error_of(call, path).startswith("16-bit colors in planes are not read; save it")
     path.write_bytes(tiff_of_16_bits(values.transpose(2, 0, 1).astype(np.uint8), planarconfig="separate", **options))
     assert np.array_equal(decode(path), values.astype(np.uint8))
+    gray = tiff_of_16_bits(values[..., 0], extratags=[(284, 3, 1, 2, True)], **options)  # one plane
+    path.write_bytes(gray)
+    assert np.array_equal(decode(path, white=1023), as_rgb((values[..., 0] * (255 / 1023)).round()))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
