@@ -6,7 +6,8 @@ nothing but anomaly maps, and nothing beside the images.
     <data_dir>/<category>/train/good/*          normal images to train on
     <data_dir>/<category>/test/good/*           normal test images
     <data_dir>/<category>/test/<defect type>/*  anomalous test images
-    <data_dir>/<category>/ground_truth/<defect type>/<name>_mask.png  (or <name>.png), optional
+    <data_dir>/<category>/ground_truth/<defect type>/<name>_mask.png  (or <name>.png), optional;
+                                                     <name>/*.png  several for an image, as in MVTec LOCO AD
 """
 
 import io
@@ -27,15 +28,19 @@ from torch.nn import functional
 from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of
 from runtime import cache
 from runtime.cache import IN_MEMORY, Storage
-from runtime.files import MARK, InputError, check_replaceable, has_mark, write_file
+from runtime.files import MARK, InputError, check_replaceable, has_mark, say_once, write_file
 from runtime.image_files import (
     DECODER,
     FULL_RANGE,
-    IMAGE_SUFFIXES,
     decode,
     decode_mask,
+    find_folders,
     find_images,
+    formats,
+    is_hidden,
+    list_folder,
     read_size,
+    suffixes_in_words,
     white_of,
 )
 
@@ -72,7 +77,7 @@ class TestSet:
     labels: np.ndarray  # (M,) int64, 0 normal, 1 anomalous
     defect_types: list[str]  # M names of folders
     paths: list[Path]
-    mask_paths: list[Path | None]  # None: a normal image, or an anomalous one without a mask
+    mask_paths: list[Path | None]  # files, or folders of several; None: a normal image, or an anomalous one without
 
     @property
     def with_truth(self) -> np.ndarray:
@@ -91,7 +96,8 @@ def find_categories(data_dir: str | Path) -> list[str]:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise InputError(f"{data_dir}: no such folder; give the one that holds the categories")
-    categories = sorted(p.name for p in data_dir.iterdir() if (p / "train" / GOOD).is_dir())
+    folders = (path for path in data_dir.iterdir() if not is_hidden(path.name))
+    categories = sorted(path.name for path in folders if (path / "train" / GOOD).is_dir())
     if not categories:
         raise InputError(f"{data_dir}: no category in it (a folder with train/{GOOD}); see 'Data' in the README")
     return categories
@@ -104,8 +110,8 @@ def choose_categories(data_dir: str | Path, names: Sequence[str]) -> list[str]:
         return find_categories(data_dir)  # raises, with the reason, if there is no such folder
     for name in names:
         if not (data_dir / name).is_dir():
-            known = ", ".join(p.name for p in sorted(data_dir.iterdir()) if p.is_dir()) or "nothing"
-            raise InputError(f"{name}: no such category in {data_dir}, which holds: {known}")
+            known = ", ".join(p.name for p in sorted(data_dir.iterdir()) if p.is_dir() and not is_hidden(p.name))
+            raise InputError(f"{name}: no such category in {data_dir}, which holds: {known or 'nothing'}")
     return list(dict.fromkeys(names))
 
 
@@ -116,9 +122,11 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a category keeps its normal training images there")
     paths = find_images(folder)
+    if others := [path.name for path in find_folders(folder.parent) if path.name != GOOD]:
+        say_once(f"{folder.parent}: left out: {', '.join(others)}; only {GOOD} is learned from")
     if len(paths) < 2:
-        kinds = ", ".join(s[1:] for s in IMAGE_SUFFIXES)
-        raise InputError(f"{folder}: {len(paths)} image(s) found, at least 2 are needed (files ending in {kinds})")
+        ending = f"files ending in {suffixes_in_words()}"
+        raise InputError(f"{folder}: {len(paths)} image(s) found, at least 2 are needed ({ending})")
     return paths
 
 
@@ -179,17 +187,17 @@ def load_test(
     folder = Path(data_dir) / category / "test"
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; evaluation needs test/{GOOD} and a folder for each defect type")
-    kinds = [p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    kinds = [path.name for path in find_folders(folder)]
     kinds.sort(key=lambda name: (name != GOOD, name))
     paths = [path for kind in kinds for path in find_images(folder / kind)]
     if not paths:
         raise InputError(f"{folder}: no image in its folders; evaluation needs test/{GOOD} and the defect types")
     masks = [find_mask(path) for path in paths]
     for path, mask in zip(paths, masks):
-        if mask is not None and (a := read_size(mask)) != (b := read_size(path)):
-            raise InputError(
-                f"{mask}: mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}; make them equal"
-            )
+        for file in mask_files(mask) if mask else ():
+            if (a := read_size(file)) != (b := read_size(path)):
+                sizes = f"mask of {a[1]}x{a[0]} pixels for {path}, which has {b[1]}x{b[0]}"
+                raise InputError(f"{file}: {sizes}; make them equal")
     types = [path.parent.name for path in paths]
     labels = np.array([kind != GOOD for kind in types], dtype=np.int64)
     fill_index = load_fill_index(ignored, category, size, paths[0])
@@ -200,18 +208,36 @@ def load_test(
 def has_test_images(data_dir: str | Path, category: str) -> bool:
     """Return whether a category has any test image."""
     folder = Path(data_dir) / category / "test"
-    return folder.is_dir() and any(find_images(kind) for kind in folder.iterdir() if kind.is_dir())
+    return folder.is_dir() and any(map(find_images, find_folders(folder)))
 
 
 def find_mask(path: Path) -> Path | None:
     """Return the ground truth of test/<defect type>/<name>: ground_truth/<defect type>/<name>_mask or <name>, any
-    suffix."""
+    suffix, or a folder <name>; None if there is none."""
     if path.parent.name == GOOD:
         return None
     folder = path.parents[2] / "ground_truth" / path.parent.name
-    suffixes = (path.suffix, *IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
+    suffixes = (path.suffix, *formats(), *(suffix.upper() for suffix in formats()))
     candidates = (folder / (stem + suffix) for stem in (f"{path.stem}_mask", path.stem) for suffix in suffixes)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    several = folder / path.stem
+    return next((file for file in candidates if file.is_file()), several if several.is_dir() else None)
+
+
+def mask_files(mask: Path) -> list[Path]:
+    """Return the files of an image's ground truth, each of which marks a part: the file, or those in the folder."""
+    return find_images(mask) if mask.is_dir() else [mask]
+
+
+def unpaired_masks(test: TestSet) -> list[Path]:
+    """Return what lies in ground_truth and is the mask of no test image; without that folder, the other folders beside
+    test. Masks of normal images are not looked at."""
+    category = test.paths[0].parents[2]
+    if not (category / "ground_truth").is_dir():
+        return [path for path in list_folder(category)[1] if path.name not in ("train", "test", "validation")]
+    masks, kinds = list_folder(category / "ground_truth")
+    for kind in kinds:
+        masks += [path for group in list_folder(kind) for path in group if kind.name != GOOD]
+    return [path for path in masks if path not in test.mask_paths]
 
 
 def load_images(
@@ -250,7 +276,8 @@ def load_masks(test: TestSet, size: tuple[int, int], workers: int) -> Tensor:
 
     def decode_into(index: int) -> None:
         if (path := test.mask_paths[index]) is not None:
-            masks[index] = torch.from_numpy(_resized_mask(decode_mask(path), size))
+            for file in mask_files(path):
+                masks[index] |= torch.from_numpy(_resized_mask(decode_mask(file), size))
 
     _for_each(decode_into, len(test.paths), workers)
     return masks

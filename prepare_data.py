@@ -76,7 +76,7 @@ import numpy as np
 from PIL import Image
 
 from dataset import GOOD, find_mask
-from runtime.image_files import decode, find_images
+from runtime.image_files import decode, find_folders, find_images, is_hidden, list_folder
 
 
 def main(args: argparse.Namespace) -> None:
@@ -136,7 +136,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{archive}: cannot be unpacked ({reason}); download it again") from error
         sources = sorted({path.parent.parent for path in Path(temporary).rglob(f"train/{GOOD}") if path.is_dir()})
-        sources = [path for path in sources if "__MACOSX" not in path.parts]  # what a Mac adds to a zip
+        sources = [path for path in sources if not any(map(is_hidden, path.relative_to(temporary).parts))]
         if not sources:
             raise InputError(f"{archive}: no category in it (a folder with train/{GOOD})")
         targets = [data_dir / path.name for path in sources]
@@ -178,7 +178,8 @@ def verify(folder: Path, train: int, test: int) -> list[str]:
     """Return what is wrong with a category, in words: with its numbers of images, and anomalous ones without a mask."""
     problems = []
     for split, expected in (("train", train), ("test", test)):
-        images = [path for kind in sorted((folder / split).glob("*")) if kind.is_dir() for path in find_images(kind)]
+        kinds = find_folders(folder / split) if (folder / split).is_dir() else []
+        images = [path for kind in kinds for path in find_images(kind)]
         if len(images) != expected:
             problems.append(f"{split} has {len(images)} images instead of {expected}")
     lacking = [path for path in images if path.parent.name != GOOD and find_mask(path) is None]  # of the test images
@@ -222,7 +223,8 @@ def split(items: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np
 
 def folder(args: argparse.Namespace, data_dir: Path) -> None:
     """Copy photographs, unchanged. Every one is decoded once first, so that a bad file is found now."""
-    good = list_photographs(Path(args.good), "--good")
+    check_folder(Path(args.good), "--good")
+    good = find_images(Path(args.good))
     if len(good) < 2:
         raise InputError(f"{args.good}: {len(good)} photograph(s) found, at least 2 are needed (--good)")
     train, held_out = split(np.arange(len(good)), args.held_out, args.seed)
@@ -233,8 +235,9 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
         bad = Path(args.bad)
         if Path(args.good).resolve() in (bad.resolve(), *(p.resolve() for p in bad.glob("*") if p.is_dir())):
             raise InputError(f"{args.good}: is among the photographs of --bad too; keep good and bad parts apart")
-        loose = list_photographs(bad, "--bad")
-        kinds = {p.name: find_images(p) for p in sorted(bad.iterdir()) if p.is_dir()}
+        check_folder(bad, "--bad")
+        loose, folders = list_folder(bad)
+        kinds = {path.name: find_images(path) for path in folders}
         plan |= {f"test/{name}": paths for name, paths in kinds.items() if paths}
         plan["test/bad"] = plan.get("test/bad", []) + loose
         if GOOD in kinds:
@@ -253,10 +256,9 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
                 shutil.copyfile(path, target / place / path.name)
 
 
-def list_photographs(path: Path, flag: str) -> list[Path]:
+def check_folder(path: Path, flag: str) -> None:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder ({flag})")
-    return find_images(path)
 
 
 # Textures ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from detector import detector_path, detectors_in
 from runtime.files import InputError, say
-from runtime.image_files import find_images
+from runtime.image_files import find_folders, list_folder
 
 LOOK_EVERY = 0.5  # seconds between two looks at files that are being written
 SETTLED = 1.0  # seconds without a change after which a file counts as written
@@ -48,7 +48,7 @@ def pair_folders(model_dir: str, root: str) -> list[Task]:
     for folder in (model_dir, root):
         if not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder")
-    names = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = [path.name for path in find_folders(Path(root))]
     trained = detectors_in(Path(model_dir))
     for name in sorted({*names} ^ {*trained}):
         say(f"{name}: has {'images but no detector' if name in names else 'a detector but no images'}; left out")
@@ -68,7 +68,7 @@ def spreadsheet_safe(path: str) -> str:
 
 
 def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
-    """Yield the image files of a folder by name, then those of its sub-folders, without hidden ones.
+    """Yield the image files of a folder by name, then those of its sub-folders, without hidden ones and a system's.
 
     A folder that cannot be listed is given as if it were a file. skipped: sub-folders that are left out, such as those
     that are written to.
@@ -81,14 +81,13 @@ def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:
             return
         seen.add(real)
         try:
-            yield from (spreadsheet_safe(str(path)) for path in find_images(Path(folder)))
-            with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            images, folders = list_folder(Path(folder))
         except OSError:
             yield folder
             return
-        for name in names:
-            yield from inside(spreadsheet_safe(os.path.join(folder, name)))
+        yield from (spreadsheet_safe(str(path)) for path in images)
+        for path in folders:
+            yield from inside(spreadsheet_safe(os.path.join(folder, path.name)))
 
     return inside(spreadsheet_safe(folder))
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from conformal import proportion_interval
+from dataset import unpaired_masks
 from detector import Detector
 from reporting.metrics import Evaluation, image_metrics
 from runtime.cli import command_line
@@ -51,12 +52,15 @@ def missing(evaluation: Evaluation) -> Iterator[str]:
         yield f"no {kind} test image, so no AUC; the scores are in scores.csv"
     if masks is None:
         return
-    without_mask, known = int((~test.with_truth).sum()), test.known(masks)
-    if without_mask and without_mask == test.labels.sum():
-        yield "no masks in ground_truth, so image metrics only"
+    known, lacking = test.known(masks), [path for path, paired in zip(test.paths, test.with_truth) if not paired]
+    if unpaired := unpaired_masks(test) if test.labels.any() else []:
+        expected = "".join(f"; looked for: ground_truth/{x.parent.name}/{x.stem}_mask.png" for x in lacking[:1])
+        yield f"{len(unpaired)} masks fit no test image: {_first(unpaired)}{expected}"
+    if lacking and len(lacking) == test.labels.sum():
+        yield f"no {'such mask' if unpaired else 'masks'} in ground_truth, so image metrics only"
         return
-    if without_mask:
-        yield f"{without_mask} anomalous images without a mask, left out of the pixel metrics"
+    if lacking:
+        yield f"{len(lacking)} anomalous images without a mask, left out of the pixel metrics"
     if empty := [test.mask_paths[i] for i in np.flatnonzero(test.with_truth & ~known)]:
         yield f"{len(empty)} masks mark nothing; their images are left out of the pixel metrics: {_first(empty)}"
     shares = masks.mean((1, 2))

@@ -1,7 +1,7 @@
 """Decode image files, whatever they hold, into RGB bytes; refuse in one line what is no image. Encode images.
 
-Owns which files are images, how one is decoded and resized, and the limits on what a file may claim. A bad file gets an
-``InputError`` that names it and says what to do. Writes nothing but lines on stderr.
+Owns which files of a folder are images, how one is decoded and resized, and the limits on what a file may claim. A bad
+file gets an ``InputError`` that names it and says what to do. Writes nothing but lines on stderr.
 """
 
 import functools
@@ -9,6 +9,7 @@ import io
 import os
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,12 +17,20 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, features
 
-from runtime.files import InputError, say_once
+from runtime.files import InputError, say, say_once
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # in any case
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")  # some others tell their size only as they are decoded
+# By suffix, in any case, what Pillow calls a format. Some others tell their size only as they are decoded
+FORMATS = {".png": "PNG"} | dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
+FORMATS |= {".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP"}
+OPTIONAL = dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif") | {".avif": "'pillow>=11.3'"}  # the packages needed
+# What systems, network drives and archives leave: thumbnails, deleted files, earlier versions. In any case
+SYSTEM_NAMES = {"__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"}
+SYSTEM_NAMES |= {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+SYSTEM_NAMES |= {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"}
+# What Pillow and its plugins raise for a bad file
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, RuntimeError)
 # What a header may claim. One of a hundred bytes can keep Pillow busy for a minute
 MAX_PIXELS = 178_956_970  # Pillow's own limit: seconds and gigabytes an image; industrial cameras reach 151 million
 MAX_SIDE = 2**20  # in Pillow a row costs more than its pixels
@@ -32,16 +41,97 @@ MAX_PARTS = 2**16  # strips or tiles of a TIFF: handled in Python, 10 us apiece,
 # one may stand for kinds, before they are taken for smoothed edges
 MAX_KIND, MAX_GRAYS = 32, 8
 FULL_RANGE = 65535  # the value that is white in a 16-bit image, unless a training set says otherwise
+NAMED_KINDS = 6  # of what is left out of a folder
 FEW_GRAYS = 16  # that are left of an image that is brought to 8 bits, up to which that is told
 BAND = 2**18  # values that are brought to 8 bits together, so that they stay in the processor's cache
-DECODER = f"2, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
+PLANES = "16-bit colors in planes are not read; save it with the colors of a pixel together"
+DECODER = f"3, Pillow {PIL.__version__}"  # raise the number when ``decode`` gives other pixels for the same file
+
+
+# Folders ----------------------------------------------------------------------------------------------------------
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the image files of a folder by name, without hidden ones (macOS leaves ``._x.png``) and sub-folders."""
+    """Return the image files of a folder by name; what else it holds is told, as ``list_folder`` does."""
+    return list_folder(folder, folders=False)[0]
+
+
+def find_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders of a folder by name; what else it holds is told, as ``list_folder`` does."""
+    return list_folder(folder, images=False)[1]
+
+
+def list_folder(folder: Path, images: bool = True, folders: bool = True) -> tuple[list[Path], list[Path]]:
+    """Return the image files and the sub-folders of a folder, each by name, without those that ``is_hidden``.
+
+    What else is there, and what is not wanted (``images``, ``folders``), is told on stderr, once, in a line that says
+    why it is left out. Raises OSError if the folder cannot be listed.
+    """
+    names, left_out = {"image": [], "folder": []}, []
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
-    return [folder / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        for entry in entries:
+            if not is_hidden(entry.name):
+                kind = _kind(entry)
+                names.get(kind, left_out).append(entry.name if kind in names else kind)
+    if not images:
+        left_out += ["image(s) beside the sub-folders"] * len(names["image"])
+    if not folders:
+        left_out += ["sub-folder(s)"] * len(names["folder"])
+    _tell_left_out(folder, Counter(left_out))
+    found_images, found_folders = ([folder / name for name in sorted(group)] for group in names.values())
+    return found_images * images, found_folders * folders
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is hidden, as macOS's ``._x.png`` is, or kept by a system for itself."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """Return "image", "folder", or what to tell of another entry of a folder."""
+    with suppress(OSError):  # a link that leads to itself
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if suffix in formats():
+                return "image"
+            if suffix in OPTIONAL:
+                return f"{suffix} (read after pip install {OPTIONAL[suffix]})"
+            return suffix if suffix.isascii() and suffix[1:].isalnum() else "of no known kind"
+    return "link(s) that lead nowhere" if entry.is_symlink() else "of no known kind"
+
+
+@functools.cache
+def formats() -> dict[str, str]:
+    """Return FORMATS with those that an optional package reads, if it is installed."""
+    result = dict(FORMATS)
+    if "avif" in features.modules and features.check("avif"):
+        result[".avif"] = "AVIF"
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        result |= {suffix: "HEIF" for suffix, package in OPTIONAL.items() if package == "pillow-heif"}
+    return result
+
+
+def suffixes_in_words() -> str:
+    """Return the suffixes of image files, for a message."""
+    return ", ".join(suffix[1:] for suffix in formats())
+
+
+def _tell_left_out(folder: Path, counts: Counter) -> None:
+    """Tell what is left out of a folder; again only if it is of other kinds. Of several ranks the first tells."""
+    kinds = (folder, *sorted(counts))
+    if counts and kinds not in _TOLD and os.environ.get("RANK", "0") == "0":
+        _TOLD.add(kinds)
+        words = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(NAMED_KINDS))
+        more = f", {counts.total()} in all" if len(counts) > NAMED_KINDS else ""
+        say(f"{folder}: left out: {words}{more}; taken are {suffixes_in_words()}")
+
+
+_TOLD: set[tuple] = set()
 
 
 # Image files ------------------------------------------------------------------------------------------------------
@@ -64,10 +154,12 @@ def decode_with_size(
     """Return the pixels of an image file, as ``decode`` does, and its own (H, W), as ``read_size`` does, in one
     opening."""
     with _opened(path) as image:
-        raw_mode = _raw_mode(image)
+        raw_mode, kind, file = _raw_mode(image), image.format, image.fp
         ImageOps.exif_transpose(image, in_place=True)
         file_size = image.size[::-1]
         image = _to_8_bits(image, path, raw_mode, white)
+        if kind == "JPEG":
+            _tell_without_end(file, path)
         image = image if size is None else _resized(image, size)
         return np.array(image if image.mode == "RGB" else image.convert("RGB")), file_size
 
@@ -105,18 +197,22 @@ def decode_mask(path: str | Path, faint: bool = False) -> np.ndarray:
         return values > 0
     if top <= MAX_KIND and values.dtype.kind != "f":  # kinds of defects; a lossy file that has no more is all black
         return (values > 0) & lossless
-    few = lossless and len(np.unique(between)) <= MAX_GRAYS and 2 * np.count_nonzero(values) <= values.size
+    noisy = 2 * np.count_nonzero(values) > values.size and between.max() < top / 8  # a background that is nearly black
+    few = lossless and not noisy and len(np.unique(between)) <= MAX_GRAYS
     return values > (0 if few else float(top) / 2)
 
 
 def _brightness(image: Image.Image) -> np.ndarray:
     """Return the values (H, W) of a mask: of colors the brightest channel, laid on black as far as it is transparent.
     Where all that can be seen is black, the opacity: it was painted in black."""
-    if image.mode[0] in "IF" or (image.mode in ("1", "L") and "transparency" not in image.info):
+    if image.mode[0] in "IF":
+        values = np.asarray(image)
+        return (1 if image.mode == "F" else FULL_RANGE) - values if _min_is_white(image) else values
+    if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.asarray(image)
-    *colors, alpha = image.convert("RGBA").split()
-    values = functools.reduce(ImageChops.lighter, colors)
-    if alpha.getextrema() not in ((0, 0), (255, 255)):
+    image = image.convert("RGBA")
+    values = functools.reduce(ImageChops.lighter, image.split()[:3])
+    if (alpha := _alpha(image)) is not None:
         visible = ImageChops.multiply(values, alpha)
         values = visible if visible.getbbox() else alpha
     return np.asarray(values)
@@ -139,13 +235,15 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
         with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
             _check_parts(file, path)
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=tuple(dict.fromkeys(formats().values()))) as image:
                 _check_pixels(image, path)
                 yield image
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError, ArithmeticError, struct.error) as error:
+    except (*UNREADABLE, struct.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <")[0]
+        suffix = os.path.splitext(path)[1].lower()
+        reason += f"; pip install {OPTIONAL[suffix]}" if suffix in OPTIONAL and suffix not in formats() else ""
         raise InputError(f"{path}: not a readable image ({reason}); replace or remove it") from error
 
 
@@ -166,7 +264,7 @@ def _check_parts(file: BinaryIO, path: str | Path) -> None:
 
 
 def _check_pixels(image: Image.Image, path: str | Path) -> None:
-    """Refuse an image that claims more pixels than are read, or than its file can hold."""
+    """Refuse an image that claims more pixels than are read, or than its file can hold; and what Pillow scrambles."""
     (width, height), packing = image.size, (image.format, image.info.get("compression"))
     scans = Path(path).read_bytes().count(b"\xff\xda") if "progressive" in image.info else 1
     limit = MAX_RLE_PIXELS if packing in (("BMP", 1), ("BMP", 2)) else MAX_PIXELS * SCANS // max(scans, SCANS)
@@ -174,6 +272,8 @@ def _check_pixels(image: Image.Image, path: str | Path) -> None:
         raise InputError(f"{path}: claims {width}x{height} pixels; allowed: {limit}, {MAX_SIDE} a side; scale it down")
     if packing == ("TIFF", "raw") and width * height > 8 * (length := os.path.getsize(path)):
         raise InputError(f"{path}: claims {width}x{height} pixels in {length} bytes, at most 8 a byte; replace it")
+    if packing == ("TIFF", "raw") and _in_planes(image):
+        raise InputError(f"{path}: {PLANES}")
 
 
 def _to_8_bits(image: Image.Image, path: str | Path, raw_mode: str, white: int | None) -> Image.Image:
@@ -185,15 +285,41 @@ def _to_8_bits(image: Image.Image, path: str | Path, raw_mode: str, white: int |
             raise InputError(f"{path}: {kind} values from {values.min()} to {values.max()}; save it {how} bits")
         if white is not None and image.mode != "F":
             largest = _suited(white, int(values.max()), path)
-        image = Image.fromarray(_scaled(values, largest).reshape(image.size[::-1]))
+        scaled = _scaled(values, largest).reshape(image.size[::-1])
+        image = Image.fromarray(255 - scaled if _min_is_white(image) else scaled)
     elif white is not None and ";16" in raw_mode:  # colors, of which Pillow gives the upper bytes
         _suited(white, 256 * max(high for _, high in image.getextrema()[:3]), path)
         if white < FULL_RANGE:
             values = _deep_colors(image, path, raw_mode)
             image = Image.fromarray(_scaled(values.reshape(-1), white).reshape(values.shape))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGBA")
+        if _alpha(image) is not None:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _tell_without_end(file: BinaryIO, path: str | Path) -> None:
+    """Tell of a JPEG whose end is missing: Pillow fills in what it does not find, as in a copy that was interrupted."""
+    file.seek(-2, os.SEEK_END)
+    if file.read() == b"\xff\xd9":
+        return
+    file.seek(0)
+    content = file.read()  # cameras may add something behind the end
+    if content.rfind(b"\xff\xd9") < content.rfind(b"\xff\xda"):
+        say_once(f"{path}: has no end and is damaged, a part of it may be gray; replace it")
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """Return the opacity of an image in mode RGBA; None where it hides nothing, and where it hides everything, as the
+    fourth channel of a camera that does not set it."""
+    alpha = image.getchannel("A")
+    return None if alpha.getextrema() in ((0, 0), (255, 255)) else alpha
+
+
+def _min_is_white(image: Image.Image) -> bool:
+    """Return whether 0 is white in a TIFF file, which Pillow sees to if it has 8 bits or fewer."""
+    return image.format == "TIFF" and image.tag_v2.get(262) == 0
 
 
 def _scaled(values: np.ndarray, white: int) -> np.ndarray:
@@ -243,9 +369,16 @@ def _raw_mode(image: Image.Image) -> str:
     return args if isinstance(args, str) else str(args[0])
 
 
+def _in_planes(image: Image.Image) -> bool:
+    """Return whether a TIFF file has 16 bits and its colors one behind the other, not pixel by pixel."""
+    return image.format == "TIFF" and image.tag_v2.get(284) == 2 and image.tag_v2.get(258, ())[:2] == (16, 16)
+
+
 def _deep_colors(image: Image.Image, path: str | Path, raw_mode: str) -> np.ndarray:
     """Return the values (H, W, 3 or 4) uint16 of a 16-bit image in colors, of which ``image`` has the upper bytes."""
     kind, _, order = raw_mode.partition(";16")
+    if _in_planes(image):
+        raise InputError(f"{path}: {PLANES}")
     if kind not in ("RGB", "RGBA", "RGBX"):
         raise InputError(f"{path}: 16 bits of a kind that is not read ({kind}); save it as gray or RGB")
     # Read in the other order of bytes, lower ones are taken for upper ones. N is the machine's own

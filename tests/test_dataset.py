@@ -20,6 +20,7 @@ from dataset import (
     load_train,
     save_maps,
     train_paths,
+    unpaired_masks,
 )
 from runtime.files import InputError
 from runtime.image_files import decode
@@ -83,6 +84,8 @@ def test_find_categories(category):
     save_flat(data / "bolt" / "train" / "good" / "0.png", 0)
     save_flat(data / "no_training" / "test" / "good" / "0.png", 0)
     (data / "readme.txt").write_text("")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(data / "bolt", data / name)
     assert find_categories(data) == ["bolt", "nut"]
     assert choose_categories(data, ["all"]) == ["bolt", "nut"]
     assert choose_categories(str(data), ["nut", "bolt", "nut"]) == ["nut", "bolt"]
@@ -100,6 +103,24 @@ def test_load_train_is_in_the_order_of_names(category):
     assert train_paths(category.parent, "nut") == train.paths
 
 
+def test_what_lies_beside_the_images_of_a_category_is_told(category, capsys):
+    (category / "train/good/more").mkdir()
+    (category / "train/good/002.png").rename(category / "train/good/002.jp2")
+    save_flat(category / "train/bad/000.png", 1)
+    save_flat(category / "test/000.png", 1)
+    (category / "test/bent/001.png").symlink_to("nowhere")
+    load_train(category.parent, "nut", (6, 8), 0)
+    load(category)
+    load(category)
+    lines = [line.partition("; taken are png, jpg")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        f"{category}/train/good: left out: 1 .jp2, 1 sub-folder(s)",
+        f"{category}/train: left out: bad; only good is learned from",
+        f"{category}/test: left out: 1 image(s) beside the sub-folders",
+        f"{category}/test/bent: left out: 1 link(s) that lead nowhere",
+    ]
+
+
 @pytest.mark.parametrize("workers", [1, 4, 16])
 def test_images_are_decoded_in_order_by_any_number_of_workers(tmp_path, workers):
     paths = [save(tmp_path / f"{i}.png", noise(15 + i, 30 - i, 3, seed=i)) for i in range(12)]
@@ -112,8 +133,9 @@ def test_images_are_decoded_in_order_by_any_number_of_workers(tmp_path, workers)
 
 @pytest.mark.parametrize("workers", [0, 4])
 def test_load_test_order_labels_types_and_masks(category, workers):
-    """Hidden folders are no defect types, folders no images; the data folder is only read."""
-    shutil.copytree(category / "test" / "good", category / "test" / ".ipynb_checkpoints")
+    """Hidden folders and those of systems are no defect types, folders no images; the data folder is only read."""
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information"):
+        shutil.copytree(category / "test" / "good", category / "test" / name)
     (category / "test" / "crack" / "003.png").mkdir()
     before = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(category.rglob("*"))]
     test = load(category, workers=workers)
@@ -149,6 +171,45 @@ def test_load_test_order_labels_types_and_masks(category, workers):
 def test_find_mask(category, image, mask, paired):
     mask = save(category / "ground_truth" / mask, np.zeros((20, 32), np.uint8))
     assert find_mask(category / "test" / image) == (mask if paired else None)
+
+
+@pytest.mark.parametrize("workers", [0, 4])
+def test_several_masks_of_an_image_are_one(category, workers):
+    """A folder for each image, as in MVTec LOCO AD; of a mask file and a folder, the file."""
+    first, second = np.zeros((2, 20, 32), np.uint8)
+    first[2:4, 3:9] = second[10:14, 20:22] = 254
+    folder = category / "ground_truth/crack/001"
+    for number, mask in enumerate((first, second)):
+        save(folder / f"{number:03}.png", mask)
+    save(category / "ground_truth/crack/002/000.png", first)
+    test = load(category)
+    assert test.mask_paths[4:] == [folder, category / "ground_truth/crack/002_mask.png"]
+    assert unpaired_masks(test) == [category / "ground_truth/crack/002"]
+    assert np.array_equal(load_masks(test, (20, 32), workers)[4], (first + second) > 0)
+    for size in ((10, 16), (7, 11)):
+        masks = []
+        for mask in (first, second):
+            save(folder / "000.png", mask)
+            save(folder / "001.png", mask)
+            masks.append(load_masks(test, size, workers)[4])
+        save(folder / "000.png", first)
+        assert torch.equal(load_masks(test, size, workers)[4], masks[0] | masks[1])
+    wrong = save(folder / "002.png", first.T.copy())
+    assert error_of(load, category).startswith(f"{wrong}: mask of 20x32 pixels for {category}/test/crack/001.png")
+
+
+def test_masks_that_fit_no_image_are_found(category, tmp_path):
+    truth, mask = category / "ground_truth", np.zeros((20, 32), np.uint8)
+    names = ["000_mask.png", "bent/000_gt.png", "bent/001_mask.png", "bent/000_MASK.png", "Crack/001_mask.png"]
+    paths = [save(truth / name, mask) for name in names]
+    save(truth / "good/000_mask.png", mask)  # of a normal image
+    save(truth / "@eaDir/000_mask.png", mask)
+    test = load(category)
+    assert sorted(unpaired_masks(test)) == sorted(paths)
+    truth.rename(category / "masks")
+    assert unpaired_masks(test) == [category / "masks"]
+    (category / "masks").rename(tmp_path / "elsewhere")
+    assert unpaired_masks(test) == []
 
 
 @pytest.mark.parametrize("workers", [0, 4])

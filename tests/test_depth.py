@@ -14,7 +14,7 @@ from runtime.cache import Storage
 from runtime.files import load_tensors, save_tensors
 from runtime.image_files import FULL_RANGE, decode, find_images
 
-FLAGS = ("--type", "brick", "--patch_size", 32, "--epochs", 1)
+FLAGS = ("--type", "brick", "--patch_size", 32, "--epochs", 1, "--test_epochs", 1)
 
 
 def as_10_bits(source, target):
@@ -61,6 +61,7 @@ def test_training_evaluation_and_prediction_are_as_in_8_bits(trained, script, tm
     monkeypatch.chdir(tmp_path)
     told = "brick: 1023 is white in 16-bit images, now and whenever this detector scores one"
     assert told in (trained / "told10").read_text()
+    assert "grays" not in (trained / "told10").read_text()  # of test images that are watched
     assert "16-bit" not in (trained / "told8").read_text()
     assert same_weights(trained / "models8/brick.pt", trained / "models10/brick.pt")
     outputs = {}

@@ -5,13 +5,13 @@ import os
 import shutil
 import sys
 
-from prediction.inputs import list_paths, walk
+from prediction.inputs import list_paths, pair_folders, walk
 
 
 def test_folders_are_walked_once(here):
     (here / "photos/more/back").symlink_to(here / "photos")
-    (here / "photos/.hidden").mkdir()
-    for hidden in (".hidden/b.png", "._b.png"):
+    for hidden in (".hidden/b.png", "._b.png", "@eaDir/b.png", "more/__MACOSX/b.png", "$RECYCLE.BIN/b.png"):
+        (here / "photos" / hidden).parent.mkdir(exist_ok=True)
         shutil.copy(here / "photos/b.png", here / "photos" / hidden)
     names = ["a.jpg", "b.png", "c.TIF", "d.png", "more/a.png", "more/e.bmp"]
     assert list(walk("photos")) == [f"photos/{name}" for name in names]
@@ -20,6 +20,25 @@ def test_folders_are_walked_once(here):
     assert twice[0] == "photos/b.png"
     assert sorted(twice) == [f"photos/{name}" for name in names]
     assert len(list_paths(["photos"], skipped=["photos/more"])) == 4
+
+
+def test_what_is_left_out_of_a_folder_and_its_sub_folders_is_told(here, capsys):
+    for name in ("f.gif", "more/g.gif", "more/h.gif"):
+        (here / "photos" / name).write_text("")
+    for _ in range(2):
+        assert len(list(walk("photos"))) == 6
+    told = [line.partition("; ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["photos: left out: 1 .gif", "photos/more: left out: 2 .gif"]
+
+
+def test_folders_of_systems_are_no_categories(here, detectors, capsys):
+    for name in ("brick", "@eaDir", "__MACOSX"):
+        (here / "all" / name).mkdir(parents=True)
+    shutil.copy(here / "photos/b.png", here / "all")
+    assert [task.category for task in pair_folders(str(detectors / "patch"), "all")] == ["brick"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("all: left out: 1 image(s) beside the sub-folders; ")
+    assert told[1:] == ["grass: has a detector but no images; left out"]
 
 
 def test_a_list_may_have_any_line_breaks_and_bytes(monkeypatch):

@@ -1,10 +1,13 @@
 """image_files.py: what every kind of image file is decoded to, and what bad or crafted files get."""
 
+import importlib
 import io
+import os
 import struct
 import time
 import warnings
 import zlib
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -13,7 +16,19 @@ import tifffile
 from PIL import Image
 
 from runtime.files import InputError
-from runtime.image_files import FULL_RANGE, decode, decode_mask, decode_with_size, find_images, read_size, white_of
+from runtime.image_files import (
+    FULL_RANGE,
+    OPTIONAL,
+    decode,
+    decode_mask,
+    decode_with_size,
+    find_folders,
+    find_images,
+    formats,
+    list_folder,
+    read_size,
+    white_of,
+)
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # what each EXIF orientation asks for, on an array (H, W, 3)
@@ -81,6 +96,93 @@ def test_find_images_ignores_what_is_none(tmp_path):
         (tmp_path / name).write_text("")
     (tmp_path / "folder.png").mkdir()
     assert [path.name for path in find_images(tmp_path)] == images
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of all that may lie among images."""
+    for name in (
+        "a.png",
+        "b.JFIF",
+        "c.jpe",
+        "d.jp2",
+        "e.JP2",
+        "f.raw",
+        "g",
+        "h.x\ny",
+        "i.heic",
+        "Thumbs.db",
+        "desktop.ini",
+        ".k.png",
+    ):
+        (tmp_path / name).write_text("")
+    for name in ("sub", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    return tmp_path
+
+
+def test_what_is_left_out_of_a_folder_is_told_once(mixed, capsys):
+    assert list_folder(mixed) == ([mixed / "a.png", mixed / "b.JFIF", mixed / "c.jpe"] + _heic(mixed), [mixed / "sub"])
+    line = capsys.readouterr().err
+    assert line.startswith(f"{mixed}: left out: ")
+    assert line.count("\n") == 1
+    heic = ["1 .heic (read after pip install pillow-heif)"] * (not _heic(mixed))
+    for part in (
+        "3 of no known kind",
+        "2 link(s) that lead nowhere",
+        "2 .jp2",
+        "1 .raw",
+        *heic,
+        "taken are png, jpg, jpeg",
+    ):
+        assert part in line
+    assert list_folder(mixed)[1] == find_folders(mixed)
+    assert capsys.readouterr().err.count("3 image(s) beside the sub-folders") == 1 - bool(_heic(mixed))
+    assert find_images(mixed) == list_folder(mixed)[0]
+    assert "1 sub-folder(s)" in capsys.readouterr().err
+    (mixed / "l.jp2").write_text("")
+    assert len(find_images(mixed)) == len(list_folder(mixed)[0])
+    assert capsys.readouterr().err == ""
+    (mixed / "m.gif").write_text("")
+    find_images(mixed)
+    assert "1 .gif" in capsys.readouterr().err
+
+
+def _heic(folder):
+    return [folder / "i.heic"] * (importlib.util.find_spec("pillow_heif") is not None)
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "JFIF"])
+def test_all_names_of_a_jpeg_are_taken(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise(12, 20, 3)).save(path, "JPEG")
+    assert find_images(tmp_path) == [path]
+    assert decode(path).shape == (12, 20, 3)
+
+
+@pytest.mark.parametrize(("suffix", "kind", "orientations"), [("heic", "HEIF", [1]), ("avif", "AVIF", [1, 6])])
+def test_photographs_of_phones_are_read_where_a_package_can(tmp_path, suffix, kind, orientations):
+    path, values = tmp_path / f"a.{suffix}", np.add.outer(np.arange(64), 2 * np.arange(48)).astype(np.uint8)
+    if f".{suffix}" not in formats():
+        path.write_bytes(b"\0\0\0\x18ftypheic")
+        assert error_of(decode, path).endswith(f"; pip install {OPTIONAL[f'.{suffix}']}); replace or remove it")
+        return
+    for orientation in orientations:
+        Image.fromarray(values).save(path, kind, quality=95, exif=turned_by(orientation))
+        assert find_images(tmp_path) == [path]
+        expected = UPRIGHT[orientation](as_rgb(values))
+        assert decode_with_size(path, None)[1] == read_size(path) == expected.shape[:2]
+        assert np.abs(decode(path).astype(int) - expected).mean() < 4
+    whole = path.read_bytes()
+    for number in range(40, len(whole), 23):  # also where a decoder finds it only as it decodes
+        path.write_bytes(whole[:number] + bytes(99) + whole[number + 99 :])
+        with suppress(InputError):
+            assert decode(path).shape[2] == 3
+        path.write_bytes(whole[:number])
+        assert error_of(decode, path).startswith("not a readable image")
 
 
 # Decoding ---------------------------------------------------------------------------------------------------------
@@ -269,6 +371,67 @@ def test_other_images_have_no_white(tmp_path):
     assert error_of(white_of, path).startswith("not a readable image")
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": (16, 16)}, {"compression": "zlib"}])
+def test_deep_colors_in_planes_are_refused_where_they_would_be_scrambled(tmp_path, options):
+    values, path = deep_values(1023, 3), tmp_path / "a.tif"
+    path.write_bytes(
+        tiff_of_16_bits(np.ascontiguousarray(values.transpose(2, 0, 1)), planarconfig="separate", **options)
+    )
+    for call in (decode, decode_mask, read_size, lambda path: decode(path, white=1023)):
+        if options.get("compression") and call in (decode, decode_mask, read_size):
+            assert np.array_equal(decode(path), values >> 8)
+        else:
+            assert error_of(call, path).startswith("16-bit colors in planes are not read; save it")
+    path.write_bytes(tiff_of_16_bits(values.transpose(2, 0, 1).astype(np.uint8), planarconfig="separate", **options))
+    assert np.array_equal(decode(path), values.astype(np.uint8))
+    gray = tiff_of_16_bits(values[..., 0], extratags=[(284, 3, 1, 2, True)], **options)  # one plane
+    path.write_bytes(gray)
+    assert np.array_equal(decode(path, white=1023), as_rgb((values[..., 0] * (255 / 1023)).round()))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_where_0_is_white_an_image_is_inverted(tmp_path, dtype):
+    seen = noise(12, 20)
+    values = {np.uint8: 255 - seen, np.uint16: (255 - seen) * np.uint16(257), np.float32: (255 - seen) / 255}[dtype]
+    tifffile.imwrite(tmp_path / "a.tif", values.astype(dtype), photometric="miniswhite")
+    assert np.array_equal(decode(tmp_path / "a.tif"), as_rgb(seen))
+    tifffile.imwrite(tmp_path / "b.tif", (values.max() * (1 - RECTANGLE)).astype(dtype), photometric="miniswhite")
+    assert np.array_equal(decode_mask(tmp_path / "b.tif"), RECTANGLE)
+    tifffile.imwrite(tmp_path / "c.tif", 1023 - seen * np.uint16(4), photometric="miniswhite")
+    assert white_of(tmp_path / "c.tif") == 1023
+    assert np.array_equal(decode(tmp_path / "c.tif", white=1023), as_rgb((seen * (4 * 255 / 1023)).round()))
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_opacity_that_is_the_same_everywhere_hides_nothing(tmp_path, alpha):
+    array = noise(12, 20, 4)
+    array[..., 3] = alpha
+    for suffix, options in (("png", {}), ("tif", {}), ("webp", {"lossless": True, "exact": True})):
+        assert np.array_equal(decode(save(tmp_path / f"a.{suffix}", array, **options)), array[..., :3])
+    gray = Image.fromarray(array[..., 0]).convert("LA")
+    gray.putalpha(alpha)
+    gray.save(tmp_path / "b.png")
+    assert np.array_equal(decode(tmp_path / "b.png"), as_rgb(array[..., 0]))
+    array[3, 4, 3] = 128
+    share = array[..., 3:] / 255
+    expected = share * array[..., :3] + (1 - share) * 255
+    assert np.abs(decode(save(tmp_path / "c.png", array)) - expected).max() <= 1
+
+
+def test_a_jpeg_without_its_end_is_told_once(tmp_path, capsys):
+    """A copy that was interrupted, padded with zeros; not one that a camera has added something to."""
+    path = save(tmp_path / "a.jpg", noise(64, 64, 3))
+    whole = path.read_bytes()
+    expected = decode(path)
+    path.write_bytes(whole + b"some more of a camera")
+    assert np.array_equal(decode(path), expected)
+    assert capsys.readouterr().err == ""
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) // 2))
+    for _ in range(2):
+        assert decode(path).shape == (64, 64, 3)
+    assert capsys.readouterr().err == f"{path}: has no end and is damaged, a part of it may be gray; replace it\n"
+
+
 def test_decode_float(tmp_path):
     expected = noise(600, 500)
     off = np.random.default_rng(1).uniform(-0.49, 0.49, expected.shape)
@@ -372,9 +535,11 @@ def test_artefacts_of_a_lossy_mask_are_not_marked(tmp_path, suffix, quality, noi
 
 @pytest.mark.parametrize("kinds", [[1], [1, 2, 7, 15], [100, 255], [254, 255], [20, 60, 100, 140, 180, 220]])
 @pytest.mark.parametrize("mode", ["L", "I;16", "P"])
-def test_all_kinds_of_defects_in_a_mask_are_marked(tmp_path, kinds, mode):
-    """As numbers, as grays, as colors."""
+@pytest.mark.parametrize("large", [False, True])
+def test_all_kinds_of_defects_in_a_mask_are_marked(tmp_path, kinds, mode, large):
+    """As numbers, as grays, as colors; also where they fill more than half of the image."""
     values = np.zeros((100, 120), np.uint8)
+    values[30:] = kinds[0] * large
     for number, kind in enumerate(kinds):
         values[10 * number + 3 : 10 * number + 9, 30:70] = kind
     image = Image.fromarray(values if mode != "I;16" else values.astype(np.uint16))

@@ -424,6 +424,44 @@ def test_saved_maps_are_those_that_were_measured(mapped, data):
         assert metrics[name] == pytest.approx(lines(done)["brick", metric], abs=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        (
+            "ground_truth/{kind}/{stem}_gt.png",
+            "9 masks fit no test image: hole/000_gt.png, hole/001_gt.png, hole/002_gt.png, ...",
+        ),
+        ("masks/{kind}/{stem}_mask.png", "1 masks fit no test image: brick/masks"),
+    ],
+)
+def test_masks_under_other_names_are_told(data, patch_models, tmp_path, call, name, note):
+    shutil.copytree(data / "brick", tmp_path / "Data/brick", ignore=shutil.ignore_patterns("ground_truth"))
+    for path in (data / "brick/ground_truth").rglob("*.png"):
+        target = tmp_path / "Data/brick" / name.format(kind=path.parent.name, stem=path.stem.removesuffix("_mask"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    done = call(patch_models, "--data_dir", tmp_path / "Data")
+    assert f"brick: {note}; looked for: ground_truth/hole/000_mask.png" in done.err
+    assert "brick: no such mask in ground_truth, so image metrics only" in done.err
+    assert list(lines(done)) == [("brick", "AUC"), ("average", "AUC")]
+
+
+def test_a_folder_of_masks_for_each_image_gives_the_same_metrics(mapped, data, patch_models, tmp_path, call):
+    shutil.copytree(data / "brick", tmp_path / "Data/brick")
+    for path in [*(tmp_path / "Data/brick/ground_truth").rglob("*.png")]:
+        folder = path.with_name(path.stem.removesuffix("_mask"))
+        folder.mkdir()
+        values = np.array(Image.open(path))
+        for number, part in enumerate((np.s_[:, :16], np.s_[:, 16:])):
+            half = np.zeros_like(values)
+            half[part] = values[part]
+            Image.fromarray(half).save(folder / f"{number:03}.png")
+        path.unlink()
+    values, expected = lines(call(patch_models, "--data_dir", tmp_path / "Data")), lines(mapped[0])
+    for metric in ("AUC", "pixel AUROC", "AUPRO"):
+        assert values["brick", metric] == pytest.approx(expected["brick", metric], abs=1e-9)
+
+
 def test_maps_of_an_image_level_model(call, models, evaluated, tmp_path):
     for flags, maps in ((("--heatmaps", 1, "--save_plots", 1), 0), (("--save_maps", 1), 12)):
         values = lines(call(models, *flags))

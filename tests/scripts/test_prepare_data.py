@@ -67,6 +67,8 @@ def test_folder_copies_photographs(tmp_path, script):
     photographs(tmp_path / "good", 10)
     photographs(tmp_path / "bad/crack", 2)
     photographs(tmp_path / "bad", 3)
+    for name in ("@eaDir", "__MACOSX", ".ipynb_checkpoints"):
+        photographs(tmp_path / "bad" / name, 1)
     own = ["folder", "--data_dir", tmp_path / "Data", "--good", tmp_path / "good", "--name", "part"]
     assert script("prepare_data", *own, "--bad", tmp_path / "bad").code == 0
     found = counts(tmp_path / "Data/part")
