@@ -651,7 +651,7 @@ def save(detector: Detector, path: str | Path) -> None:
         "appearance": detector.appearance,
         "sources": detector.fill_index,
         "white": detector.white,
-        "density": detector.density,
+        "chosen_density": detector.density,
     }
     save_tensors(content, path)
 
@@ -667,7 +667,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     config, content = _read(path)
     try:
         with torch.random.fork_rng(devices=[]):
-            density = content.get("density", config.density)  # earlier files have none
+            density = content.get("chosen_density", config.density)  # earlier files have none
             if density not in (*DENSITIES, *DENSITY_SUMS):
                 raise ValueError(f"no density is called {density!r}")
             detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED), density=density)

@@ -18,6 +18,7 @@ from density import (
     GaussianTorch,
     KernelDensity,
     NotFiniteError,
+    cover,
     fit_density,
     group_by_density,
     held_out,
@@ -308,6 +309,77 @@ def test_a_shared_density_is_fitted_to_no_more_images_than_fit(monkeypatch):
     expected = GaussianTorch().fit(x[torch.arange(8) * 20 // 8].flatten(0, 1)[None])
     assert torch.equal(few.mean, expected.mean)
     assert fit_density("torch", x, False).mean.shape == (5, 3)
+
+
+# Nearest embeddings -----------------------------------------------------------------------------------------------
+
+
+def nearest_by_loops(x, new, shape, radius):
+    """Distances of new (M, L, D) from the nearest of x (N, L, D) in at most so many windows' distance, its window and
+    image."""
+    results = {}
+    for row, place in np.ndindex(new.shape[:2]):
+        y, x_place = divmod(place, shape[1])
+        options = [
+            ((new[row, place] - x[image, other]).norm().item(), other, image)
+            for image, other in np.ndindex(x.shape[:2])
+            if max(abs(other // shape[1] - y), abs(other % shape[1] - x_place)) <= radius
+        ]
+        results[row, place] = min(options)
+    return results
+
+
+@pytest.mark.parametrize(("shared", "radius"), [(False, 1), (True, 9)])
+def test_nearest_embeddings_against_a_loop(shared, radius):
+    """Their distances, windows and images, at the border too."""
+    x, new, shape = several(6, 12, 3), several(4, 12, 3, seed=1), (3, 4)
+    x = x.half().float()  # as they are kept
+    match = fit_density("nearest", x, shared, shape).match(group_by_density(new.float(), shared))
+    parts = [part.view(4, 12) if shared else part.T for part in match]
+    for (row, place), expected in nearest_by_loops(x, new.float(), shape, radius).items():
+        distance, *where = (part[row, place].item() for part in parts)
+        assert math.isclose(distance, expected[0], rel_tol=1e-5)
+        assert tuple(where) == expected[1:]
+
+
+def test_cover_is_greedy():
+    points = several(30, 2, 3).transpose(0, 1)
+    chosen = cover(points, 7)
+    for one, numbers in zip(points, chosen.tolist()):
+        expected = [int((one - one.mean(0)).norm(dim=1).argmin())]
+        while len(expected) < 7:
+            distances = torch.cdist(one, one[expected]).amin(1)
+            expected.append(int(distances.argmax()))
+        assert numbers == expected
+    assert len({*cover(points[:1], 30)[0].tolist()}) == 30
+
+
+def test_few_embeddings_that_cover_all_are_kept_and_leaving_one_out_needs_no_other_fit(monkeypatch):
+    """An image that was not chosen would have changed nothing: its score is exactly that of a fit without it. One that
+    was chosen scores at least as high."""
+    monkeypatch.setattr(density, "LOCAL_POINTS", 8)
+    x = several(30, 4, 3).half().float()
+    fitted = fit_density("nearest", x, False, (2, 2))
+    assert fitted.points.shape == (4, 3, 8)
+    left_out = fitted.leave_one_out(x.transpose(0, 1))
+    unchosen = [image for image in range(30) if not (fitted.images == image).any()]
+    assert len(unchosen) > 3
+    for image in range(30):
+        others = [i for i in range(30) if i != image]
+        without = fit_density("nearest", x[others], False, (2, 2))
+        expected = without.score(x[image : image + 1].transpose(0, 1))[:, 0].double()
+        if image in unchosen and torch.equal(without.points, fitted.points):
+            assert torch.allclose(left_out[:, image], expected, rtol=1e-6)
+        own = fitted.score(x[image : image + 1].transpose(0, 1))[:, 0]
+        assert (left_out[:, image] >= own.double() - 1e-6).all()
+
+
+def test_a_shared_memory_leaves_out_all_windows_of_an_image():
+    x = several(5, 4, 3).float()
+    left_out = fit_density("nearest", x, True, (2, 2)).leave_one_out(group_by_density(x, True)).view(5, 4)
+    for image in range(5):
+        others = x[[i for i in range(5) if i != image]].flatten(0, 1)
+        assert torch.allclose(left_out[image], torch.cdist(x[image], others).amin(1).double(), rtol=1e-5)
 
 
 # Held-out scores --------------------------------------------------------------------------------------------------

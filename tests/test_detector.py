@@ -16,6 +16,7 @@ from conformal import conformal_threshold
 from dataset import load_test, load_train
 from density import fit_density, held_out
 from detector import Detector, all_but, initial_network, load, load_config, save, scored_images, stream, unseen_by
+from localization import upsample
 from model import CutPasteNet
 from reporting.metrics import evaluate
 from runtime.files import InputError, load_tensors, save_tensors
@@ -58,7 +59,7 @@ def fitted(images):
     return made
 
 
-@pytest.mark.parametrize("density", ["torch", "sklearn", "kde"])
+@pytest.mark.parametrize("density", ["torch", "sklearn", "kde", "nearest", "both"])
 def test_round_trip(tmp_path, fitted, images, density):
     one = fitted.refit(images, density=density)
     save(one, tmp_path / "brick.pt")
@@ -279,13 +280,16 @@ def patch_model():
 
 DEFECTS = ((8, 70), (40, 12), (28, 80))
 TWO_LEVELS = {"level": "2,3", "window": 32, "stride": 16}
+NEAREST, BOTH = ({"density": density, "join": True, "level": "1,2,3"} for density in ("nearest", "both"))
+JOINED = {"join": True, "level": "2"}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         *({}, {"location": "shared"}, {"l2": True}, {"density": "sklearn"}),
-        *(PLAIN, PLAIN | {"location": "shared"}, TWO_LEVELS),
+        *(PLAIN, PLAIN | {"location": "shared"}, TWO_LEVELS, NEAREST, BOTH, JOINED, NEAREST | {"location": "shared"}),
+        *(PLAIN | {"density": "nearest"}, TWO_LEVELS | {"density": "both"}),
     ],
 )
 def test_a_defect_is_the_maximum_of_the_map_where_it_was_drawn(patch_model, changes):
@@ -296,7 +300,8 @@ def test_a_defect_is_the_maximum_of_the_map_where_it_was_drawn(patch_model, chan
         image[:, top : top + 10, left : left + 10] = torch.tensor([250, 10, 120], dtype=torch.uint8)[:, None, None]
     scores, maps = made(images)
     assert maps.shape == (3, 64, 96)
-    reach = 16 if "level" in changes and "," in str(changes["level"]) else 10
+    reach = 16 if "," in str(changes.get("level")) else 10
+    reach += 6 if changes == PLAIN | {"density": "nearest"} else 0  # a window of 32 px beside the defect
     for values, (top, left) in zip(maps, DEFECTS):
         y, x = divmod(int(values.argmax()), 96)
         assert abs(y + 0.5 - (top + 5)) <= reach
@@ -321,7 +326,11 @@ def test_levels_are_standardized_by_held_out_normal_distances_and_added(patch_mo
 
 
 @pytest.mark.parametrize(
-    "changes", [{"location": "each"}, {"location": "shared"}, {"location": "auto"}, TWO_LEVELS, PLAIN | {"dims": 32}]
+    "changes",
+    [
+        *({"location": "each"}, {"location": "shared"}, {"location": "auto"}, TWO_LEVELS, PLAIN | {"dims": 32}),
+        *(NEAREST, BOTH, JOINED, NEAREST | {"location": "shared"}, {"density": "auto"}),
+    ],
 )
 def test_round_trip_of_a_patch_model(tmp_path, patch_model, changes):
     one = patch_model.refit(pictures(20), **changes)
@@ -334,15 +343,17 @@ def test_round_trip_of_a_patch_model(tmp_path, patch_model, changes):
     assert torch.equal(one.calibration_scores, other.calibration_scores)
 
 
-def test_a_map_does_not_depend_on_the_batch(patch_model):
-    images = pictures(9, seed=1)
-    together, alone = patch_model(images)[1], maps_of(patch_model, images)
-    assert torch.allclose(together, alone, rtol=1e-3)
-    one_by_one = torch.cat([patch_model(image[None])[1] for image in images])
-    assert torch.allclose(together, one_by_one, rtol=1e-3)
+@pytest.mark.parametrize(("changes", "near_zero"), [({}, 0), (NEAREST, 0), (BOTH, 1e-3)])
+def test_a_map_does_not_depend_on_the_batch(patch_model, changes, near_zero):
+    """near_zero: sums of standardized distances have both signs."""
+    images, made = pictures(9, seed=1), patch_model.refit(pictures(20), **changes)
+    together, alone = made(images)[1], maps_of(made, images)
+    assert torch.allclose(together, alone, rtol=1e-3, atol=near_zero)
+    one_by_one = torch.cat([made(image[None])[1] for image in images])
+    assert torch.allclose(together, one_by_one, rtol=1e-3, atol=near_zero)
 
 
-@pytest.mark.parametrize("changes", [None, {}, {"location": "shared"}, TWO_LEVELS, PLAIN])
+@pytest.mark.parametrize("changes", [None, {}, {"location": "shared"}, TWO_LEVELS, PLAIN, NEAREST, BOTH])
 def test_a_detector_can_be_exported(fitted, images, patch_model, changes):
     """Tensors only: what torch.export traces gives the same scores and maps, for other images of that number."""
     made = fitted if changes is None else patch_model.refit(pictures(20), **changes)
@@ -350,6 +361,34 @@ def test_a_detector_can_be_exported(fitted, images, patch_model, changes):
     program = torch.export.export(made, (first,)).module()
     for found, expected in zip(program(second), made(second)):
         assert found is expected is None or torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_both_is_the_sum_of_standardized_distances_the_gaussians_place_by_place(patch_model):
+    both = patch_model.refit(pictures(20), **BOTH)
+    images, (member,) = pictures(4, seed=1), both.members
+    gaussian, nearest = member.levels
+    x = member.project(member.embed(both.prepare(images)))[0]
+    assert (gaussian.center.shape, nearest.center.shape, x.shape) == ((8 * 12,), (), (4, 8 * 12, 64))
+    expected = (gaussian.distances(x) - gaussian.center) / gaussian.scale
+    expected = expected + (nearest.distances(x) - nearest.center) / nearest.scale
+    assert torch.allclose(both(images)[1], upsample(expected.float(), gaussian.grid, 4.0), rtol=1e-3, atol=1e-3)
+    assert both.unit == "sum of standardized distances: Mahalanobis distance, distance to the nearest normal embedding"
+    for density, level in (("torch", gaussian), ("nearest", nearest)):
+        alone = member.with_density(density)
+        assert torch.equal(alone.levels[0].distances(x), level.distances(x))
+        assert torch.equal(alone(both.prepare(images))[1], upsample(level.distances(x), level.grid, 4.0).float())
+
+
+def test_the_nearest_normal_embedding_knows_its_image(patch_model):
+    """Training images find themselves; half precision lies between."""
+    made = patch_model.refit(pictures(20), **NEAREST)
+    (level,), member = made.members[0].levels, made.members[0]
+    x = member.project(member.embed(made.prepare(pictures(20))))[0].transpose(0, 1)
+    match = level.density.match(x)
+    assert torch.equal(match.images, torch.arange(20).expand(96, 20))
+    assert torch.equal(match.locations, torch.arange(96)[:, None].expand(96, 20))
+    assert match.distances.max() < 0.01 * x.norm(dim=-1).mean()
+    assert made.calibration_scores.min() > match.distances.max()  # they leave out the image itself
 
 
 def test_threshold_of_a_patch_model_is_of_held_out_maxima(patch_model):
@@ -558,12 +597,19 @@ def test_maps_are_averaged():
     assert torch.allclose(parts[0][0], parts[0][1].amax((1, 2)).double(), atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [FOLDS, replace(CONFIG, features="all")], ids=["folds", "stages"])
+STAGES = ((False, "torch"), (True, "torch"), (True, "nearest"), (True, "both"), (False, "both"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FOLDS, *(replace(CONFIG, features="all", join=join, density=density) for join, density in STAGES)],
+    ids=["folds", *map(str, STAGES)],
+)
 def test_grad_cam_of_several_networks_or_stages(images, config):
-    made = Detector(config).fit(images)
-    prediction = made.predict_batch(images, explain=True)
+    made, new = Detector(config).fit(images), 255 - images
+    prediction = made.predict_batch(new, explain=True)
     maps = made.heat(prediction)
-    assert torch.allclose(prediction.scores, scores_of(made, images), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(prediction.scores, scores_of(made, new), rtol=1e-4, atol=1e-4)
     assert maps.shape == (12, 32, 48)
     assert maps.min() >= 0
     assert maps.max() > 0

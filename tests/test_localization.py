@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from density import NotFiniteError, fit_density, held_out
-from localization import Grid, StageDensity, embed_windows, grad_cam, principal_axes, upsample
+from localization import WHITENED, Grid, StageDensity, embed_windows, grad_cam, principal_axes, upsample
 from model import CutPasteNet
 
 
@@ -134,6 +134,49 @@ def embeddings_of(images, locations, dims, seed=0, spread=1.0):
 
 def stage(location="auto", dims=None, l2=False, grid=None):
     return StageDensity([0], [grid or Grid(64, 64, 32, 16)], "torch", l2, location, dims)
+
+
+@pytest.mark.parametrize(("feature_stride", "size"), [(4, 5), (8, 3), (16, 3)])
+def test_padded_windows_against_a_loop(feature_stride, size):
+    """Of every stage at the same places: means over an odd number of features, zero beyond the border, between two
+    features linearly."""
+    height, width, stride = 48, 80, 8
+    grid = Grid(height, width, 16, stride, feature_stride, padded=True)
+    features = torch.randn(2, 3, height // feature_stride, width // feature_stride, generator=seeded(0))
+    padded = functional.pad(features, [size // 2] * 4)
+    means = torch.empty_like(features)
+    for y, x in np.ndindex(*features.shape[2:]):
+        means[:, :, y, x] = padded[:, :, y : y + size, x : x + size].mean((2, 3))
+    assert grid.shape == (6, 10)
+    pooled = grid.pool(features).view(2, 6, 10, 3)
+    for i, j in np.ndindex(6, 10):
+        expected = 0.0
+        for y, x in np.ndindex(*features.shape[2:]):
+            weight = 1.0
+            for place, feature, side in ((i, y, features.shape[2]), (j, x, features.shape[3])):
+                point = min(place * stride / feature_stride, side - 1)
+                weight *= max(0.0, 1 - abs(point - feature))
+            expected = expected + weight * means[:, :, y, x]
+        assert torch.allclose(pooled[:, i, j], expected, atol=1e-5)
+    assert [centers[:2].tolist() for centers in grid.centers] == [[0.5, 8.5], [0.5, 8.5]]
+
+
+def test_joined_stages_are_scaled_and_their_directions_are_those_within_a_place():
+    """Two stages, one of a thousand times the scale: both count alike. What differs from place to place, but not from
+    image to image, is no direction. Variances shrink."""
+    first, second = embeddings_of(40, 7, 4), 1000 * embeddings_of(40, 7, 3, seed=1)
+    grids = [Grid(64, 64, 32, 16)] * 2
+    made = StageDensity([0, 1], grids, "nearest", False, "auto", 5, joined=True)
+    made.choose_axes([first, second])
+    x = made.project([first, second])
+    assert (made.axes.shape, x.shape) == ((7, 5), (40, 7, 5))
+    assert torch.allclose(x.mean((0, 1)), torch.zeros(5), atol=1e-4)
+    assert torch.allclose(made.project([first[:1], second[:1]]), x[:1], atol=1e-4)
+    scaled = torch.cat([part / part.flatten(0, 1).std(0).mean() / part.shape[2] ** 0.5 for part in (first, second)], 2)
+    within = (scaled - scaled.mean(0)).flatten(0, 1).double()
+    values = PCA().fit(within.numpy()).explained_variance_[:5] * (len(within) - 1) / len(within)
+    variances = (x - x.mean(0)).flatten(0, 1).var(0, correction=0)
+    assert np.allclose(variances, values ** (1 - WHITENED), rtol=1e-3)
 
 
 def test_principal_axes_are_those_of_scikit_learn():
