@@ -42,7 +42,7 @@ RECIPES = {
         "epochs": 1500,
     },
 }
-PATCH_DENSITY = "nearest"  # of patch models by every recipe but the paper's
+PATCH_DENSITY = "both"  # of patch models by every recipe but the paper's
 
 
 def flag_value(value: object) -> object:
@@ -217,7 +217,7 @@ class Config:
         one_of(("auto", *DENSITY_NAMES, *DENSITY_SUMS)),
         "density",
         "density of embeddings: Gaussian (torch, sklearn), kde, nearest normal ones, both (torch, nearest), or auto",
-        "nearest for patch models, unless by recipe paper; else torch",
+        "both for patch models, unless by recipe paper; else torch",
     )
     l2: bool = setting(None, zero_or_one, "density", "1: scale embeddings to length 1 first", "1; 0 for patch models")
     false_alarm_rate: float = setting(

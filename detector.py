@@ -33,7 +33,7 @@ from runtime.image_files import FULL_RANGE, decode, resized
 FORMAT = "cutpaste-detector"
 VERSION = 6  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
-CHOSEN_BEFORE = "nearest"  # the density of "auto" until it has been chosen
+CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
 WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white
 APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well

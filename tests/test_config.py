@@ -36,7 +36,7 @@ def test_a_recipe_sets_what_no_flag_sets():
     fast = parsed("--recipe", "fast", "--no-pretrained")
     assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
     assert (fast.patches, fast.epochs, fast.batch_size) == (PatchConfig(48), 1500, 28)
-    assert (fast.density, fast.join, parsed("--recipe", "paper", "--patch_size", 64).join) == ("nearest", True, False)
+    assert (fast.density, fast.join, parsed("--recipe", "paper", "--patch_size", 64).join) == ("both", True, False)
     assert not parsed("--recipe", "fast", "--dense", 0).join
     flags = ["--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32]
     changed = replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))

@@ -14,7 +14,7 @@ from image_ops import to_float
 from localization import AXES_IMAGES
 from runtime.files import InputError
 
-CANDIDATES = ("nearest", "both", "torch")  # densities that are compared; "both" is the sum of the others
+CANDIDATES = ("both", "nearest", "torch")  # densities that are compared; "both" is the sum of the others
 MOST_IMAGES = 250  # normal images that are looked at
 HELD_OUT = 5  # one image of so many is held out
 MARGIN = 0.01  # of AUROC: a smaller difference is a matter of chance
