@@ -63,7 +63,7 @@ from detector import (
     unseen_by,
 )
 from reporting.metrics import image_metrics
-from reporting.tables import normal_table
+from reporting.tables import normal_table, path_below
 from runtime.cache import iterate
 
 
@@ -119,7 +119,7 @@ def check_duplicates(data_dir: str, category: str, train: TrainSet, test: TestSe
     for pairs, others in ((within, train), (between, test)):
         for pair in pairs:
             paths = (train.paths[pair.first], others.paths[pair.second])
-            rows.append((pair.kind, *(path.relative_to(data_dir).as_posix() for path in paths), pair.similarity))
+            rows.append((pair.kind, *(path_below(path, data_dir) for path in paths), pair.similarity))
     columns = ("kind", "path", "other", "similarity")
     return {"duplicates.csv": csv_table([dict(zip(columns, row)) for row in rows], columns)}
 

@@ -15,6 +15,7 @@ from dataset import unpaired_masks
 from detector import Detector
 from reporting.metrics import Evaluation, image_metrics
 from runtime.cli import command_line
+from runtime.files import spreadsheet_safe
 
 NAMED_FILES = 3  # of those that a line is about
 LINES = {  # on stdout, for columns of results.csv
@@ -174,6 +175,11 @@ def record(detector: Detector, row: dict) -> dict:
     return row | made
 
 
+def path_below(path: Path, data_dir: str | Path) -> str:
+    """Return a path as tables have it: relative to the data folder, after ./ if it would look like a formula."""
+    return spreadsheet_safe(path.relative_to(data_dir).as_posix())
+
+
 def score_table(evaluation: Evaluation, data_dir: str | Path, seed: str = "") -> list[dict]:
     """Return the rows of scores.csv, one for each test image, with paths relative to the data folder.
 
@@ -181,7 +187,7 @@ def score_table(evaluation: Evaluation, data_dir: str | Path, seed: str = "") ->
     """
     test, category = evaluation.test, evaluation.category
     columns = ("category", "path", "label", "defect_type", "score", "p_value", "seed")[: 7 if seed else 6]
-    paths = [path.relative_to(data_dir).as_posix() for path in test.paths]
+    paths = [path_below(path, data_dir) for path in test.paths]
     scores, p_values = evaluation.scores.tolist(), evaluation.p_values.tolist()
     rows = zip(paths, test.labels.tolist(), test.defect_types, scores, p_values)
     return [dict(zip(columns, (category, *values, seed))) for values in rows]
@@ -193,7 +199,7 @@ def normal_table(detector: Detector, paths: Sequence[Path], data_dir: str | Path
     paths: the training images that the calibration scores belong to, in their order.
     """
     category, scores = detector.config.category, detector.calibration_scores.cpu()
-    names = [path.relative_to(data_dir).as_posix() for path in paths]
+    names = [path_below(path, data_dir) for path in paths]
     above = (scores > detector.threshold.cpu()).tolist()
     columns = ("category", "path", "score", "above_threshold")
     order = scores.argsort(descending=True).tolist()

@@ -18,6 +18,7 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 # comment, HTML as its generator, all within the first HEAD bytes
 MARK = "Made by CutPaste"
 HEAD = 4096
+FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of what a spreadsheet computes
 
 
 class InputError(Exception):
@@ -108,13 +109,25 @@ def remove_file(path: Path) -> None:
 
 
 def csv_record(values: Iterable[object]) -> bytes:
-    """Return a line of a CSV file. Numbers keep all digits; None is empty; a name that is no UTF-8 keeps its bytes."""
+    """Return a line of a CSV file. Numbers keep all digits; None is empty; a name that is no UTF-8 keeps its bytes. An
+    apostrophe comes before text that a spreadsheet would compute."""
     values = ["" if value is None else value for value in values]
+    values = [f"'{value}" if isinstance(value, str) and is_formula(value) else value for value in values]
     # Not every version of the module quotes a carriage return
     quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def is_formula(text: str) -> bool:
+    """Return whether a spreadsheet takes a text for a formula."""
+    return text.startswith(FORMULA_STARTS)
+
+
+def spreadsheet_safe(path: str) -> str:
+    """Return the same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
+    return os.path.join(".", path) if is_formula(path) else path
 
 
 def csv_table(rows: Sequence[dict], columns: Iterable[str] = ()) -> bytes:

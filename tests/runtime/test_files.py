@@ -1,6 +1,7 @@
 """Files of tensors: what is written comes back, a damaged file is refused, and an old one is never lost."""
 
 import csv
+import io
 import random
 import struct
 import zipfile
@@ -9,7 +10,16 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from runtime.files import InputError, csv_table, load_tensors, part_path, remove_file, save_tensors, write_files
+from runtime.files import (
+    InputError,
+    csv_table,
+    load_tensors,
+    part_path,
+    remove_file,
+    save_tensors,
+    spreadsheet_safe,
+    write_files,
+)
 
 CONTENT = {
     "format": "a test",
@@ -158,3 +168,13 @@ def test_a_table_is_read_back(tmp_path):
     assert names == ["path", "score", "count", "above"]
     assert values == [[rows[0]["path"], "0.30000000000000004", "3", ""], ["é", "", "", "True"]]
     assert csv_table([], ("path", "score")) == b"path,score\n"
+
+
+def test_no_cell_is_a_formula():
+    """Text that would be one has an apostrophe before it, in the head of the table too; numbers stay numbers."""
+    texts = [start + "cmd|' /C calc'!A0" for start in "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"]
+    rows = [{"=name": text, "score": -1.5, "text": " =1", "date": "2024-01-01"} for text in texts]
+    header, *lines = csv.reader(io.StringIO(csv_table(rows).decode(), newline=""))
+    assert header == ["'=name", "score", "text", "date"]
+    assert lines == [["'" + text, "-1.5", " =1", "2024-01-01"] for text in texts]
+    assert [spreadsheet_safe(path) for path in ("=1.png", "a/=1.png", "\tb")] == ["./=1.png", "a/=1.png", "./\tb"]
