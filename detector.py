@@ -624,7 +624,7 @@ def initial_network(config: Config, pretrained: bool = True, member: int = 0) ->
 def category_seed(seed: int, category: str, member: int = 0) -> int:
     """Return a seed for one member of one category, so that its results do not depend on what was trained before it."""
     text = f"{seed}/{category}" + (f"/{member}" if member else "")
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:7], "big")
 
 
 # The file ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataset import unpaired_masks
 from detector import Detector
 from reporting.metrics import Evaluation, image_metrics
 from runtime.cli import command_line
-from runtime.files import spreadsheet_safe
+from runtime.files import print_line, spreadsheet_safe
 
 NAMED_FILES = 3  # of those that a line is about
 LINES = {  # on stdout, for columns of results.csv
@@ -34,7 +34,7 @@ def print_lines(row: dict) -> None:
     """Print the lines of one category, from its row of results.csv."""
     for column, name in LINES.items():
         if row[column] is not None:
-            print(f"{row['category']} {name}: {row[column]}", flush=True)
+            print_line(f"{row['category']} {name}: {row[column]}")
 
 
 def print_average(rows: list[dict]) -> None:
@@ -42,7 +42,7 @@ def print_average(rows: list[dict]) -> None:
     for column, name in LINES.items():
         values = [row[column] for row in rows if row[column] is not None]
         if values:
-            print(f"average {name}: {float(np.mean(values))}", flush=True)
+            print_line(f"average {name}: {float(np.mean(values))}")
 
 
 def missing(evaluation: Evaluation) -> Iterator[str]:
@@ -115,11 +115,11 @@ def print_seed_lines(row: dict) -> None:
     """Print the lines of one category, from its row of seeds.csv."""
     for column, name in LINES.items():
         if row[column] is not None:
-            print(f"{row['category']} {name}: {row[column]}")
+            print_line(f"{row['category']} {name}: {row[column]}")
         if (error := row[f"{column}_standard_error"]) is not None:
-            print(f"{row['category']} {name} standard error: {error}")
+            print_line(f"{row['category']} {name} standard error: {error}")
     if row["averaged_auroc"] is not None:
-        print(f"{row['category']} AUC of averaged scores: {row['averaged_auroc']}", flush=True)
+        print_line(f"{row['category']} AUC of averaged scores: {row['averaged_auroc']}")
 
 
 # Tables -----------------------------------------------------------------------------------------------------------

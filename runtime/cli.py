@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from runtime.files import InputError
+from runtime.files import InputError, shown
 
 if TYPE_CHECKING:
     import torch  # takes seconds: functions that need it import it, so that flags are read without
@@ -143,6 +143,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # else not a file
+            stream.reconfigure(errors="backslashreplace")  # of cp1252 or ASCII, which lack letters of names
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window, no notebook that has started this process
     args = parser.parse_args()
     from runtime.distributed import ending
 
@@ -184,7 +188,7 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def fail(prog: str, message: str) -> NoReturn:
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(f"{prog}: error: {shown(message)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -322,7 +326,8 @@ def open_tensorboard(folder: Path, purge_step: int) -> Iterator["SummaryWriter"]
     report = threading.excepthook
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
     try:
-        with SummaryWriter(str(folder), purge_step=purge_step) as writer:
+        name = str(folder).encode("utf-8", "backslashreplace").decode()  # TensorBoard takes no other bytes
+        with SummaryWriter(name, purge_step=purge_step) as writer:
             yield writer
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error

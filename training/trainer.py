@@ -39,7 +39,7 @@ from reporting.metrics import evaluate
 from runtime.cache import IN_MEMORY, Storage
 from runtime.cli import Interrupts, autocast_type, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
-from runtime.files import InputError, load_tensors, remove_file, save_tensors, say, say_once
+from runtime.files import InputError, load_tensors, save_tensors, say, say_once, shown
 from runtime.gpu import SETTLING, Recorded, can_compile, to_device
 
 if TYPE_CHECKING:
@@ -453,7 +453,11 @@ class Log:
 
         config, images, seen = self.trainer.config, self.trainer.images, self.trainer.seen
         shares = invisible_shares(images, config.sample_params, config.seed, seen)
-        table = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
+        table = [
+            "|setting|value|",
+            "|---|---|",
+            *(shown(f"|{name}|{value}|") for name, value in config.to_dict().items()),
+        ]
         self.writer.add_text("settings", "\n".join(table), 0)
         samples = images[seen[:PREVIEW_IMAGES]]
         figure = figures.preview(samples, [f"image {number}" for number in range(len(samples))], config, shares)
@@ -532,7 +536,7 @@ def load_checkpoint(path: Path) -> dict:
 def remove_checkpoints(folder: str | Path, category: str) -> None:
     """Remove the saved states of a category. Those of several networks go at once: if some were left, they would look
     like a training that was stopped."""
-    remove_file(Path(folder) / (category + SUFFIX))
+    Path(folder, category + SUFFIX).unlink(missing_ok=True)
     several = _several(folder, category)
     removed = several.with_name(f".{several.name}")
     shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed here
