@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from runtime.files import InputError, shown
+from runtime.files import InputError, memory_is_full, shown
 
 if TYPE_CHECKING:
     import torch  # takes seconds: functions that need it import it, so that flags are read without
@@ -181,10 +181,12 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch.cuda's; torch may not be imported yet
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported yet
+            fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
+        if not memory_is_full(error):
             raise
-        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
+        fail(parser.prog, "the memory is full; lower --batch_size, --size, --workers or --memory_gb, or free some")
 
 
 def fail(prog: str, message: str) -> NoReturn:

@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import secrets
+import stat
 import sys
 import time
 import zipfile
@@ -30,6 +31,12 @@ FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of what a spread
 
 class InputError(Exception):
     """A user's mistake or a bad file: one line that names it, says what was found and what to do."""
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Return whether an error says that no memory is left. torch has no type of its own for that of the CPU."""
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc", "can't start new thread")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def shown(text: str) -> str:
@@ -85,6 +92,13 @@ def write_files(contents: dict[Path, bytes | memoryview]) -> None:
                 raise OSError(error.errno, reason, str(path)) from error
         for part, path in written.items():
             os.replace(part, path)
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise InputError for a pipe or a device, which would be waited for. Raises OSError if nothing is there."""
+    kind = os.stat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise InputError(f"{path}: a pipe or a device, not a file; write it to a file first")
 
 
 def check_name(path: Path) -> None:
@@ -252,6 +266,8 @@ def load_tensors(path: str | Path, what: str) -> dict:
         content = torch.load(data, map_location="cpu", weights_only=True)
         content.pop("checksum", None)  # of files written before the archive's own was read
     except Exception as error:  # neither reader has an error of its own: a text file may end in an IndexError
+        if memory_is_full(error):
+            raise
         raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error
     return content
 
