@@ -84,10 +84,10 @@ class Explainer:
             f"score {score:.3g}, p-value {p:.2g} (anomalous up to {self.rate:.2g})",
         ]
         normal_title = f"nearest normal: {self.normals.names[nearest]}"
-        pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
         level = overlays.drawn_above(heat, self.threshold, True) if self.has_maps else None
         try:
             target = self.target(path)
+            pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
             picture = panel(lines, pictures, size, heat, self.threshold, level)
             write_file(overlays.encoded(picture, target), target)
         except InputError as error:

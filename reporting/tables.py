@@ -172,7 +172,7 @@ def record(detector: Detector, row: dict) -> dict:
         row["location_chosen"] = ",".join("/".join(names) for names in kinds)
         row["dims"] = ",".join(str(stage[0].density.width) for stage in stages)
     made = {("train_command" if name == "command" else name): value for name, value in detector.metadata.items()}
-    return row | made
+    return row | {name: value for name, value in made.items() if name not in row}  # no file says what was measured
 
 
 def path_below(path: Path, data_dir: str | Path) -> str:

@@ -272,6 +272,19 @@ def load_tensors(path: str | Path, what: str) -> dict:
     return content
 
 
+@contextmanager
+def damage_named(path: str | Path, what: str, way_out: str) -> Iterator[None]:
+    """Turn every way in which the content of a file can fail into an InputError that names file and reason: nobody
+    knows what a file holds that this program has not written. An InputError that names the file stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        if memory_is_full(error) or (isinstance(error, InputError) and str(error).startswith(f"{path}: ")):
+            raise
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [repr(error)])[0]
+        raise InputError(f"{path}: damaged {what} file ({reason}); {way_out}") from error
+
+
 def _check_types(value: object) -> None:
     """Raise TypeError for what torch.load would refuse: a value that is neither a tensor nor plain."""
     from torch import Tensor

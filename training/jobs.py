@@ -19,10 +19,12 @@ from normals import normals_path, save_normals
 from runtime import cache
 from runtime.cli import command_line, device_name, suitable_precision
 from runtime.distributed import Ranks
-from runtime.files import KILLED_AFTER, InputError, check_writable, locked_folder, remove_abandoned, say
+from runtime.files import KILLED_AFTER, InputError, check_writable, damage_named, locked_folder, remove_abandoned, say
 from runtime.image_files import FULL_RANGE
+from runtime.tensors import check_tensors, rules_of
 from training.choice import choose_density
 from training.trainer import (
+    ANEW,
     Precision,
     RunOptions,
     Trainer,
@@ -167,8 +169,10 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     torch.set_num_threads(precision.threads)
     with torch.random.fork_rng(devices=[]):
         networks = [build_network(config).to(options.device) for _ in states]
-    for network, state in zip(networks, states):
-        network.load_state_dict(state["network"])
+    for network, state, path in zip(networks, states, job.states):
+        with damage_named(path, "checkpoint", ANEW):
+            check_tensors(state["network"], rules_of(network.state_dict()), {})
+            network.load_state_dict(state["network"])
     detector = Detector(config, networks, train_set.fill_index.to(options.device), train_set.white)
     if config.density == "auto":
         detector = choose_density(detector, train_set.images)
