@@ -6,7 +6,7 @@ TEXTURES := $(DEMO)/textures
 DATA := $(DEMO)/Data
 TRAINING := --recipe fast --no-pretrained --epochs 300 --test_epochs 100
 
-.PHONY: help demo demo-cells demo-pretrained doctor test lint clean
+.PHONY: help demo demo-cells demo-pretrained doctor test faults lint clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -42,6 +42,9 @@ doctor: ## say what this machine has, and how fast it is (a minute)
 
 test: .venv/installed ## install, run the tests (minutes)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+faults: .venv/installed ## make thousands of faults and count what becomes of them (minutes)
+	$(BIN)/python tests/faults.py
 
 lint: .venv/installed ## ruff
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from config import add_data_flags, storage
 from runtime.cli import choose_device, folder_name, new_parser, run_script
-from runtime.files import InputError, csv_table, say, write_files
+from runtime.files import InputError, csv_table, print_line, say, write_files
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ from detector import (
     unseen_by,
 )
 from reporting.metrics import image_metrics
-from reporting.tables import normal_table
+from reporting.tables import normal_table, path_below
 from runtime.cache import iterate
 
 
@@ -114,12 +114,12 @@ def check_duplicates(data_dir: str, category: str, train: TrainSet, test: TestSe
     """Print how many pairs of images show one photograph, and return the file that lists them, by name."""
     within, between = find_duplicates(train.images, None if test is None else test.images)
     line = f"{category} duplicates: {_counted(within)} within train"
-    print(line + ("" if test is None else f", {_counted(between)} between train and test"), flush=True)
+    print_line(line + ("" if test is None else f", {_counted(between)} between train and test"))
     rows = []
     for pairs, others in ((within, train), (between, test)):
         for pair in pairs:
             paths = (train.paths[pair.first], others.paths[pair.second])
-            rows.append((pair.kind, *(path.relative_to(data_dir).as_posix() for path in paths), pair.similarity))
+            rows.append((pair.kind, *(path_below(path, data_dir) for path in paths), pair.similarity))
     columns = ("kind", "path", "other", "similarity")
     return {"duplicates.csv": csv_table([dict(zip(columns, row)) for row in rows], columns)}
 
@@ -216,7 +216,7 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
     rows = [row | {"p_value": p_value} for row, p_value in zip(rows, p_values)]
     names = [Path(row["path"]).name for row in rows]
     named = ", ".join(f"{name} ({row['score']:.3g})" for name, row in zip(names[:NAMED], rows))
-    print(f"{config.category} suspicious: {named}", flush=True)
+    print_line(f"{config.category} suspicious: {named}")
     if config.holdout:
         say(f"{config.category}: {len(rows)} of {len(train)} images were held out; only they are scored")
     elif len(detector.members) == 1:
@@ -274,10 +274,10 @@ def check_count(detector: Detector, train: TrainSet, test: TestSet | None) -> di
         say(f"{category}: the curve is of the first of {len(detector.members)} networks, alone")
     subsets = fit_subsets(detector, train.images, None if test is None else test.images)
     if not subsets:
-        print(f"{category} enough: {len(train)} images are too few to tell", flush=True)
+        print_line(f"{category} enough: {len(train)} images are too few to tell")
         return {}
     rows = curve_rows(subsets, None if test is None else test.labels)
-    print(f"{category} enough: {verdict(rows)}", flush=True)
+    print_line(f"{category} enough: {verdict(rows)}")
     rows = [{"category": category} | row for row in rows]
     return {"enough.csv": csv_table(rows), "enough.png": figures.png(figures.enough(category, rows))}
 

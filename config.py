@@ -268,9 +268,9 @@ class Config:
             raise SettingError("level", f"{max(self.levels)}: {self.backbone} has {len(spec.stages)} stages")
 
     def _check_patches(self) -> None:
-        for name in ("patch_size", "window"):
+        for name in ("patch_size", "window", "sigma"):
             if (value := self._value(name)) > min(self.size):
-                raise SettingError(name, f"{value} is larger than the image, {self.width}x{self.height}")
+                raise SettingError(name, f"{value:g} is larger than the image, {self.width}x{self.height}")
         if self.join and not self.patches.dense:
             raise SettingError("join", "goes with --dense 1: the stages of one pass over the image")
         for level in self.levels if self.patches.dense else ():

@@ -28,7 +28,7 @@ from torch.nn import functional
 from image_ops import NOTHING_IGNORED, fill_ignored, fill_index_of
 from runtime import cache
 from runtime.cache import IN_MEMORY, Storage
-from runtime.files import MARK, InputError, check_replaceable, has_mark, say_once, write_file
+from runtime.files import MARK, InputError, check_name, check_replaceable, has_mark, say_once, write_file
 from runtime.image_files import (
     DECODER,
     FULL_RANGE,
@@ -220,7 +220,8 @@ def find_mask(path: Path) -> Path | None:
     suffixes = (path.suffix, *formats(), *(suffix.upper() for suffix in formats()))
     candidates = (folder / (stem + suffix) for stem in (f"{path.stem}_mask", path.stem) for suffix in suffixes)
     several = folder / path.stem
-    return next((file for file in candidates if file.is_file()), several if several.is_dir() else None)
+    # Path.is_file would fail on a name that is too long
+    return next(filter(os.path.isfile, candidates), several if os.path.isdir(several) else None)
 
 
 def mask_files(mask: Path) -> list[Path]:
@@ -326,13 +327,14 @@ def save_maps(folder: Path, images: Path, paths: Sequence[Path], maps: np.ndarra
         target = (folder / path.relative_to(images)).with_suffix(".tiff")
         if target in targets:
             raise InputError(f"{path}: its map would be named like that of {targets[target].name}; rename one of them")
+        check_name(target)
         check_replaceable(target, "take another --eval_dir")
         targets[target] = path
     real = os.path.realpath(folder)
     for earlier in folder.glob("test/*/*.tiff"):  # maps of images that may have gone
         linked = os.path.realpath(earlier) != os.path.join(real, earlier.relative_to(folder))
         if earlier not in targets and has_mark(earlier) and not linked:
-            earlier.unlink()
+            earlier.unlink(missing_ok=True)  # another run may have removed it
     for (target, path), values in zip(targets.items(), maps):
         values = functional.interpolate(torch.from_numpy(values)[None, None], read_size(path), mode="bilinear")[0, 0]
         buffer = io.BytesIO()

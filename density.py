@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from runtime.tensors import FLOATS, TINY, TensorRule
+
 POOLED = 0.05  # share of the mean covariance in the covariance of each of several Gaussians
 FOLDS = 5  # of held-out scores and of the cross-validation of KernelDensity
 SHARED_BYTES = 48 * 2**20  # largest size, as float64, of the embeddings that a shared density is fitted to
@@ -43,6 +45,11 @@ class Density(nn.Module):
         super().__init__()
         self.shape = shape
 
+    @property
+    def rules(self) -> dict[str, TensorRule]:
+        """Return what the buffers in a file must be: of K densities of D dimensions."""
+        return {}
+
 
 class GaussianTorch(Density):
     """Gaussians with Ledoit-Wolf covariance, computed in float64.
@@ -59,6 +66,10 @@ class GaussianTorch(Density):
         super().__init__(shape)
         for name in ("mean", "factor"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+
+    @property
+    def rules(self) -> dict[str, TensorRule]:
+        return {"mean": TensorRule(("K", "D"), FLOATS), "factor": TensorRule(("K", "D", "D"), FLOATS)}
 
     @property
     def count(self) -> int:
@@ -130,6 +141,10 @@ class KernelDensity(Density):
         for name in ("points", "bandwidth"):
             self.register_buffer(name, torch.empty(0, dtype=torch.float64))
 
+    @property
+    def rules(self) -> dict[str, TensorRule]:
+        return {"points": TensorRule(("N", "D")), "bandwidth": TensorRule((), least=TINY)}
+
     def fit(self, embeddings: Tensor) -> "KernelDensity":
         """Fit to embeddings (N, D) or (1, N, D), N >= 2. Raises DensityError as GaussianTorch.fit does."""
         from sklearn.model_selection import GridSearchCV
@@ -194,6 +209,15 @@ class Nearest(Density):
         neighbors, inverse = neighborhoods(*shape)
         self.register_buffer("neighbors", neighbors, persistent=False)
         self.register_buffer("inverse", inverse, persistent=False)
+
+    @property
+    def rules(self) -> dict[str, TensorRule]:
+        return {
+            "points": TensorRule(("K", "D", "M"), (torch.float16, torch.float32)),
+            "squares": TensorRule(("K", "M"), (torch.float32,), least=0),
+            "locations": TensorRule(("K", "M"), (torch.int32,), least=0, most=math.prod(self.shape) - 1),
+            "images": TensorRule(("K", "M"), (torch.int32,), least=0),
+        }
 
     @property
     def count(self) -> int:

@@ -26,14 +26,16 @@ from density import DENSITIES, DensityError
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
-from runtime.files import InputError, load_tensors, save_tensors, say
+from runtime.files import InputError, damage_named, load_tensors, save_tensors, say
 from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import FULL_RANGE, decode, resized
+from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of, standardization
 
 FORMAT = "cutpaste-detector"
 VERSION = 6  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
+DAMAGED = "detector", "train it again"
 WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white
 APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
@@ -624,7 +626,7 @@ def initial_network(config: Config, pretrained: bool = True, member: int = 0) ->
 def category_seed(seed: int, category: str, member: int = 0) -> int:
     """Return a seed for one member of one category, so that its results do not depend on what was trained before it."""
     text = f"{seed}/{category}" + (f"/{member}" if member else "")
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:7], "big")
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -665,42 +667,76 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     """Read a detector file onto ``device``, wherever it was made. Raises InputError if it is missing, damaged, not a
     detector, of a newer format, or under a name that is not its category's."""
     config, content = _read(path)
-    try:
+    with damage_named(path, *DAMAGED):
+        _check(config, content)
         with torch.random.fork_rng(devices=[]):
             density = content.get("chosen_density", config.density)  # earlier files have none
-            if density not in (*DENSITIES, *DENSITY_SUMS):
-                raise ValueError(f"no density is called {density!r}")
             detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED), density=density)
-        if tuple(detector.fill_index.shape) not in ((0,), detector.config.size):
-            raise ValueError(f"a fill index of {tuple(detector.fill_index.shape)} for images of {detector.config.size}")
-        if len(content["members"]) != len(detector.members):
-            raise ValueError(f"{len(content['members'])} networks for {len(detector.members)} folds")
         for member, part in zip(detector.members, content["members"]):
             load_member(member, part)
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
         detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
         detector.metadata = dict(content["metadata"])
         detector.white = content.get("white", FULL_RANGE)  # earlier files have none
-        if type(detector.white) is not int or detector.white not in WHITES:
-            raise ValueError(f"white {detector.white!r} is none of {', '.join(map(str, WHITES))}")
         return detector.to(device).eval()
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: damaged detector file ({reason}); train it again") from error
+
+
+def _check(config: Config, content: dict) -> None:
+    """Raise ValueError for what does not fit the settings or cannot be; builds no network. Members are checked as they
+    are loaded."""
+    members, scores, metadata = content["members"], content["normal_scores"], content["metadata"]
+    if len(members) != config.folds:
+        raise ValueError(f"{len(members)} networks for {config.folds} folds")
+    if config.folds > 1 and len({next(iter(part["network"].values())).data_ptr() for part in members}) < len(members):
+        raise ValueError("several folds have one network")
+    density = content.get("chosen_density", config.density)
+    if density not in ([*DENSITIES, *DENSITY_SUMS] if config.density == "auto" else [config.density]):
+        raise ValueError(f"density {density!r} for the setting {config.density}")
+    sizes = dict(zip("HW", config.size))
+    check_tensor("normal_scores", scores, TensorRule(("n",)), sizes)
+    if 0 < len(scores) < 2 * config.folds * (config.folds > 1):
+        raise ValueError(f"{len(scores)} scores of normal images for {config.folds} folds")
+    if len(scores) or not torch.isnan(content["threshold"]):  # else it was never fitted
+        check_tensor("threshold", content["threshold"], TensorRule(()), sizes)
+    for name, rule in {
+        "appearance": TensorRule(("looks", 3), (torch.float32,), least=0),
+        "sources": TensorRule(("H", "W"), (torch.int32,), least=0, most=math.prod(config.size) - 1),
+    }.items():
+        if name in content and tuple(content[name].shape) != (0,):
+            check_tensor(name, content[name], rule, sizes)
+    sources = content.get("sources", NOTHING_IGNORED).flatten().long()
+    if (sources[sources] != sources).any():
+        raise ValueError("sources: an ignored pixel is filled with another one that is ignored")
+    if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in metadata):
+        raise ValueError("metadata are no values by name")
+    white = content.get("white", FULL_RANGE)
+    if type(white) is not int or white not in WHITES:
+        raise ValueError(f"white {white!r} is none of {', '.join(map(str, WHITES))}")
 
 
 def load_member(member: EnsembleMember, content: dict) -> None:
-    """Set a member to what a file holds of it. Raises ValueError or RuntimeError if that does not fit."""
+    """Set a member to what a file holds of it. Raises ValueError, naming it, for what does not fit or cannot be."""
+    config, alone = member.config, member.config.folds == 1
+    rules = rules_of(member.network.state_dict())
+    for name in [name for name in rules if name.endswith("num_batches_tracked") and name not in content["network"]]:
+        del rules[name]  # which torch adds
+    check_tensors(content["network"], rules, {})
+    for name, rule in standardization(alone).items():
+        check_tensor(name, content[name], rule, {})
     member.network.load_state_dict(content["network"])
-    if content["levels"].keys() != member.levels.state_dict().keys():
-        raise ValueError("its densities are of another kind")
+    buffers: dict[str, dict[str, object]] = {str(number): {} for number in range(len(member.levels))}
+    for name, value in content["levels"].items():
+        number, _, buffer = name.partition(".")
+        if number not in buffers:
+            raise ValueError(f"{name} is of a level that it has not")
+        buffers[number][buffer] = value
+    for number, level in enumerate(member.levels):
+        width = sum(member.network.spec.widths[config.levels[stage] - 1] for stage in level.stages)
+        level.check(buffers[str(number)], width, alone=len(member.levels) == 1)
     for name, value in content["levels"].items():  # their shapes are the file's, not those of an empty density
         owner, _, buffer = name.rpartition(".")
         # What is kept in half precision is computed with in single precision
         setattr(member.levels.get_submodule(owner), buffer, value.float() if value.dtype == torch.float16 else value)
-    for level in member.levels:
-        if level.density.count not in (1, math.prod(level.grid.shape)):
-            raise ValueError(f"{level.density.count} densities for {math.prod(level.grid.shape)} windows")
     member.center, member.scale = content["center"], content["scale"]
 
 
@@ -712,14 +748,13 @@ def _read(path: str | Path) -> tuple[Config, dict]:
     version = content.get("version")
     if not isinstance(version, int) or version > VERSION:
         raise InputError(f"{path}: detector format {version}, this program reads up to {VERSION}; update the program")
-    try:
+    with damage_named(path, *DAMAGED):
         content = from_version_2(content) if version < 3 else content
         content = from_version_3(content) if version < 4 else content
-        config = Config.from_dict(content["config"])
-    except UnknownSettingError as error:
-        raise InputError(f"{path}: made by a newer program ({error}); update this one") from error
-    except (InputError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged detector file ({error}); train it again") from error
+        try:
+            config = Config.from_dict(content["config"])
+        except UnknownSettingError as error:
+            raise InputError(f"{path}: made by a newer program ({error}); update this one") from error
     if config.category != Path(path).stem:
         state = f"the detector of category {config.category!r} under another name"
         raise InputError(f"{path}: {state}; rename it back, a detector is only right for its own category")
@@ -736,6 +771,8 @@ def from_version_2(content: dict) -> dict:
     level = {"axes": density.pop("projection", torch.empty(0))}
     level |= {"center": torch.zeros((), dtype=torch.float64), "scale": torch.ones((), dtype=torch.float64)}
     if "precision" in density:  # P = V diag(l) V', so that |diag(l)^1/2 V' x|^2 = x'P x
+        rules = {"mean": TensorRule(("D",), FLOATS), "precision": TensorRule(("D", "D"), FLOATS)}
+        check_tensors({name: density[name] for name in rules}, rules, {})
         values, vectors = torch.linalg.eigh(density["precision"])
         factor = values.clamp(min=0).sqrt()[:, None] * vectors.T
         density = {"mean": density["mean"][None], "factor": factor[None]}

@@ -85,10 +85,10 @@ def main(args: argparse.Namespace) -> None:
     for path in paths:  # all of them, before any hour is spent
         check_flags(args, path)
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
-    check_writable(out_dir, ranks.rank)
+    check_writable(out_dir)
     if args.report:
         check_replaceable(args.report, "take another --report")
-        check_writable(Path(args.report).parent, ranks.rank)
+        check_writable(Path(args.report).parent)
 
     with ranks.joined(False):
         results = []

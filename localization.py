@@ -5,6 +5,7 @@ stage, the up-sampling of distances to maps, and Grad-CAM of image-level models.
 Sources: CutPaste (CVPR 2021), sections 2.4, 4.2 and A.5; Selvaraju et al., "Grad-CAM", ICCV 2017.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from density import DENSITIES, NotFiniteError, fit_density, group_by_density, held_out
 from model import CutPasteNet
+from runtime.tensors import FLOATS, TensorRule, check_tensors, standardization
 
 EACH_LEAST = 8  # images that one Gaussian for each location needs
 AXES_IMAGES = 32  # normal images that the principal axes are taken from
@@ -180,6 +182,23 @@ class StageDensity(nn.Module):
             likelihoods = ", ".join(f"{kind} {value:.1f}" for kind, value in self.likelihoods.items())
             words += f" (mean log likelihood of held-out normal images: {likelihoods})"
         return words
+
+    def check(self, tensors: dict[str, object], width: int, alone: bool) -> None:
+        """Raise ValueError, naming it, for a buffer of a file that is not as it must be.
+
+        tensors: the buffers by name. width: of the features of its stages. alone: no other level is added to this one.
+        """
+        axes, windows = tensors.get("axes"), math.prod(self.grid.shape)
+        all_kept = self.dims is None and isinstance(axes, Tensor) and axes.ndim == 1
+        sizes = {"width": width, "D": self.dims or width, "L": windows}
+        rules = {"axes": TensorRule((0,) if all_kept else ("width", "D"), FLOATS)}
+        if self.joined:
+            rules["origin"] = TensorRule(() if all_kept else ("D",), (torch.float32,))
+        rules |= standardization(alone, ("L",) if self.by_place else ())
+        rules |= {f"density.{name}": rule for name, rule in self.density.rules.items()}
+        check_tensors(tensors, rules, sizes)
+        if sizes.get("K", 1) not in (1, windows):
+            raise ValueError(f"{sizes['K']} densities for {windows} windows")
 
     def choose_axes(self, embeddings: Sequence[Tensor]) -> None:
         """Choose the ``dims`` directions to keep by embeddings (n, L, D) of normal images, one tensor for each stage.

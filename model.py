@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from choices import BACKBONES, NORMALIZATIONS
-from runtime.files import InputError
+from runtime.files import InputError, check_regular
 
 HIDDEN = 512  # width of each of the --head_layer layers
 PROJECTION = 128  # width of the layer before the output
@@ -186,7 +186,10 @@ def _read_weights(backbone: str, weights: str | Path | None) -> dict[str, Tensor
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(f"the pretrained weights of {backbone} could not be downloaded ({reason})") from error
     try:
+        check_regular(weights)
         state = torch.load(weights, map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise WeightsError(str(error)) from error
     except FileNotFoundError as error:
         raise WeightsError(f"{weights}: no such file") from error
     except Exception as error:  # torch.load has no error of its own for a bad file

@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from dataset import TrainSet
 from detector import Detector, batches_of, evenly_spaced
-from runtime.files import InputError, load_tensors, save_tensors
+from runtime.files import InputError, damage_named, load_tensors, save_tensors
 from runtime.image_files import encode
+from runtime.tensors import TensorRule, check_tensor
 
 FORMAT = "cutpaste-normals"
 VERSION = 1
@@ -25,6 +26,7 @@ SUFFIX = ".normals"  # not that of detectors, which are found by theirs
 KEPT = 1000  # normal images that are kept
 ANEW = "train anew with --explain 1 --overwrite"
 QUALITY = 85  # of their JPEG files
+UNIT_ERROR = 0.01  # of the length of an embedding, which is kept in half precision
 CELLS = 4  # an embedding is a map of so many features down and across
 
 
@@ -38,15 +40,20 @@ def normals_path(detector_path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Normals:
-    """N normal images. jpegs: their files at the detector's size; embeddings: (N, D) float32 of unit length."""
+    """N normal images. jpegs: their files at the detector's size; embeddings: (N, D) float32 of unit length. path: of
+    the file."""
 
+    path: Path
     names: list[str]
     jpegs: list[bytes]
     embeddings: Tensor
 
     def image(self, number: int) -> np.ndarray:
-        """Return an image, (H, W, 3) uint8."""
-        return np.array(Image.open(io.BytesIO(self.jpegs[number])))
+        """Return an image, (H, W, 3) uint8. Raises InputError if its JPEG file is damaged."""
+        try:
+            return np.array(Image.open(io.BytesIO(self.jpegs[number]), formats=("JPEG",)))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{self.path}: {self.names[number]} cannot be decoded ({error}); {ANEW}") from error
 
     def nearest(self, embeddings: Tensor) -> list[int]:
         """Return the numbers of the images whose embeddings have the smallest angle to each of (B, D)."""
@@ -98,10 +105,32 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
     if content.get("version") != VERSION:
         versions = f"format {content.get('version')}, this program reads {VERSION}"
         raise InputError(f"{path}: {versions}; update the program, or {ANEW}")
-    if content["detector"] != digest(detector):
+    if content.get("detector") != digest(detector):
         raise InputError(f"{path}: was written with another detector than the one beside it; {ANEW}")
-    parts = content["jpegs"].split(content["lengths"])
-    return Normals(content["names"], [part.numpy().tobytes() for part in parts], content["embeddings"].float())
+    with damage_named(path, "normals", ANEW):
+        return _checked(content, detector, Path(path))
+
+
+def _checked(content: dict, detector: Detector, path: Path) -> Normals:
+    """Return what a file holds. Raises ValueError for what cannot be, or does not fit the detector."""
+    names, lengths = content["names"], content["lengths"]
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and 0 < len(names) <= KEPT):
+        raise ValueError(f"names are no list of 1 to {KEPT} names")
+    if len(lengths) != len(names) or not all(type(length) is int and length > 0 for length in lengths):
+        raise ValueError(f"lengths are not those of {len(names)} images")
+    network = detector.members[0].network
+    width = network.spec.widths[detector.comparison_level - 1] * CELLS**2
+    check_tensor("embeddings", content["embeddings"], TensorRule((len(names), width), (torch.float16,)), {})
+    check_tensor("jpegs", content["jpegs"], TensorRule((sum(lengths),), (torch.uint8,)), {})
+    embeddings = content["embeddings"].float()
+    if ((embeddings.norm(dim=1) - 1).abs() > UNIT_ERROR).any():
+        raise ValueError("embeddings are not of unit length")
+    jpegs = [part.numpy().tobytes() for part in content["jpegs"].split(lengths)]
+    for name, jpeg in zip(names, jpegs):
+        with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
+            if image.size != detector.config.size[::-1] or image.mode != "RGB":
+                raise ValueError(f"{name} is {image.mode} of {image.size}, not RGB of {detector.config.size[::-1]}")
+    return Normals(path, names, jpegs, embeddings)
 
 
 def digest(detector: Detector) -> str:

@@ -37,7 +37,7 @@ from runtime.cli import (
     run_script,
     zero_or_one,
 )
-from runtime.files import InputError, check_replaceable, check_writable, say, write_file
+from runtime.files import InputError, check_replaceable, say, write_file
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -76,7 +76,7 @@ from dataset import choose_categories, find_white, load_train, train_paths
 from density import NotFiniteError
 from model import WeightsError
 from runtime.distributed import Ranks, from_environment
-from training.jobs import Job, check_masks, check_settings, train_networks, write_detector
+from training.jobs import Job, check_masks, check_settings, reserved, train_networks, write_detector
 from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, RunOptions
 
 
@@ -98,19 +98,24 @@ def main(args: argparse.Namespace) -> None:
             write_preview(args.preview, jobs[: len(categories)], options)
         return
     check_ranks(args, config, ranks)
-    for job in jobs:
-        check_writable(job.folder, ranks.rank)
-        if not args.overwrite:
-            check_settings(job)
-    torch.backends.cudnn.deterministic = True
+    with reserved((job.folder for job in jobs), ranks):
+        for job in jobs:
+            if not args.overwrite:
+                check_settings(job)
+        tell_recipe(config, ranks)
+        torch.backends.cudnn.deterministic = True
+        make_detectors(jobs, options, ranks)
+    if ranks.is_main:
+        evaluation = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
+        say(f"detectors are in {args.model_dir}; next: {evaluation}")
+
+
+def tell_recipe(config: Config, ranks: Ranks) -> None:
+    """Say which settings the recipe has set."""
     if RECIPES[config.recipe] and ranks.is_main:
         settings = {name: flag_value(config.to_dict()[name]) for name in RECIPES[config.recipe]}
         settings.pop("epochs" if config.minutes else "", None)
         say(f"recipe {config.recipe}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
-    make_detectors(jobs, options, ranks)
-    if ranks.is_main:
-        evaluation = f"python eval.py --data_dir {args.data_dir} --model_dir {args.model_dir}"
-        say(f"detectors are in {args.model_dir}; next: {evaluation}")
 
 
 def print_backbones() -> None:

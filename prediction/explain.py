@@ -16,7 +16,7 @@ from detector import BatchPrediction, Detector
 from normals import Normals, compared
 from prediction.scorer import heat_maps
 from reporting import overlays
-from runtime.files import InputError, say, write_file
+from runtime.files import InputError, say, shown, write_file
 
 # Of a panel, in pixels: what a picture fits into (width, height), also where wide ones are stacked; between pictures
 UPRIGHT, WIDE, GAP = (360, 420), (600, 400), 16
@@ -77,11 +77,6 @@ class Explainer:
         nearest: int,
     ) -> None:
         """Write the panel of an image (h, w, 3) with its heat (h, w), next to the normal image number ``nearest``."""
-        try:
-            target = self.target(path)
-        except InputError as error:
-            say(f"no panel: {' '.join(str(error).splitlines())}")
-            return
         if heat is not None and not self.has_maps and heat.max() <= 0:
             heat = None
         lines = [
@@ -89,10 +84,14 @@ class Explainer:
             f"score {score:.3g}, p-value {p:.2g} (anomalous up to {self.rate:.2g})",
         ]
         normal_title = f"nearest normal: {self.normals.names[nearest]}"
-        pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
         level = overlays.drawn_above(heat, self.threshold, True) if self.has_maps else None
-        picture = panel(lines, pictures, size, heat, self.threshold, level)
-        write_file(overlays.encoded(picture, target), target)
+        try:
+            target = self.target(path)
+            pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
+            picture = panel(lines, pictures, size, heat, self.threshold, level)
+            write_file(overlays.encoded(picture, target), target)
+        except InputError as error:
+            say(f"no panel: {' '.join(str(error).splitlines())}")
 
 
 def crop(heat: np.ndarray, threshold: float) -> tuple[int, int, int, int]:
@@ -164,21 +163,19 @@ def page(lines: Sequence[str], rows: Sequence[Sequence[tuple[str, Image.Image]]]
     canvas = Image.new("RGB", (GAP + column * len(rows[0]), head + row * len(rows)), GROUND)
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
-        draw.text((GAP, GAP + 26 * number), fitted(line, large, canvas.width - 2 * GAP), TEXT, large)
+        draw.text((GAP, GAP + 26 * number), fitted(shown(line), large, canvas.width - 2 * GAP), TEXT, large)
     for y, pictures in enumerate(rows):
         for x, (title, picture) in enumerate(pictures):
             left, top = GAP + column * x, head + row * y
-            draw.text((left, top), fitted(title, small, column - GAP), DIM, small)
+            draw.text((left, top), fitted(shown(title), small, column - GAP), DIM, small)
             canvas.paste(picture, (left, top + 22))
     return canvas
 
 
 def fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Shorten a text in its middle until it is at most ``width`` pixels long. What cannot be printed, such as a line
-    break or bytes that are no UTF-8, becomes a question mark."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
-    shown, length = text, len(text)
-    while length > 2 and font.getlength(shown) > width:
+    """Shorten a text in its middle until it is at most ``width`` pixels long."""
+    fitting, length = text, len(text)
+    while length > 2 and font.getlength(fitting) > width:
         length -= 1
-        shown = f"{text[: length // 2]}...{text[len(text) - (length - length // 2) :]}"
-    return shown
+        fitting = f"{text[: length // 2]}...{text[len(text) - (length - length // 2) :]}"
+    return fitting

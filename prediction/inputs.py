@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from detector import detector_path, detectors_in
-from runtime.files import InputError, say
+from runtime.files import InputError, say, spreadsheet_safe
 from runtime.image_files import find_folders, list_folder
 
 LOOK_EVERY = 0.5  # seconds between two looks at files that are being written
 SETTLED = 1.0  # seconds without a change after which a file counts as written
 WALK_EVERY = 30  # seconds after which folders are walked even if the system tells of no change: network drives
 WALK_SHARE = 5  # walking takes at most one of so many seconds
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet computes begins so
 
 
 @dataclass
@@ -60,11 +59,6 @@ def pair_folders(model_dir: str, root: str) -> list[Task]:
     if not tasks:
         raise InputError(f"{root}: no sub-folder that is named like a detector in {model_dir}")
     return tasks
-
-
-def spreadsheet_safe(path: str) -> str:
-    """Return the same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
-    return os.path.join(".", path) if path.startswith(FORMULA_STARTS) else path
 
 
 def walk(folder: str, skipped: Iterable[str] = ()) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from reporting import overlays
-from runtime.files import InputError, check_replaceable, csv_record, write_file
+from runtime.files import InputError, check_replaceable, csv_record, lock, write_file
 from runtime.image_files import decode
 
 STATE = ("time", "bytes", "modified")  # when an image was scored, if it was watched for; size and time of its file
@@ -77,15 +77,11 @@ class RowsFile:
         return self
 
     def lock(self) -> None:
-        """Let no other run write to the file until this process ends; not on systems without such locks."""
-        try:
-            import fcntl
-
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{self.path}: another run is writing to it; wait for it, or take another file") from error
-        except (ImportError, OSError):
-            pass
+        """Let no other run write to the file until it is closed. Raises InputError if one does."""
+        message = f"{self.path}: another run is writing to it; wait for it, or take another file"
+        lock(self.file, message)
+        if not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):  # it has been replaced meanwhile
+            raise InputError(message)
 
     def __exit__(self, *_) -> None:
         if self.path is not None:
@@ -141,9 +137,9 @@ class RowsFile:
                 header = file.readline() if self.kind == "csv" else b""
                 kept = [record for record in records(file, self.kind) if self.parsed(record)["path"] not in gone]
             write_file(header + b"".join(kept), path)
-            self.file.close()
-            self.file = open(path, "ab", buffering=0)  # noqa: SIM115
+            earlier, self.file = self.file, open(path, "ab", buffering=0)  # noqa: SIM115
             self.lock()
+            earlier.close()  # only now: no other run has had the lock in between
 
     def write(self, content: bytes) -> None:
         """Write all of it; if that fails, nothing of it where the file can be cut."""

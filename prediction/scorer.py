@@ -3,6 +3,7 @@
 Owns what becomes of one image: its row, and when it is drawn. Knows no flag, and not which files are meant.
 """
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -202,6 +203,7 @@ class Scorer:
             levels = [overlays.drawn_above(heat, self.model.threshold, p <= self.model.rate) for heat, p in decisions]
         errors = pool.map(self.draw_one, files, maps, levels) if self.draw else [None] * len(files)
         for file, score, p, heat, level, error in zip(files, scores, p_values, maps, levels, errors):
+            error = error or (None if math.isfinite(score) else "its score is not finite; train the detector again")
             if error:
                 rows[file.path]["error"] = error
                 continue

@@ -19,7 +19,7 @@ from detector import Detector, category_seed, stream
 from image_ops import to_float
 from reporting.metrics import Evaluation
 from reporting.overlays import drawn_above
-from runtime.files import MARK
+from runtime.files import MARK, shown
 
 NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
@@ -66,6 +66,12 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def plain(text: str) -> str:
+    """Return text with names in it as matplotlib shows it letter by letter: a pair of dollar signs would be a formula.
+    Its line breaks stay."""
+    return "\n".join(map(shown, text.split("\n"))).replace("$", r"\$")
+
+
 # Sheets -----------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +106,8 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
     axes = figure.subplots()  # one for all cells: each takes a tenth of a second
     axes.imshow(sheet.reshape(count * down, views * right, 3)[:-gap, :-gap])
     axes.set_xticks([column * right + width / 2 for column in range(views)], columns, fontsize=10)
-    axes.set_yticks([row * down + height / 2 for row in range(count)], rows, fontsize=9, rotation=90, va="center")
+    middles = [row * down + height / 2 for row in range(count)]
+    axes.set_yticks(middles, list(map(plain, rows)), fontsize=9, rotation=90, va="center")
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -174,7 +181,7 @@ def heat_sheet(
         band, column = divmod(number, across)
         top, *middle, bottom = grid[per_case * band : per_case * (band + 1), column]
         top.imshow(image.clip(0, 1))
-        top.set_title(title, fontsize=7.5)
+        top.set_title(plain(title), fontsize=7.5)
         for axes in middle:
             if mask is None:
                 axes.text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=9, color="0.4")
@@ -188,7 +195,7 @@ def heat_sheet(
         if level is not None and heat.min() < level < heat.max():
             bottom.contour(heat, [level], colors=OUTLINE, linewidths=1)
     note = "" if threshold is None else "; blue outline: why it is called anomalous"
-    figure.suptitle(f"{category}: {shows}{note}", fontsize=11)
+    figure.suptitle(plain(f"{category}: {shows}{note}"), fontsize=11)
     if maps:
         bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
         bar.solids.set_alpha(1)
@@ -230,7 +237,7 @@ def roc(evaluation: Evaluation, untrained: Evaluation | None = None) -> Figure:
     axes.set(
         xlabel="share of normal images called anomalous",
         ylabel="share of anomalous images found",
-        title=f"{evaluation.category}: ROC curve",
+        title=plain(f"{evaluation.category}: ROC curve"),
         xlim=(-0.01, 1.01),
         ylim=(-0.01, 1.01),
         aspect="equal",
@@ -252,7 +259,7 @@ def score_histogram(evaluation: Evaluation) -> Figure:
         axes.hist(values, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
         axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
         title = f"{_words(kind)}: {(values > threshold).sum()} of {len(values)} above"
-        axes.set_title(title, loc="left", fontsize=9, pad=3)
+        axes.set_title(plain(title), loc="left", fontsize=9, pad=3)
         axes.yaxis.get_major_locator().set_params(nbins=2, integer=True)
         axes.grid(axis="x", visible=False)
     if detector.guarantee.holds:
@@ -260,7 +267,7 @@ def score_histogram(evaluation: Evaluation) -> Figure:
     else:
         meaning = "the largest score of normal images"
     title = f"{evaluation.category}: scores of the test images\ndashed: threshold, {meaning}"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     grid[-1].set_xlabel(f"{detector.unit}, higher is more anomalous")
     figure.supylabel("images", fontsize=10)
     return figure
@@ -299,7 +306,7 @@ def tsne(category: str, embeddings: np.ndarray, groups: Sequence[str]) -> Figure
     for name, (title, color) in styles.items():
         x, y = points[np.array(groups) == name].T
         axes.scatter(x, y, s=22, color=color, edgecolor="white", linewidth=0.4, label=title)
-    axes.set(title=f"{category}: t-SNE of test images and their augmented views", xticks=[], yticks=[])
+    axes.set(title=plain(f"{category}: t-SNE of test images and their augmented views"), xticks=[], yticks=[])
     axes.set(xlabel="t-SNE, no unit", ylabel="t-SNE, no unit")
     axes.legend(loc="best", frameon=True, fontsize=9)
     return figure
@@ -323,7 +330,9 @@ def enough(category: str, rows: Sequence[dict]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, map(str, counts))
         axes.legend(frameon=True, fontsize=9)
-    grid[0].set(title=f"{category}: what more normal images bring", ylabel="score of new normal ones\n(deviations)")
+    grid[0].set(
+        title=plain(f"{category}: what more normal images bring"), ylabel="score of new normal ones\n(deviations)"
+    )
     if len(panels) > 1:
         grid[1].set(ylabel="percent")
     grid[-1].set(xlabel="normal images in the density")
@@ -334,7 +343,7 @@ def summary(rows: Sequence[dict]) -> Figure:
     """Draw the image AUROC of each category and their mean, in percent, from rows of results.csv that have one; the
     untrained baseline's as marks, if all rows have it."""
     categories, values, untrained = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
-    names = [*categories, "average"]
+    names = [*map(plain, categories), "average"]
     percent = 100 * np.append(values, np.mean(values))
     figure, (axes,) = _new_axes(6.4, 0.38 * len(names) + 1.3)
     colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]

@@ -9,6 +9,7 @@ import numpy as np
 
 from dataset import TestSet
 from detector import Detector, stream
+from runtime.files import InputError
 
 AUPRO_LIMIT = 0.3  # largest false-positive rate that enters the AUPRO: the field's standard
 
@@ -47,6 +48,7 @@ def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None)
         scores[part], p_values[part] = prediction.scores.cpu().numpy(), prediction.p_values.cpu().numpy()
         if maps is not None:
             maps[part] = detector.heat(prediction).cpu().numpy()
+    check_scores(detector, scores)
     metrics = image_metrics(test.labels, scores) if 0 < test.labels.sum() < len(test.labels) else {}
     if masks is not None:
         known = test.known(masks)
@@ -54,6 +56,13 @@ def evaluate(detector: Detector, test: TestSet, masks: np.ndarray | None = None)
         if truth.any() and not truth.all():
             metrics |= pixel_metrics(truth, maps if known.all() else maps[known])
     return Evaluation(detector, test, scores, p_values, maps, masks, metrics)
+
+
+def check_scores(detector: Detector, scores: np.ndarray) -> None:
+    """Raise InputError if a score is not finite: the detector's network cannot be used."""
+    if not np.isfinite(scores).all():
+        count = int((~np.isfinite(scores)).sum())
+        raise InputError(f"{detector.config.category}: {count} of {len(scores)} scores are not finite; train it again")
 
 
 # Images -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataset import unpaired_masks
 from detector import Detector
 from reporting.metrics import Evaluation, image_metrics
 from runtime.cli import command_line
+from runtime.files import print_line, spreadsheet_safe
 
 NAMED_FILES = 3  # of those that a line is about
 LINES = {  # on stdout, for columns of results.csv
@@ -33,7 +34,7 @@ def print_lines(row: dict) -> None:
     """Print the lines of one category, from its row of results.csv."""
     for column, name in LINES.items():
         if row[column] is not None:
-            print(f"{row['category']} {name}: {row[column]}", flush=True)
+            print_line(f"{row['category']} {name}: {row[column]}")
 
 
 def print_average(rows: list[dict]) -> None:
@@ -41,7 +42,7 @@ def print_average(rows: list[dict]) -> None:
     for column, name in LINES.items():
         values = [row[column] for row in rows if row[column] is not None]
         if values:
-            print(f"average {name}: {float(np.mean(values))}", flush=True)
+            print_line(f"average {name}: {float(np.mean(values))}")
 
 
 def missing(evaluation: Evaluation) -> Iterator[str]:
@@ -114,11 +115,11 @@ def print_seed_lines(row: dict) -> None:
     """Print the lines of one category, from its row of seeds.csv."""
     for column, name in LINES.items():
         if row[column] is not None:
-            print(f"{row['category']} {name}: {row[column]}")
+            print_line(f"{row['category']} {name}: {row[column]}")
         if (error := row[f"{column}_standard_error"]) is not None:
-            print(f"{row['category']} {name} standard error: {error}")
+            print_line(f"{row['category']} {name} standard error: {error}")
     if row["averaged_auroc"] is not None:
-        print(f"{row['category']} AUC of averaged scores: {row['averaged_auroc']}", flush=True)
+        print_line(f"{row['category']} AUC of averaged scores: {row['averaged_auroc']}")
 
 
 # Tables -----------------------------------------------------------------------------------------------------------
@@ -171,7 +172,12 @@ def record(detector: Detector, row: dict) -> dict:
         row["location_chosen"] = ",".join("/".join(names) for names in kinds)
         row["dims"] = ",".join(str(stage[0].density.width) for stage in stages)
     made = {("train_command" if name == "command" else name): value for name, value in detector.metadata.items()}
-    return row | made
+    return row | {name: value for name, value in made.items() if name not in row}  # no file says what was measured
+
+
+def path_below(path: Path, data_dir: str | Path) -> str:
+    """Return a path as tables have it: relative to the data folder, after ./ if it would look like a formula."""
+    return spreadsheet_safe(path.relative_to(data_dir).as_posix())
 
 
 def score_table(evaluation: Evaluation, data_dir: str | Path, seed: str = "") -> list[dict]:
@@ -181,7 +187,7 @@ def score_table(evaluation: Evaluation, data_dir: str | Path, seed: str = "") ->
     """
     test, category = evaluation.test, evaluation.category
     columns = ("category", "path", "label", "defect_type", "score", "p_value", "seed")[: 7 if seed else 6]
-    paths = [path.relative_to(data_dir).as_posix() for path in test.paths]
+    paths = [path_below(path, data_dir) for path in test.paths]
     scores, p_values = evaluation.scores.tolist(), evaluation.p_values.tolist()
     rows = zip(paths, test.labels.tolist(), test.defect_types, scores, p_values)
     return [dict(zip(columns, (category, *values, seed))) for values in rows]
@@ -193,7 +199,7 @@ def normal_table(detector: Detector, paths: Sequence[Path], data_dir: str | Path
     paths: the training images that the calibration scores belong to, in their order.
     """
     category, scores = detector.config.category, detector.calibration_scores.cpu()
-    names = [path.relative_to(data_dir).as_posix() for path in paths]
+    names = [path_below(path, data_dir) for path in paths]
     above = (scores > detector.threshold.cpu()).tolist()
     columns = ("category", "path", "score", "above_threshold")
     order = scores.argsort(descending=True).tolist()

@@ -13,13 +13,11 @@ import json
 import math
 import mmap
 import os
-import secrets
 import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -27,12 +25,11 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from runtime.files import say_once
+from runtime.files import new_part, remove_abandoned, say_once
 
 FORMAT = "cutpaste-images 2"  # raise the number when the layout of the file changes
 BLOCK = 64 * 2**20  # bytes of images that are decoded, written or looked at in one go
-SUFFIX, PART = ".images", ".cutpaste-part"
-KILLED_AFTER = 24 * 3600  # seconds since its last byte until an unfinished file is taken for a killed run's
+SUFFIX = ".images"
 
 
 @dataclass(frozen=True)
@@ -95,13 +92,15 @@ def load(
         decode_into(0, images)
     if seal is not None:
         try:
-            with _new_part(entry) as file:
+            storage.folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(storage.folder)
+            with new_part(storage.folder) as (part, file):
                 checksum = _write(file, _decoded(shape, decode_into) if mapped else iterate(images))
                 if _seal(paths, shape, decoder) == seal:  # else a file was changed meanwhile
                     file.write(seal + b"%08x\n" % checksum)
                     file.flush()
                     os.fsync(file.fileno())
-                    os.replace(file.name, entry)
+                    os.replace(part, entry)
                 return _map(file, shape) if mapped else images
         except OSError as error:
             reason = error.strerror or error
@@ -189,23 +188,6 @@ def _write(file: BinaryIO, blocks: Iterable[Tensor]) -> int:
         checksum = zlib.crc32(block.numpy(), checksum)
     file.flush()
     return checksum
-
-
-@contextmanager
-def _new_part(entry: Path) -> Iterator[BinaryIO]:
-    """Open a file under a name of its own, so that several runs may write the same entry at once. At the end it loses
-    that name, though it can still be mapped."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in entry.parent.glob(".*" + PART):  # by killed runs
-        with suppress(OSError):  # another run has removed it
-            if time.time() - abandoned.stat().st_mtime > KILLED_AFTER:
-                abandoned.unlink()
-    part = entry.with_name(f".{entry.stem}.{secrets.token_hex(8)}{PART}")
-    with open(part, "x+b") as file:
-        try:
-            yield file
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _without_name(blocks: Iterable[Tensor], shape: tuple[int, ...]) -> Tensor:

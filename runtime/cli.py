@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from runtime.files import InputError
+from runtime.files import InputError, memory_is_full, shown
 
 if TYPE_CHECKING:
     import torch  # takes seconds: functions that need it import it, so that flags are read without
@@ -143,6 +143,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse, run, and turn a user's mistake into one line and exit code 1. A bug keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # else not a file
+            stream.reconfigure(errors="backslashreplace")  # of cp1252 or ASCII, which lack letters of names
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window, no notebook that has started this process
     args = parser.parse_args()
     from runtime.distributed import ending
 
@@ -177,14 +181,16 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch.cuda's; torch may not be imported yet
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch.cuda's; torch may not be imported yet
+            fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
+        if not memory_is_full(error):
             raise
-        fail(parser.prog, "the GPU's memory is full; lower --batch_size or --size")
+        fail(parser.prog, "the memory is full; lower --batch_size, --size, --workers or --memory_gb, or free some")
 
 
 def fail(prog: str, message: str) -> NoReturn:
-    print(f"{prog}: error: {message}", file=sys.stderr)
+    print(f"{prog}: error: {shown(message)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -322,7 +328,8 @@ def open_tensorboard(folder: Path, purge_step: int) -> Iterator["SummaryWriter"]
     report = threading.excepthook
     threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else report(error)
     try:
-        with SummaryWriter(str(folder), purge_step=purge_step) as writer:
+        name = str(folder).encode("utf-8", "backslashreplace").decode()  # TensorBoard takes no other bytes
+        with SummaryWriter(name, purge_step=purge_step) as writer:
             yield writer
     except OSError as error:
         raise OSError(error.errno, error.strerror, error.filename or str(folder)) from error

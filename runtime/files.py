@@ -5,30 +5,56 @@ files of tensors and plain values, verified when read.
 """
 
 import csv
+import errno
 import functools
 import io
 import os
+import secrets
+import stat
 import sys
+import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 # Tells pictures, maps and reports of this program from other files: PNG and TIFF have it as their Software, JPEG as a
 # comment, HTML as its generator, all within the first HEAD bytes
 MARK = "Made by CutPaste"
 HEAD = 4096
+PART = ".cutpaste-part"  # the suffix of a file that is not whole yet
+KILLED_AFTER = 24 * 3600  # seconds since its last byte until such a file is taken for a killed run's
+FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of what a spreadsheet computes
 
 
 class InputError(Exception):
     """A user's mistake or a bad file: one line that names it, says what was found and what to do."""
 
 
+def memory_is_full(error: BaseException) -> bool:
+    """Return whether an error says that no memory is left. torch has no type of its own for that of the CPU."""
+    words = ("can't allocate memory", "not enough memory", "std::bad_alloc", "can't start new thread")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+
+
+def shown(text: str) -> str:
+    """Return a name, or text with names in it, as a line, a figure or a page can show it: bytes that are no UTF-8 and
+    characters that cannot be printed, such as line breaks, as escapes with a backslash."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def say(text: str) -> None:
     """Print a message for the person at the shell: on stderr, past any progress bar. stdout is for data."""
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(shown(text), file=sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """Print a line of data on stdout, now."""
+    print(shown(text), flush=True)
 
 
 @functools.cache
@@ -46,26 +72,99 @@ def write_file(content: bytes | memoryview, path: str | Path) -> None:
 
 
 def write_files(contents: dict[Path, bytes | memoryview]) -> None:
-    """Put files in place together: none is replaced before all are written. Raises OSError, naming the bad one."""
-    for path, content in contents.items():
+    """Put files in place together: none is replaced before all are written. Raises OSError, naming the bad one;
+    InputError if its name cannot be, such as one that is too long."""
+    with ExitStack() as parts:
+        written = {}
+        for path, content in contents.items():
+            try:
+                check_name(path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                remove_abandoned_once(path.parent)
+                part, file = parts.enter_context(new_part(path.parent))
+                with file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                written[part] = path
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror}); nothing was replaced"
+                raise OSError(error.errno, reason, str(path)) from error
+        for part, path in written.items():
+            os.replace(part, path)
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise InputError for a pipe or a device, which would be waited for. Raises OSError if nothing is there."""
+    kind = os.stat(path).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise InputError(f"{path}: a pipe or a device, not a file; write it to a file first")
+
+
+def check_name(path: Path) -> None:
+    """Raise InputError if no file can have this name or path, because it is too long."""
+    for part in (path.name, path):  # alone too: in a folder that is not there yet a name is not looked at
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part_path(path), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            os.lstat(part)
         except OSError as error:
-            for other in contents:
-                part_path(other).unlink(missing_ok=True)
-            reason = f"cannot be written ({error.strerror}); nothing was replaced"
-            raise OSError(error.errno, reason, str(path)) from error
-    for path in contents:
-        os.replace(part_path(path), path)
+            if error.errno == errno.ENAMETOOLONG:
+                raise InputError(f"{path}: cannot be written ({error.strerror}); shorten it") from error
 
 
-def part_path(path: Path) -> Path:
-    """Return the temporary name that a file is written under."""
-    return path.with_name(f".{path.name}.part")
+@contextmanager
+def new_part(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Open a new file in a folder, under a short name that no other run has and that is no link; it loses that name at
+    the end. Raises OSError, naming the folder, if that is not possible."""
+    part = folder / f".{secrets.token_hex(8)}{PART}"
+    try:
+        file = open(part, "x+b")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    with file:
+        try:
+            yield part, file
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: Path, seconds: float = KILLED_AFTER) -> None:
+    """Remove the parts in a folder to which nobody has written for so long: those of killed runs."""
+    for part in folder.glob(".*" + PART):
+        with suppress(OSError):  # another run has removed it
+            if time.time() - part.lstat().st_mtime >= seconds:
+                part.unlink()
+
+
+remove_abandoned_once = functools.cache(remove_abandoned)
+
+
+def lock(file: int | BinaryIO, message: str) -> None:
+    """Let no other process lock this file or folder until it is closed or this process ends; no effect on systems
+    without such locks. Raises InputError with the message if another one has locked it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(message) from error
+    except (ImportError, OSError):
+        pass
+
+
+@contextmanager
+def locked_folder(folder: Path, way_out: str) -> Iterator[None]:
+    """Lock a folder, see ``lock``: nothing is left in it, even of a killed process. Raises InputError, with what to do
+    about it, if another process has locked it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder
+        yield
+        return
+    try:
+        lock(descriptor, f"{folder}: another run is writing to it; {way_out}")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def has_mark(path: str | Path) -> bool:
@@ -87,34 +186,39 @@ def check_replaceable(path: str | Path, way_out: str) -> None:
         raise InputError(f"{path}: {there}; move it away, or {way_out}")
 
 
-def check_writable(folder: Path, rank: int = 0) -> None:
+def check_writable(folder: Path) -> None:
     """Make the folder, and a file in it that goes again. Raises InputError or OSError, naming the folder, if that is
-    not possible. rank: of this process, among those that may do so at the same time."""
+    not possible."""
     if folder.is_file():
         raise InputError(f"{folder}: is a file; a folder is needed")
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable.{rank}"
-    probe.touch()
-    probe.unlink(missing_ok=True)
-
-
-def remove_file(path: Path) -> None:
-    """Remove a file, if it is there, and what a killed process left of it."""
-    path.unlink(missing_ok=True)
-    part_path(path).unlink(missing_ok=True)
+    with new_part(folder):
+        pass
 
 
 # CSV --------------------------------------------------------------------------------------------------------------
 
 
 def csv_record(values: Iterable[object]) -> bytes:
-    """Return a line of a CSV file. Numbers keep all digits; None is empty; a name that is no UTF-8 keeps its bytes."""
+    """Return a line of a CSV file. Numbers keep all digits; None is empty; a name that is no UTF-8 keeps its bytes. An
+    apostrophe comes before text that a spreadsheet would compute."""
     values = ["" if value is None else value for value in values]
+    values = [f"'{value}" if isinstance(value, str) and is_formula(value) else value for value in values]
     # Not every version of the module quotes a carriage return
     quoting = csv.QUOTE_ALL if any("\r" in str(value) for value in values) else csv.QUOTE_MINIMAL
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(values)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def is_formula(text: str) -> bool:
+    """Return whether a spreadsheet takes a text for a formula."""
+    return text.startswith(FORMULA_STARTS)
+
+
+def spreadsheet_safe(path: str) -> str:
+    """Return the same file under a name that no spreadsheet takes for a formula: ``./=1.png`` for ``=1.png``."""
+    return os.path.join(".", path) if is_formula(path) else path
 
 
 def csv_table(rows: Sequence[dict], columns: Iterable[str] = ()) -> bytes:
@@ -162,8 +266,23 @@ def load_tensors(path: str | Path, what: str) -> dict:
         content = torch.load(data, map_location="cpu", weights_only=True)
         content.pop("checksum", None)  # of files written before the archive's own was read
     except Exception as error:  # neither reader has an error of its own: a text file may end in an IndexError
+        if memory_is_full(error):
+            raise
         raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error
     return content
+
+
+@contextmanager
+def damage_named(path: str | Path, what: str, way_out: str) -> Iterator[None]:
+    """Turn every way in which the content of a file can fail into an InputError that names file and reason: nobody
+    knows what a file holds that this program has not written. An InputError that names the file stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        if memory_is_full(error) or (isinstance(error, InputError) and str(error).startswith(f"{path}: ")):
+            raise
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else (str(error).splitlines() or [repr(error)])[0]
+        raise InputError(f"{path}: damaged {what} file ({reason}); {way_out}") from error
 
 
 def _check_types(value: object) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageChops, ImageOps, features
 
-from runtime.files import InputError, say, say_once
+from runtime.files import InputError, check_regular, say, say_once
 
 # By suffix, in any case, what Pillow calls a format. Some others tell their size only as they are decoded
 FORMATS = {".png": "PNG"} | dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
@@ -233,6 +233,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     """Open an image file; every way in which it is no image becomes an InputError."""
     try:
         Image.MAX_IMAGE_PIXELS = None  # Pillow would print a warning for what is allowed here
+        check_regular(path)
         with open(path, "rb") as file:  # from a path, Pillow 13 maps gray TIFF files and scrambles those that it turns
             _check_parts(file, path)
             with Image.open(file, formats=tuple(dict.fromkeys(formats().values()))) as image:
@@ -240,6 +241,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
                 yield image
     except (FileNotFoundError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from error
+    except MemoryError as error:
+        raise InputError(f"{path}: the memory is too small to decode it; free some, or scale it down") from error
     except (*UNREADABLE, struct.error) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" <")[0]
         suffix = os.path.splitext(path)[1].lower()

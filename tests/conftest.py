@@ -6,11 +6,13 @@ import importlib
 import io
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,6 +260,17 @@ def rows_of(content: str | Path) -> list[dict[str, str]]:
     if isinstance(content, Path):
         content = os.fsdecode(content.read_bytes())
     return list(csv.DictReader(io.StringIO(content, newline=""), strict=True))
+
+
+@contextmanager
+def room(size):
+    """No file can become larger than that: what a full disk looks like."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

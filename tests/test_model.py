@@ -1,6 +1,7 @@
 """The network against torchvision's, its normalization, freezing, and the weights it starts from."""
 
 import functools
+import os
 import re
 import sys
 
@@ -393,6 +394,9 @@ def test_published_weights_of_lite():
 def test_files_that_hold_no_weights(tmp_path):
     path = tmp_path / "weights.pth"
     assert_refused(path, "no such file")
+    os.mkfifo(path)
+    assert_refused(path, "a pipe or a device, not a file")
+    path.unlink()
     torch.save(torchvision_state("resnet18"), path)
     for content in (b"", b"weights of the year\n", b"\x89PNG\r\n\x1a\n" + bytes(100), path.read_bytes()[:100_000]):
         path.write_bytes(content)

@@ -4,6 +4,8 @@ Owns what happens before and after the training loop, and that both continue whe
 its messages.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from normals import normals_path, save_normals
 from runtime import cache
 from runtime.cli import command_line, device_name, suitable_precision
 from runtime.distributed import Ranks
-from runtime.files import InputError, remove_file, say
+from runtime.files import KILLED_AFTER, InputError, check_writable, damage_named, locked_folder, remove_abandoned, say
 from runtime.image_files import FULL_RANGE
+from runtime.tensors import check_tensors, rules_of
 from training.choice import choose_density
 from training.trainer import (
+    ANEW,
     Precision,
     RunOptions,
     Trainer,
@@ -165,8 +169,10 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     torch.set_num_threads(precision.threads)
     with torch.random.fork_rng(devices=[]):
         networks = [build_network(config).to(options.device) for _ in states]
-    for network, state in zip(networks, states):
-        network.load_state_dict(state["network"])
+    for network, state, path in zip(networks, states, job.states):
+        with damage_named(path, "checkpoint", ANEW):
+            check_tensors(state["network"], rules_of(network.state_dict()), {})
+            network.load_state_dict(state["network"])
     detector = Detector(config, networks, train_set.fill_index.to(options.device), train_set.white)
     if config.density == "auto":
         detector = choose_density(detector, train_set.images)
@@ -190,7 +196,7 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     if options.explain:
         save_normals(detector, train_set, normals_path(job.path))
     else:
-        remove_file(normals_path(job.path))  # that of an earlier one
+        normals_path(job.path).unlink(missing_ok=True)  # that of an earlier one
     save(detector, job.path)
     remove_checkpoints(job.folder, category)
     say(f"{category}: wrote {job.path}")
@@ -212,6 +218,20 @@ def check_masks(jobs: list[Job]) -> None:
     if jobs[0].config.ignore and not any(fill_index.numel() for fill_index in masks):
         categories = ", ".join(dict.fromkeys(job.config.category for job in jobs))
         raise InputError(f"--ignore: {jobs[0].config.ignore} has no <category>.png for any of {categories}")
+
+
+@contextmanager
+def reserved(folders: Iterable[Path], ranks: Ranks) -> Iterator[None]:
+    """Make the folders of detectors, and keep other trainings out of them within it. What a killed one has left
+    unfinished there is removed. Raises InputError if another training is at work there; InputError or OSError, naming
+    the folder, if no file can be written to it."""
+    with ExitStack() as stack:
+        for folder in dict.fromkeys(folders):
+            check_writable(folder)
+            if ranks.is_main:
+                stack.enter_context(locked_folder(folder, "wait for it, or take another --model_dir"))
+                remove_abandoned(folder, 0 if ranks.world_size == 1 else KILLED_AFTER)
+        yield
 
 
 def check_settings(job: Job) -> None:
@@ -250,4 +270,4 @@ def remove_states(job: Job, numbers: list[int]) -> None:
     that this one has not."""
     for path in find_checkpoints(job.folder, job.config.category):
         if path not in job.states or job.states.index(path) in numbers:
-            remove_file(path)
+            path.unlink()

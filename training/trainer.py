@@ -5,6 +5,7 @@ Owns the files ``<model_dir>/<category>.checkpoint`` or, for a detector of sever
 """
 
 import functools
+import math
 import os
 import shutil
 import sys
@@ -37,10 +38,11 @@ from dataset import TestSet, TrainSet
 from detector import Detector, all_but, category_seed, initial_network, unseen_by
 from reporting.metrics import evaluate
 from runtime.cache import IN_MEMORY, Storage
-from runtime.cli import Interrupts, autocast_type, open_tensorboard, progress_bar, suitable_precision
+from runtime.cli import PRECISIONS, Interrupts, autocast_type, open_tensorboard, progress_bar, suitable_precision
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
-from runtime.files import InputError, load_tensors, remove_file, save_tensors, say, say_once
+from runtime.files import InputError, damage_named, load_tensors, save_tensors, say, say_once, shown
 from runtime.gpu import SETTLING, Recorded, can_compile, to_device
+from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 FORMAT = "cutpaste-checkpoint"
 VERSION = 7  # raise it when the layout of the saved state changes: states of other versions are refused
 SUFFIX = ".checkpoint"
+ANEW = "start anew with --overwrite"
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
 TIMED_STEPS = 6  # that a budget of minutes is planned by, after some that warm up
 DRAWN_AHEAD = 20  # batches whose random numbers are drawn at once where steps are replayed
@@ -108,9 +111,7 @@ class Trainer:
         self.schedule = None
         self.set_frozen()
         if state is not None:
-            for name, part in self.parts().items():
-                part.load_state_dict(state[name])
-            self.generator.set_state(state["generator"])
+            self.load_state(state)
         self.network.train()
 
     def train(self, logs: Path, state_path: Path, test_set: TestSet | None = None) -> None:
@@ -161,6 +162,19 @@ class Trainer:
         auroc = evaluate(detector, test_set).metrics["image_auroc"]
         self.network.train()
         return auroc
+
+    def load_state(self, state: dict) -> None:
+        """Set what has a state to a saved one. Raises InputError, with the reason, for one that does not fit or whose
+        weights are not finite."""
+        with damage_named(self.name, "checkpoint", ANEW):
+            check_tensors(state["network"], rules_of(self.network.state_dict()), {})
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            for parameter, slots in self.optimizer.state.items():
+                for name, value in slots.items():
+                    shape = () if name == "step" else tuple(parameter.shape)
+                    check_tensor(f"the optimizer's {name}", value, TensorRule(shape, FLOATS), {})
+            self.generator.set_state(state["generator"])
 
     def parts(self) -> dict:
         """Return what has a state of its own, by its name in the saved state."""
@@ -453,7 +467,11 @@ class Log:
 
         config, images, seen = self.trainer.config, self.trainer.images, self.trainer.seen
         shares = invisible_shares(images, config.sample_params, config.seed, seen)
-        table = ["|setting|value|", "|---|---|", *(f"|{name}|{value}|" for name, value in config.to_dict().items())]
+        table = [
+            "|setting|value|",
+            "|---|---|",
+            *(shown(f"|{name}|{value}|") for name, value in config.to_dict().items()),
+        ]
         self.writer.add_text("settings", "\n".join(table), 0)
         samples = images[seen[:PREVIEW_IMAGES]]
         figure = figures.preview(samples, [f"image {number}" for number in range(len(samples))], config, shares)
@@ -521,18 +539,32 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: not a saved state of this program; remove it or start anew (--overwrite)")
     try:
         config = Config.from_dict(state["config"]) if state.get("version") == VERSION else None
-    except SettingError:
+    except (SettingError, KeyError, TypeError, AttributeError):
         config = None
     if config is None:
         way_out = "finish it there or start anew (--overwrite)"
         raise InputError(f"{path}: saved by another version of this program; {way_out}")
+    with damage_named(path, "checkpoint", ANEW):
+        _check_numbers(state, config)
     return state | {"config": config}
+
+
+def _check_numbers(state: dict, config: Config) -> None:
+    """Raise ValueError for numbers of a saved state that cannot be."""
+    step, seconds, ranks, precision = (state[name] for name in ("step", "seconds", "ranks", "precision"))
+    if type(step) is not int or not 0 <= step <= config.epochs:
+        raise ValueError(f"step {step!r} of {config.epochs}")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds!r} seconds")
+    threads, amp = (getattr(Precision(**precision), name) for name in ("threads", "amp"))
+    if not all(type(number) is int and number > 0 for number in (ranks, threads)) or amp not in PRECISIONS:
+        raise ValueError(f"{ranks!r} ranks, {threads!r} threads, amp {amp!r}")
 
 
 def remove_checkpoints(folder: str | Path, category: str) -> None:
     """Remove the saved states of a category. Those of several networks go at once: if some were left, they would look
     like a training that was stopped."""
-    remove_file(Path(folder) / (category + SUFFIX))
+    Path(folder, category + SUFFIX).unlink(missing_ok=True)
     several = _several(folder, category)
     removed = several.with_name(f".{several.name}")
     shutil.rmtree(removed, ignore_errors=True)  # of a run that was killed here

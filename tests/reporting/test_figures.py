@@ -3,6 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from choices import VARIANTS, Variant
 from cutpaste import VIEWS
@@ -46,3 +49,20 @@ def test_a_view_that_is_added_to_the_table_is_drawn(models, data, monkeypatch):
     assert set(groups) == {"normal", "anomalous", *views[1:]}
     legend = [text.get_text() for text in figures.tsne("brick", embeddings, groups).axes[0].get_legend().get_texts()]
     assert legend == ["CutPaste", "CutPaste-Scar", "Hole", "normal", "anomalous"]
+
+
+@pytest.mark.parametrize("name", ["$5$", "a$\\frac$", "\\$x\\$", "$", "100 %_{a}^b#~&"])
+def test_names_are_shown_letter_by_letter(name):
+    def drawn(text, **options):
+        figure = Figure(figsize=(3, 1))
+        figure.text(0, 0.5, text, **options)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        return np.asarray(canvas.buffer_rgba())
+
+    assert drawn(name, parse_math=False).min() == 0
+    assert (drawn(figures.plain(name)) == drawn(name, parse_math=False)).all()
+
+
+def test_text_that_cannot_be_drawn_has_escapes():
+    assert figures.plain("a\rb\udcff.png\nscore 1") == "a\\rb\\udcff.png\nscore 1"

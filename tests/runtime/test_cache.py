@@ -4,24 +4,22 @@ import argparse
 import hashlib
 import math
 import os
-import resource
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, same_weights
+from conftest import ROOT, TINY, room, same_weights
 from forked import Forked
 from PIL import Image
 
 import config as options
 import dataset
 from dataset import load_images, load_test, load_train
-from runtime import cache
+from runtime import cache, files
 from runtime.cache import Storage, all_equal, digest, iterate
 from runtime.files import InputError
 from runtime.image_files import find_images
@@ -37,7 +35,7 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 import torch
 from dataset import find_images, load_images
-from runtime import cache
+from runtime import cache, files
 
 def watch():
     global peak
@@ -257,13 +255,13 @@ def test_what_a_killed_run_leaves_is_never_taken_and_goes_after_a_day(tmp_path):
     process.kill()
     process.communicate()
     (left,) = entries(storage)
-    assert left.suffix == cache.PART
+    assert left.suffix == files.PART
     assert 0 < left.stat().st_size < 10_000 * 3 * 64 * 64
     for path in find_images(folder)[20:]:
         path.unlink()
     assert torch.equal(load(folder, storage, (64, 64)), load(folder, size=(64, 64)))
     assert left in entries(storage)  # it may be another run's, at work
-    os.utime(left, (0, time.time() - cache.KILLED_AFTER - 60))
+    os.utime(left, (0, time.time() - files.KILLED_AFTER - 60))
     load(folder, storage)
     assert [path.suffix for path in entries(storage)] == [cache.SUFFIX] * 2
 
@@ -277,17 +275,6 @@ def test_a_cache_that_cannot_be_written_costs_one_line(folder, storage, capsys):
         assert torch.equal(load(folder, storage), load(folder))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{storage.folder}: decoded images cannot be kept there (File exists); choose another folder"
-
-
-@contextmanager
-def room(size):
-    """No file can become larger than that: what a full disk looks like."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk(tmp_path, storage, monkeypatch, capsys):

@@ -1,9 +1,11 @@
 """Exit codes, signals and the precision that suits a device."""
 
 import argparse
+import io
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
@@ -11,9 +13,17 @@ from conftest import run
 from runtime import cli as script
 from runtime.cli import Interrupts, choose_device, device_name, folder_name, run_script, suitable_precision
 from runtime.distributed import RankError
-from runtime.files import InputError, say
+from runtime.files import InputError, print_line, say, shown
 
 CPU = torch.device("cpu")
+FULL = "train.py: error: the memory is full; lower --batch_size, --size, --workers or --memory_gb, or free some"
+
+
+def too_much_for(allocate):
+    """Return the error that asking for too much memory raises."""
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        allocate()
+    return caught.value
 
 
 def ends(error, capsys, monkeypatch):
@@ -35,6 +45,9 @@ def ends(error, capsys, monkeypatch):
         (RankError("rank 0 lost another rank"), 1, "train.py: error: rank 0 lost another rank"),
         (OSError(28, "No space left on device", "a.pt"), 1, "train.py: error: a.pt: No space left on device"),
         (OSError("no number"), 1, "train.py: error: no number"),
+        (MemoryError("Unable to allocate 9 EiB"), 1, FULL),
+        (too_much_for(lambda: torch.empty(2**60)), 1, FULL),
+        (too_much_for(lambda: np.empty(2**58)), 1, FULL),
         (argparse.ArgumentTypeError("--a contradicts --b"), 2, "train.py: error: --a contradicts --b"),
         (KeyboardInterrupt(), 130, "train.py: interrupted"),
         (SystemExit(143), 143, ""),
@@ -55,6 +68,34 @@ def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
 def test_messages_go_to_stderr(capsys):
     say("hello")
     assert capsys.readouterr() == ("", "hello\n")
+
+
+def test_a_name_breaks_no_line(capsys):
+    """Neither its line breaks nor its bytes that are no UTF-8."""
+    name, escaped = "a\nb\r\udcff\x1b[31m é日$.png", "a\\nb\\r\\udcff\\x1b[31m é日$.png"
+    assert shown(name) == escaped
+    say(name)
+    print_line(name)
+    assert capsys.readouterr() == (f"{escaped}\n", f"{escaped}\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_no_name_ends_a_script_whose_streams_lack_its_letters(encoding, monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+    def main(args):
+        print_line("日.png")
+        raise InputError("日.png: no image")
+
+    with pytest.raises(SystemExit):
+        run_script(main, argparse.ArgumentParser(prog="train.py"))
+    name = "日" if encoding == "utf-8" else "\\u65e5"
+    for stream, line in zip(streams, (f"{name}.png", f"train.py: error: {name}.png: no image")):
+        stream.flush()
+        assert stream.buffer.getvalue().decode(encoding) == line + "\n"
 
 
 def test_interrupts():

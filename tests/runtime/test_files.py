@@ -1,15 +1,32 @@
 """Files of tensors: what is written comes back, a damaged file is refused, and an old one is never lost."""
 
 import csv
+import io
+import os
 import random
 import struct
+import time
 import zipfile
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import room
 
-from runtime.files import InputError, csv_table, load_tensors, part_path, remove_file, save_tensors, write_files
+from runtime.files import (
+    KILLED_AFTER,
+    PART,
+    InputError,
+    csv_table,
+    load_tensors,
+    locked_folder,
+    remove_abandoned,
+    save_tensors,
+    spreadsheet_safe,
+    write_file,
+    write_files,
+)
 
 CONTENT = {
     "format": "a test",
@@ -117,9 +134,11 @@ def test_what_torch_could_not_read_is_not_written(path):
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(path):
     before = path.read_bytes()
-    part_path(path).symlink_to("/dev/full")  # every write ends in "no space left on device"
-    with pytest.raises(OSError, match=r"cannot be written \(No space left on device\); nothing was replaced") as caught:
-        save_tensors({}, path)
+    with (
+        room(2000),
+        pytest.raises(OSError, match=r"cannot be written \(File too large\); nothing was replaced") as caught,
+    ):
+        save_tensors(CONTENT, path)
     assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
@@ -129,19 +148,57 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
     one, other = tmp_path / "new folder/one", tmp_path / "other"
     write_files({one: b"1", other: memoryview(b"2")})
     assert (one.read_bytes(), other.read_bytes()) == (b"1", b"2")
-    part_path(other).symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_files({one: b"3", other: b"4"})
+    with room(2000), pytest.raises(OSError, match="File too large") as caught:
+        write_files({one: b"3", other: bytes(2001)})
     assert caught.value.filename == str(other)
     assert (one.read_bytes(), other.read_bytes()) == (b"1", b"2")
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["new folder", "one", "other"]
 
 
-def test_removing_takes_what_a_killed_process_left_too(path):
-    part_path(path).write_text("half")
+def test_a_name_may_be_as_long_as_any(tmp_path):
+    write_file(b"1", tmp_path / ("x" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+    with pytest.raises(InputError, match=r"xxx: cannot be written \(File name too long\); shorten"):
+        write_files({tmp_path / "a": b"2", tmp_path / ("x" * 256): b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
+def test_what_is_written_follows_no_link_and_meets_no_other_run(tmp_path):
+    """Many writers of one file at once: it is always one of theirs, whole, and none fails."""
+    (tmp_path / "victim").write_text("precious")
+    for name in (".a.part", f".a{PART}"):
+        (tmp_path / name).symlink_to("victim")
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+
+    def write(content):
+        for _ in range(10):
+            write_file(content, tmp_path / "a")
+            assert (tmp_path / "a").read_bytes() in contents
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, contents))
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+    left, other = tmp_path / f".0{PART}", tmp_path / "a.part"
+    for path in (left, other):
+        path.write_text("half")
+    remove_abandoned(tmp_path)
+    assert left.exists()  # it may be another run's, at work
+    for path in (left, other):
+        os.utime(path, (0, time.time() - KILLED_AFTER - 60))
+    write_file(b"1", tmp_path / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.part", "b"]
+
+
+def test_a_folder_is_locked_until_the_end(tmp_path):
+    pytest.importorskip("fcntl")
     for _ in range(2):
-        remove_file(path)
-        assert list(path.parent.iterdir()) == []
+        with locked_folder(tmp_path, "wait"):
+            with pytest.raises(InputError, match=f"{tmp_path}: another run is writing to it; wait"):
+                locked_folder(tmp_path, "wait").__enter__()
+            assert list(tmp_path.iterdir()) == []
 
 
 # CSV --------------------------------------------------------------------------------------------------------------
@@ -158,3 +215,13 @@ def test_a_table_is_read_back(tmp_path):
     assert names == ["path", "score", "count", "above"]
     assert values == [[rows[0]["path"], "0.30000000000000004", "3", ""], ["é", "", "", "True"]]
     assert csv_table([], ("path", "score")) == b"path,score\n"
+
+
+def test_no_cell_is_a_formula():
+    """Text that would be one has an apostrophe before it, in the head of the table too; numbers stay numbers."""
+    texts = [start + "cmd|' /C calc'!A0" for start in "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"]
+    rows = [{"=name": text, "score": -1.5, "text": " =1", "date": "2024-01-01"} for text in texts]
+    header, *lines = csv.reader(io.StringIO(csv_table(rows).decode(), newline=""))
+    assert header == ["'=name", "score", "text", "date"]
+    assert lines == [["'" + text, "-1.5", " =1", "2024-01-01"] for text in texts]
+    assert [spreadsheet_safe(path) for path in ("=1.png", "a/=1.png", "\tb")] == ["./=1.png", "a/=1.png", "./\tb"]

@@ -607,6 +607,22 @@ def test_values_without_a_meaning(tmp_path, values, message):
     assert error_of(decode, save(tmp_path / "a.tif", values)).startswith(message)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", "/dev/zero"):
+        for call in (decode, decode_mask, read_size):
+            assert error_of(call, path) == "a pipe or a device, not a file; write it to a file first"
+
+
+def test_a_full_memory_is_not_the_fault_of_the_file(tmp_path, monkeypatch):
+    def convert(*_):
+        raise MemoryError
+
+    path = save(tmp_path / "a.png", noise(4, 4, 4))
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    assert error_of(decode, path) == "the memory is too small to decode it; free some, or scale it down"
+
+
 # Crafted files ----------------------------------------------------------------------------------------------------
 
 

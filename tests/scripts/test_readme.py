@@ -167,7 +167,7 @@ assert maps.shape == cam_maps.shape == (2, 32, 32) and torch.equal(map_scores, m
 assert [level.density.count for level in patch_model.members[0].levels] == [9, 9]
 assert shaded.shape == (8, 3, 32, 32) and (shaded[4:] <= shaded[:4]).all() and (shaded[4:] < shaded[:4]).any()
 assert larger.eval()(views)[1].shape == (12, 2048)
-assert nearest.shape == (1, 8)
+assert centered.shape == (1, 8)
 """
     (tmp_path / "walk.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
     done = fork(tmp_path / "walk.py", cwd=tmp_path)

@@ -14,7 +14,7 @@ from PIL import Image
 import run_training
 from dataset import load_train
 from detector import load
-from runtime.files import load_tensors, save_tensors
+from runtime.files import PART, load_tensors, save_tensors
 
 FILES = ["brick.normals", "brick.pt"]  # all that is left of a training
 
@@ -110,6 +110,29 @@ def test_the_network_as_it_is(data, tmp_path, script, train_brick):
     done = script("eval", *where, "--control", 1, "--save_plots", 0)
     auc, control = (float(line.rsplit(": ", 1)[1]) for line in done.out.splitlines()[:2])
     assert auc == pytest.approx(control)
+
+
+def test_a_second_training_in_a_folder_says_so_and_stops(data, tmp_path, train_brick):
+    """While the first one is at work; what that one leaves when it is killed goes, and no link in the way of its
+    temporary names is followed."""
+    folder, flags = tmp_path / "models", (*SMALL, "--epochs", 50)
+    folder.mkdir()
+    (tmp_path / "victim").write_text("precious")
+    for name in (".brick.checkpoint.part", ".brick.pt.part", ".writable.0"):
+        (folder / name).symlink_to("../victim")
+    process = start(data, folder, "--type", "brick", *flags)
+    wait_for_step(process, folder / "brick.checkpoint", 2)
+    for more in ((), ("--overwrite",)):
+        one_line(train_brick(*flags, *more), f"{folder}: another run is writing to it; wait for it, or take another")
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    (folder / f".0{PART}").write_text("half")
+    done = train_brick(*flags)
+    assert done.code == 0, done.err
+    assert "continuing at step" in done.err
+    assert [name for name in names(folder) if not name.endswith((".part", ".writable.0"))] == FILES
+    assert (tmp_path / "victim").read_text() == "precious"
 
 
 # What is on disk --------------------------------------------------------------------------------------------------
