@@ -78,7 +78,7 @@ class Gallery:
     scores."""
 
     def __init__(self, detector: Detector) -> None:
-        self.detector, self.count = detector, 0
+        self.detector, self.count, self.names = detector, 0, set()
         self.heap: list[tuple[float, int, Tile]] = []  # the lowest score first, of equal scores the latest image
 
     def on_batch(
@@ -89,6 +89,7 @@ class Gallery:
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
         for path, image, heat, score, p_value in zip(paths, pixels, maps, scores, p_values):
             self.count += 1
+            self.names.add(path)
             full = len(self.heap) == MAX_TILES
             if full and score <= self.heap[0][0]:
                 continue
@@ -97,8 +98,10 @@ class Gallery:
 
     def page(self) -> Page:
         """Return the page of the images so far."""
-        tiles = [tile for *_, tile in self.heap]
-        note = f". The {len(tiles)} images with the highest scores, of {self.count}" * (self.count > len(tiles))
+        latest = {tile.name: tile for *_, tile in sorted(self.heap, key=lambda entry: -entry[1])}
+        tiles = list(latest.values())  # an image that has changed may have been scored again
+        note = f". The {len(tiles)} images with the highest scores, of {len(self.names)}"
+        note *= len(self.names) > len(tiles)
         return _page(self.detector, tiles, self.detector.config.category, None, note)
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas
@@ -482,6 +483,54 @@ def test_new_files_are_scored_once_they_are_written(detectors, here, data, scrip
     assert here / "photos/heat/new/in.png" in heat
 
 
+def test_a_watch_tells_renews_the_report_and_copies_what_needs_a_second_look(
+    detectors, here, script, aside, monkeypatch
+):
+    import predict
+
+    monkeypatch.setattr(predict, "REPORT_SECONDS", 0.5)
+    out, page, copies = here / "out.csv", here / "look.html", here / "photos/second"
+    (here / "photos/more/a.png").write_text("broken")
+    shown = lambda: page.read_text().count('class="tile"') if page.exists() else 0  # noqa: E731
+
+    def camera():
+        wait_for(lambda: lines_in(out) == 7)
+        shutil.copy("photos/b.png", "photos/new.png")
+        wait_for(lambda: shown() == 6)  # while it watches
+        shutil.copy("photos/d.png", "photos/b.png")  # another photograph under the same name
+        wait_for(lambda: (copies / "b.2.png").exists())
+        shutil.copy("photos/d.png", "photos/more/a.png")  # mended
+        wait_for(lambda: (copies / "more/a.2.png").exists())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    aside(camera)
+    words = ["photos", "--watch", "--output", out, "--report", page, "--copy_anomalous", copies]
+    done = script("predict", detectors / "patch/brick.pt", *words, "--false_alarm_rate", 1)
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[-1] == "7 images, 7 anomalous"
+    rows = {row["path"]: row for row in rows_of(out)}
+    assert len(rows) == len(rows_of(out)) == 7
+    for path, row in rows.items():
+        assert abs(datetime.fromisoformat(row["time"]) - datetime.now().astimezone()) < timedelta(minutes=5)
+        assert f"{row['time']} {path}: anomalous, p {float(row['p_value']):.2g}" in done.err
+    assert re.search(r"\+\d\d:\d\d photos/more/a.png: not a readable image", done.err)
+    names = {str(path.relative_to(copies)) for path in contents(copies)}
+    numbered = {"b.2.png", "more/a.2.png"}
+    assert names == {"a.jpg", "b.png", "c.TIF", "d.png", "new.png", "more/a.png", "more/e.bmp"} | numbered
+    assert (copies / "b.2.png").read_bytes() == (here / "photos/d.png").read_bytes()
+    assert shown() == 7
+
+
+def test_copies_are_made_of_rows_that_are_there(detectors, here, script):
+    words = ["predict", detectors / "patch/brick.pt", "photos", "--output", "rows.csv", "--false_alarm_rate", 0.9]
+    assert script(*words).code == 0
+    called = {row["path"].removeprefix("photos/") for row in rows_of(here / "rows.csv") if row["anomalous"] == "1"}
+    assert called
+    for _ in range(2):
+        assert script(*words, "--copy_anomalous", "second").code == 0
+        assert {str(path.relative_to(here / "second")) for path in contents(here / "second")} == called
+
+
 def test_a_watch_that_is_killed_is_continued(detectors, here, data):
     """Nothing is lost and nothing twice, whatever came before, while and after it was dead."""
     out, source = here / "out.csv", find_images(data / "brick/train/good")[0]
@@ -502,8 +551,8 @@ def test_a_watch_that_is_killed_is_continued(detectors, here, data):
         wait_for(lambda: lines_in(out) > 6 + 21)
         process.send_signal(signal.SIGINT)
         told = process.communicate(30)[1]
-        assert process.returncode == 130
-        assert told.splitlines()[-1] == "predict.py: interrupted"
+        assert process.returncode == 0
+        assert told.splitlines()[-1].startswith("27 images, ")
         assert "Traceback" not in told
     finally:
         process.kill()
