@@ -98,6 +98,7 @@ class Detector(nn.Module):
         self.config, self.white = config, white
         self.density = density or (CHOSEN_BEFORE if config.density == "auto" else config.density)
         self.metadata: dict = {}
+        self.train_files = ""  # dataset.files_digest of the images it was made from; empty if it is not known
         networks = networks or [build_network(config) for _ in range(config.folds)]
         hidden = ignored_pixels(fill_index)
         self.members = nn.ModuleList(EnsembleMember(config, network, hidden, self.density) for network in networks)
@@ -641,6 +642,7 @@ def save(detector: Detector, path: str | Path) -> None:
         "version": VERSION,
         "config": detector.config.to_dict(),
         "metadata": detector.metadata,
+        "train_files": detector.train_files,
         "members": [
             {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
             | {"center": member.center, "scale": member.scale}
@@ -661,6 +663,13 @@ def load_config(path: str | Path) -> Config:
     return _read(path)[0]
 
 
+def made_from(path: str | Path) -> tuple[int | None, str]:
+    """Return how many training images a detector file was made from, and dataset.files_digest of them; None and ""
+    where the file does not tell. Raises InputError as ``load`` does."""
+    content = _read(path)[1]
+    return content["metadata"].get("train_images"), content.get("train_files", "")
+
+
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     """Read a detector file onto ``device``, wherever it was made. Raises InputError if it is missing, damaged, not a
     detector, of a newer format, or under a name that is not its category's."""
@@ -679,7 +688,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
             load_member(member, part)
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
         detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
-        detector.metadata = dict(content["metadata"])
+        detector.metadata, detector.train_files = dict(content["metadata"]), content.get("train_files", "")
         detector.white = content.get("white", FULL_RANGE)  # earlier files have none
         if type(detector.white) is not int or detector.white not in WHITES:
             raise ValueError(f"white {detector.white!r} is none of {', '.join(map(str, WHITES))}")
