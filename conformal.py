@@ -64,11 +64,13 @@ class FalseAlarmGuarantee:
     """How often normal images are called anomalous if that is done where p <= ``rate``.
 
     kind: a key of KINDS. count: n, the number of calibration scores. asked: the false-alarm rate asked for, in [0, 1].
+    chosen: how that was chosen, in words, if labelled images have chosen it.
     """
 
     kind: str
     count: int
     asked: float
+    chosen: str = ""
 
     @property
     def finest(self) -> float:
@@ -119,6 +121,8 @@ class FalseAlarmGuarantee:
         if not self.holds:
             needed = "infinitely many" if math.isinf(self.needed) else self.needed
             text += f". A rate of {self.asked:g} needs {needed} normal images, not {self.count}"
+        if self.chosen:
+            text += f". {self.chosen}"
         return text
 
 

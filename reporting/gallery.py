@@ -9,7 +9,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +55,15 @@ class Page:
     guarantee: str  # a sentence or two on what the rate promises
     auroc: float | None  # a fraction; None without both kinds of labels
     tiles: Sequence[Tile]
+    costs: tuple[float, float] | None = None  # of a miss and a false alarm, if they are known
 
 
 # From what the detector says to pages -----------------------------------------------------------------------------
 
 
-def gallery_page(evaluation: Evaluation, seed: str = "") -> Page:
-    """Return the page of a category's test images. seed: the name of the seed's folder, if there are several."""
+def gallery_page(evaluation: Evaluation, seed: str = "", costs: tuple[float, float] | None = None) -> Page:
+    """Return the page of a category's test images. seed: the name of the seed's folder, if there are several. costs: of
+    a miss and of a false alarm."""
     test, tiles = evaluation.test, []
     for i, path in enumerate(test.paths):
         heat = None if evaluation.maps is None else evaluation.maps[i]
@@ -70,7 +72,7 @@ def gallery_page(evaluation: Evaluation, seed: str = "") -> Page:
         name = f"{path.parent.name}/{path.name}"
         tiles.append(Tile(name, test.defect_types[i], int(test.labels[i]), score, p_value, *pictures))
     title = " ".join(filter(None, (evaluation.category, seed)))
-    return _page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc"))
+    return replace(_page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc")), costs=costs)
 
 
 class Gallery:

@@ -1,6 +1,7 @@
 """The HTML report: its pictures, its charts, and what it shows and does in a browser."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from reporting import gallery
 from reporting.gallery import Page, Tile
+from reporting.metrics import cheapest_rate
 from reporting.overlays import overlay
 
 COUNT = 60  # normal images that p-values come from
@@ -182,6 +184,22 @@ def test_counts_and_marks_follow_the_slider(visit, width):
     tab.get_by_role("button", name="reset").click()
     assert text(tab, "words") == "anomalous where p ≤ 0.0492"
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("costs", [(10, 1), (1, 1), (0.2, 3), (0, 1)])
+def test_the_cheapest_level_is_that_of_eval(visit, costs):
+    page = some_page()
+    tab = visit([replace(page, costs=costs)])
+    labels, p = np.array([tile.label for tile in page.tiles]), np.array([tile.p_value for tile in page.tiles])
+    best = cheapest_rate(labels, p, COUNT, costs)
+    words = text(tab, "cost")
+    assert f"p ≤ {best.rate:.3g} costs least" in words
+    low, high = map(float, re.search(r"between (\S+) and (\S+) for 90", words).groups())
+    assert low - 1e-3 <= best.rate <= high + 1e-3  # of three digits
+    assert (low, high) == pytest.approx((best.low, best.high), abs=0.1)  # by other random numbers
+    tab.get_by_role("button", name="Set the level that costs least").click()
+    assert f"These images cost {best.cost:.3g} at this level" in text(tab, "cost")
+    assert text(tab, "words") == f"anomalous where p ≤ {best.rate:.3g}"
 
 
 def test_filters_show_exactly_the_mistakes_and_types(visit):
