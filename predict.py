@@ -82,6 +82,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--watch", action="store_true", help="go on with files that come to the folders later, until Ctrl-C")
     second = "folder for copies of what needs a second look: images called anomalous, files that could not be scored"
     add("--copy_anomalous", metavar="DIR", help=second)
+    add("--verbose", action="store_true", help="say all that the false-alarm rate promises")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
     workers = "threads that decode images (default: one per core, 16 at most)"
@@ -279,7 +280,8 @@ def load_detector(args: argparse.Namespace, task: Task, ignored: Tensor | None, 
         detector.ignore_region(ignored)
     if args.false_alarm_rate is not None:
         detector.set_false_alarm_rate(args.false_alarm_rate)
-    say(f"{detector.config.category}: {detector.guarantee.words()}")
+    guarantee = detector.guarantee
+    say(f"{detector.config.category}: {guarantee.words() if args.verbose else guarantee.advice()}")
     return detector
 
 

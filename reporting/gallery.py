@@ -52,9 +52,10 @@ class Page:
     unit: str  # of the scores
     rate: float  # images with p_value <= rate are called anomalous
     count: int  # n: number of calibration scores; each p-value is a whole number of (n + 1)-ths
-    guarantee: str  # a sentence or two on what the rate promises
+    guarantee: str  # a sentence or two on what the rate promises, and what to do
     auroc: float | None  # a fraction; None without both kinds of labels
     tiles: Sequence[Tile]
+    details: str = ""  # all that the rate promises
     costs: tuple[float, float] | None = None  # of a miss and a false alarm, if they are known
 
 
@@ -109,7 +110,8 @@ class Gallery:
 
 def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
     guarantee = detector.guarantee
-    return Page(title, detector.unit, guarantee.rate, guarantee.count, guarantee.words() + note, auroc, tiles)
+    advice = guarantee.advice() + note
+    return Page(title, detector.unit, guarantee.rate, guarantee.count, advice, auroc, tiles, guarantee.words())
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
