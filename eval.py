@@ -76,8 +76,8 @@ import torch
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
 from detector import Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
-from reporting.gallery import Page, gallery_page, render
-from reporting.metrics import evaluate
+from reporting.gallery import Page, facts_of, gallery_page, render
+from reporting.metrics import Evaluation, evaluate
 from reporting.tables import (
     cost_columns,
     decision_line,
@@ -216,9 +216,18 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
         score_table(evaluation, args.data_dir, seed),
         normal_rows(args, detector, train),
         plots,
-        gallery_page(evaluation, seed, args.costs) if args.report else None,
+        report_page(args, evaluation, seed, path) if args.report else None,
         test.labels,
         detector.standardized_scores(evaluation.scores),
+    )
+
+
+def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, path: Path) -> Page:
+    """Return the page of a category in the report. path: of the detector's file."""
+    detector, folder = evaluation.detector, Path(args.data_dir, evaluation.category, "test")
+    warnings = [f"{note[0].upper()}{note[1:]}." for note in missing(evaluation)]
+    return replace(
+        gallery_page(evaluation, seed, args.costs), facts=facts_of(detector, path, [folder]), warnings=warnings
     )
 
 

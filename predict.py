@@ -127,7 +127,7 @@ from prediction.explain import Explainer
 from prediction.inputs import Task, list_paths, pair_folders, watch
 from prediction.outputs import COLUMNS, Drawings, RowsFile, check_written, copy_below
 from prediction.scorer import Model, Scorer
-from reporting.gallery import Gallery, render
+from reporting.gallery import Gallery, facts_of, render
 from runtime.image_files import read_size
 
 
@@ -296,11 +296,13 @@ def make_scorer(
     """Return what scores a task's images, and what compares them with normal ones and must be told when they end. Adds
     to the galleries that the report is made of."""
     model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
-    drift = Drift(detector.config.category, detector.appearance, detector.guarantee)
-    shows = []
+    gallery, shows = None, []
     if args.report:
-        galleries.append(Gallery(detector))
-        shows.append(galleries[-1].on_batch)
+        gallery = Gallery(detector, facts_of(detector, task.detector, task.words))
+        galleries.append(gallery)
+        shows.append(gallery.on_batch)
+    warn = gallery.warnings.append if gallery else lambda words: None
+    drift = Drift(detector.config.category, detector.appearance, detector.guarantee, warn)
     if args.explain:
         normals = load_normals(normals_path(task.detector), detector)
         shows.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
@@ -310,12 +312,15 @@ def make_scorer(
         draw = partial(drawings.draw, folders=task.folders, **decided)
     first = {"category": task.category} if args.model_dir else {}
     lacks = lambda path, anomalous: bool(args.report) or drawings.lacks(path, task.folders, anomalous)  # noqa: E731
-    on_rows = partial(second_look, args, task)
+    on_rows = partial(second_look, args, task, gallery)
     return Scorer(model, args.workers, draw, [drift.on_batch], first, shows, lacks, args.watch, on_rows), drift
 
 
-def second_look(args: argparse.Namespace, task: Task, rows: list[dict]) -> None:
-    """Copy the images of new rows that need a second look, if that is asked for; tell of them while watching."""
+def second_look(args: argparse.Namespace, task: Task, gallery: Gallery | None, rows: list[dict]) -> None:
+    """Copy the images of new rows that need a second look, if that is asked for; tell of them while watching, and of
+    errors in the report."""
+    if gallery:
+        gallery.on_rows(rows)
     for row in rows:
         if row["anomalous"] or row["error"]:
             if args.watch:
@@ -333,7 +338,7 @@ def copy_earlier(args: argparse.Namespace, task: Task, rows: RowsFile) -> None:
 
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
     """Write the HTML file of the images that have a score; leave it as it is if there is none."""
-    if pages := [gallery.page() for gallery in galleries if gallery.count]:
+    if pages := [gallery.page() for gallery in galleries if gallery.count or gallery.unreadable]:
         title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
         write_file(render(pages, title).encode(), args.report)
     elif args.report:

@@ -7,20 +7,25 @@ import base64
 import heapq
 import io
 import math
+import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 from torch import Tensor
 
+from config import flag_value
 from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
 from reporting.overlays import drawn_above, overlay
+from runtime.cli import command_line
 from runtime.files import MARK
 from runtime.image_files import encode
 
@@ -28,6 +33,7 @@ MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 M
 THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
 LOWEST_QUALITY = 20
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
+USUAL = 0.95  # share of the scores that take at least half of the histogram's axis
 WIDTH, ROC_HEIGHT, STRIP_HEIGHT, STRIP_GAP, BINS = 280, 200, 82, 26, 40  # of the charts, in units of their SVG
 
 
@@ -56,7 +62,26 @@ class Page:
     auroc: float | None  # a fraction; None without both kinds of labels
     tiles: Sequence[Tile]
     details: str = ""  # all that the rate promises
+    facts: Sequence[tuple[str, str]] = ()  # how the page was made, by name; see ``facts_of``
+    warnings: Sequence[str] = ()
+    unreadable: Sequence[tuple[str, str]] = ()  # files that could not be scored, and why
     costs: tuple[float, float] | None = None  # of a miss and a false alarm, if they are known
+
+
+def facts_of(detector: Detector, path: str | Path, images: Iterable[str | Path]) -> list[tuple[str, str]]:
+    """Return how a page was made, by name. path: of the detector's file. images: where the images are."""
+    settings = {name: value for name, value in detector.config.to_dict().items() if value is not None}
+    trained = detector.metadata.get("torch")
+    return [
+        ("date", datetime.now().astimezone().isoformat(" ", "seconds")),
+        ("detector", str(path)),
+        ("images", ", ".join(map(str, images))),
+        ("command", command_line()),
+        ("trained by", detector.metadata.get("command", "unknown")),
+        ("training images", str(detector.metadata.get("train_images", "unknown"))),
+        ("settings", ", ".join(f"{name} {flag_value(value)}" for name, value in settings.items())),
+        ("versions", f"torch {torch.__version__}, trained with {trained}; Python {platform.python_version()}"),
+    ]
 
 
 # From what the detector says to pages -----------------------------------------------------------------------------
@@ -80,8 +105,10 @@ class Gallery:
     """Collect tiles of images without labels while they are scored; of more than MAX_TILES those with the highest
     scores."""
 
-    def __init__(self, detector: Detector) -> None:
-        self.detector, self.count, self.names = detector, 0, set()
+    def __init__(self, detector: Detector, facts: Sequence[tuple[str, str]] = ()) -> None:
+        self.detector, self.facts, self.count, self.names = detector, facts, 0, set()
+        self.warnings: list[str] = []
+        self.unreadable: dict[str, str] = {}  # why, by path
         self.heap: list[tuple[float, int, Tile]] = []  # the lowest score first, of equal scores the latest image
 
     def on_batch(
@@ -99,13 +126,22 @@ class Gallery:
             tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat, p_value))
             (heapq.heappushpop if full else heapq.heappush)(self.heap, (score, -self.count, tile))
 
+    def on_rows(self, rows: list[dict]) -> None:
+        """Note the files that could not be scored, by their rows; those that can be now are no longer among them."""
+        for row in rows:
+            self.unreadable.pop(row["path"], None)
+            if row["error"] and len(self.unreadable) < MAX_TILES:
+                self.unreadable[row["path"]] = row["error"]
+
     def page(self) -> Page:
         """Return the page of the images so far."""
         latest = {tile.name: tile for *_, tile in sorted(self.heap, key=lambda entry: -entry[1])}
         tiles = list(latest.values())  # an image that has changed may have been scored again
         note = f". The {len(tiles)} images with the highest scores, of {len(self.names)}"
         note *= len(self.names) > len(tiles)
-        return _page(self.detector, tiles, self.detector.config.category, None, note)
+        page = _page(self.detector, tiles, self.detector.config.category, None, note)
+        unreadable = [*self.unreadable.items()]
+        return replace(page, facts=self.facts, warnings=self.warnings, unreadable=unreadable)
 
 
 def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
@@ -236,16 +272,20 @@ def roc_path(normal: Sequence[float], anomalous: Sequence[float]) -> str:
 def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
     """Return the bars of groups of scores, a strip for each group, above a common axis.
 
-    groups: name and scores, at least one. Returns low and high, the ends of the axis; its ticks as place and text; the
+    groups: name and scores, at least one. Returns low and high, the ends of the axis; beyond: how many scores are above
+    it and in the last bars; its ticks as place and text; the
     strips; and measures of length.
     """
     everything = np.concatenate([scores for _, scores in groups])
     low, high = float(everything.min()), float(everything.max())
+    usual = float(np.quantile(everything, USUAL, method="lower"))
+    high = min(high, low + 2 * (usual - low)) if usual > low else high  # a few far away would squeeze all others
+    beyond = int((everything > high).sum())
     if low == high:
         low, high = low - 0.5 * max(1, abs(low)), high + 0.5 * max(1, abs(high))
     strips = []
     for number, (name, scores) in enumerate(groups):
-        counts = np.histogram(scores, BINS, (low, high))[0]
+        counts = np.histogram(np.minimum(scores, high), BINS, (low, high))[0]
         heights = STRIP_HEIGHT * counts / counts.max()
         bars = [(WIDTH * k / BINS, STRIP_HEIGHT - height, height) for k, height in enumerate(heights) if height]
         y = STRIP_GAP + number * (STRIP_HEIGHT + STRIP_GAP)
@@ -253,7 +293,7 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
     ticks = [((value - low) / (high - low) * WIDTH, f"{value:g}") for value in round_values(low, high)]
     height = len(groups) * (STRIP_HEIGHT + STRIP_GAP)
     shape = {"bar": WIDTH / BINS, "strip": STRIP_HEIGHT, "height": height}
-    return {"low": low, "high": high, "ticks": ticks, "strips": strips} | shape
+    return {"low": low, "high": high, "ticks": ticks, "strips": strips, "beyond": beyond} | shape
 
 
 def round_values(low: float, high: float, count: int = 5) -> list[float]:

@@ -104,6 +104,14 @@ def test_bars_hold_every_score():
     strips = [(strip["total"], strip["highest"], len(strip["bars"])) for strip in chart["strips"]]
     assert strips == [(3, 2, 2), (1, 1, 1)]
     assert [text for _, text in chart["ticks"]] == ["1", "2", "3", "4", "5"]
+    assert chart["beyond"] == 0
+    many = [*np.linspace(0, 10, 40), 1000.0]  # an outlier does not squeeze the others
+    chart = gallery.histogram([("images", many)])
+    assert chart["high"] <= 20
+    assert chart["beyond"] == 1
+    assert len(chart["strips"][0]["bars"]) >= gallery.BINS / 2
+    height = sum(bar[2] for bar in chart["strips"][0]["bars"]) * chart["strips"][0]["highest"] / gallery.STRIP_HEIGHT
+    assert height == pytest.approx(41)
     alone = gallery.histogram([("images", [7.0])])
     assert alone["low"] < 7 < alone["high"]
 
@@ -219,6 +227,49 @@ def test_filters_show_exactly_the_mistakes_and_types(visit):
     }
 
 
+def test_called_ones_and_names_are_filtered(visit):
+    page = some_page()
+    tab = visit([page], 390)
+    visible = "all => all.filter(e => e.offsetParent).map(e => e.querySelector('.name').textContent)"
+    called, _ = decided(page, set_slider(tab, 5) / (COUNT + 1))
+    tab.get_by_label("called anomalous").check()
+    names = {tile.name for tile, is_called in zip(page.tiles, called) if is_called}
+    assert {*tab.locator(".tile").evaluate_all(visible)} == names
+    tab.get_by_label("Name").fill(" BENT/0")
+    found = {name for name in names if "bent/0" in name}
+    assert found
+    assert {*tab.locator(".tile").evaluate_all(visible)} == found
+    assert text(tab, "shown") == f"{len(found)} of 90 images shown"
+    tab.get_by_label("called anomalous").uncheck()
+    assert tab.locator(".tile").evaluate_all(visible) == [
+        tile.name for tile in sorted(page.tiles, key=lambda tile: -tile.score) if "bent/0" in tile.name
+    ]
+    assert "Hover over an image, or tap it" in tab.locator(".hint").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_page_says_how_it_was_made_what_is_wrong_and_what_is_promised(visit):
+    facts = [("date", "2026-11-28 10:00:00+01:00"), ("detector", "a/<b>.pt"), ("images", "in"), ("versions", "torch 9")]
+    unreadable = [("new/<i>x.png", "not a readable image"), ("\udcff.png", "gone")]
+    page = replace(
+        some_page(), facts=facts, warnings=["the pictures have changed"], unreadable=unreadable, details="All"
+    )
+    tab = visit([page], 390)
+    section = tab.locator("section")
+    assert "2026-11-28 10:00:00+01:00 · a/<b>.pt · in" in section.inner_text()
+    assert "Note: the pictures have changed" in section.inner_text()
+    assert not tab.get_by_text("torch 9").is_visible()
+    tab.get_by_text("About this report").click()
+    assert tab.get_by_text("torch 9").is_visible()
+    tab.get_by_text("What is promised").click()
+    assert tab.get_by_text("All.").is_visible()
+    assert tab.locator(".unreadable li").all_inner_texts() == [
+        "new/<i>x.png: not a readable image",
+        "\\udcff.png: gone",
+    ]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_maps_show_by_keyboard_pointer_and_all_at_once(visit):
     tab = visit([some_page()])
     first, second = (tab.locator("button.frame").nth(i) for i in (0, 1))
@@ -229,7 +280,7 @@ def test_maps_show_by_keyboard_pointer_and_all_at_once(visit):
         return pressed
 
     tab.locator("input[type=range]").focus()
-    for _ in range(4):  # reset has nothing to do: type, mistakes only, heat maps, the first image
+    for _ in range(6):  # reset has nothing to do: type, mistakes only, called, heat maps, name, the first image
         tab.keyboard.press("Tab")
     assert first.evaluate("e => e === document.activeElement")
     assert [shown(first), shown(second)] == [True, False]

@@ -389,6 +389,21 @@ def test_a_report_of_new_images(detectors, here, script, monkeypatch):
     assert script(*words, "--overwrite").code == 0  # the report has the mark of this program, and is replaced
     assert [scores[name] for name in shown()] == sorted(scores.values(), reverse=True)[:4]
     assert "The 4 images with the highest scores, of 7" in (here / "look.html").read_text()
+    (here / "photos/d.png").write_text("broken")
+    assert script(*words).code == 1
+    page = html.unescape((here / "look.html").read_text())
+    assert "1 file could not be scored" in page
+    assert re.search(r"photos/d.png</span>: not a readable image", page)
+    assert "About this report" in page
+    for fact in (
+        "python predict.py",
+        f"torch {torch.__version__}",
+        f"{path}",
+        "backbone mobilenet_v2",
+        "patch_size 32",
+    ):
+        assert fact in page
+    assert load(path).guarantee.advice() in page
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
