@@ -226,9 +226,8 @@ def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, pat
     """Return the page of a category in the report. path: of the detector's file."""
     detector, folder = evaluation.detector, Path(args.data_dir, evaluation.category, "test")
     warnings = [f"{note[0].upper()}{note[1:]}." for note in missing(evaluation)]
-    return replace(
-        gallery_page(evaluation, seed, args.costs), facts=facts_of(detector, path, [folder]), warnings=warnings
-    )
+    page = gallery_page(evaluation, seed, args.costs, args.workers)
+    return replace(page, facts=facts_of(detector, path, [folder]), warnings=warnings)
 
 
 def set_rate(args: argparse.Namespace, path: Path, result: Result) -> None:

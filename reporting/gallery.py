@@ -10,6 +10,7 @@ import math
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,13 +25,15 @@ from torch import Tensor
 from config import flag_value
 from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
-from reporting.overlays import drawn_above, overlay
+from reporting.overlays import crop, drawn_above, overlay, own_pixels, rescaled
 from runtime.cli import command_line
 from runtime.files import MARK
 from runtime.image_files import encode
 
 MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 MB at most
-THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
+# At most: 500 images with their maps and regions are then below 15 MB
+THUMBNAIL_BYTES, REGION_BYTES = 6_500, 8_000
+REGION_SIDE = 400  # pixels of the longer side of a region, at most; it is not made larger than it is
 LOWEST_QUALITY = 20
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
 USUAL = 0.95  # share of the scores that take at least half of the histogram's axis
@@ -48,6 +51,7 @@ class Tile:
     p_value: float
     image: bytes  # JPEG file
     overlay: bytes | None  # JPEG file of the image under its heat map
+    region: bytes | None = None  # JPEG file of its most unusual region, in the photograph's own pixels
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,22 @@ def facts_of(detector: Detector, path: str | Path, images: Iterable[str | Path])
 # From what the detector says to pages -----------------------------------------------------------------------------
 
 
-def gallery_page(evaluation: Evaluation, seed: str = "", costs: tuple[float, float] | None = None) -> Page:
+def gallery_page(
+    evaluation: Evaluation, seed: str = "", costs: tuple[float, float] | None = None, workers: int = 1
+) -> Page:
     """Return the page of a category's test images. seed: the name of the seed's folder, if there are several. costs: of
-    a miss and of a false alarm."""
-    test, tiles = evaluation.test, []
-    for i, path in enumerate(test.paths):
-        heat = None if evaluation.maps is None else evaluation.maps[i]
+    a miss and of a false alarm. workers: threads that open the images once more."""
+    test = evaluation.test
+
+    def tile(i: int) -> Tile:
+        path, heat = test.paths[i], None if evaluation.maps is None else evaluation.maps[i]
         score, p_value = evaluation.scores[i].item(), evaluation.p_values[i].item()
-        pictures = _pictures(evaluation.detector, test.images[i], heat, p_value)
-        name = f"{path.parent.name}/{path.name}"
-        tiles.append(Tile(name, test.defect_types[i], int(test.labels[i]), score, p_value, *pictures))
+        label = int(test.labels[i])
+        pictures = _pictures(evaluation.detector, path, test.images[i], heat, p_value, closer=bool(label))
+        return Tile(f"{path.parent.name}/{path.name}", test.defect_types[i], label, score, p_value, *pictures)
+
+    with ThreadPoolExecutor(workers or 1) as pool:
+        tiles = list(pool.map(tile, range(len(test.paths))))
     title = " ".join(filter(None, (evaluation.category, seed)))
     return replace(_page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc")), costs=costs)
 
@@ -123,7 +133,7 @@ class Gallery:
             full = len(self.heap) == MAX_TILES
             if full and score <= self.heap[0][0]:
                 continue
-            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat, p_value))
+            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, path, image, heat, p_value))
             (heapq.heappushpop if full else heapq.heappush)(self.heap, (score, -self.count, tile))
 
     def on_rows(self, rows: list[dict]) -> None:
@@ -153,29 +163,42 @@ def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures(detector: Detector, image: Tensor, heat: np.ndarray | None, p_value: float) -> tuple[bytes, bytes | None]:
-    """Return the JPEG files of a tile: of an image (3, H, W) uint8, and with its map (H, W) if that is a patch model's,
-    whose scale the threshold gives, and whose outline the decision by its p-value."""
+def _pictures(
+    detector: Detector, path: str | Path, image: Tensor, heat: np.ndarray | None, p_value: float, closer: bool = False
+) -> tuple[bytes, bytes | None, bytes | None]:
+    """Return the JPEG files of a tile: of an image (3, H, W) uint8; with its map (H, W) if that is a patch model's,
+    whose scale the threshold gives, and whose outline the decision by its p-value; and, if it is called anomalous or
+    ``closer``, of its most unusual region as it is in the file."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     if heat is None or detector.config.patches is None:
-        return thumbnail(pixels), None
-    threshold = detector.threshold.item()
-    drawn = overlay(pixels, heat, threshold, drawn_above(heat, threshold, p_value <= detector.guarantee.rate))
-    return thumbnail(pixels), thumbnail(np.asarray(drawn))
+        return thumbnail(pixels), None, None
+    threshold, anomalous = detector.threshold.item(), p_value <= detector.guarantee.rate
+    level = drawn_above(heat, threshold, anomalous)
+    drawn = thumbnail(np.asarray(overlay(pixels, heat, threshold, level)))
+    if not (anomalous or closer):
+        return thumbnail(pixels), drawn, None
+    own = own_pixels(path, pixels, detector.white)
+    box = crop(heat, min(level, threshold))
+    left, top, right, bottom = map(round, rescaled(box, heat.shape, own.shape))
+    region = own[top : max(bottom, top + 1), left : max(right, left + 1)]
+    return thumbnail(pixels), drawn, thumbnail(region, REGION_SIDE, most=REGION_BYTES)
 
 
-def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
+def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70, most: int = THUMBNAIL_BYTES) -> bytes:
     """Return a JPEG file of an image (H, W, 3) uint8, its longest side at most ``side`` pixels.
 
-    The quality goes down from ``quality`` until the file has at most THUMBNAIL_BYTES.
+    The quality goes down from ``quality`` to LOWEST_QUALITY, and then the size, until it has at most ``most`` bytes.
     """
     small = Image.fromarray(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     while True:
         jpeg = encode(small, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
-        if len(jpeg) <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
+        if len(jpeg) <= most:
             return jpeg
-        quality = max(LOWEST_QUALITY, quality - 10)
+        if quality > LOWEST_QUALITY:
+            quality = max(LOWEST_QUALITY, quality - 10)
+        else:
+            small = small.resize([max(1, round(0.85 * length)) for length in small.size])
 
 
 def data_uri(jpeg: bytes) -> str:

@@ -73,11 +73,12 @@ def test_500_noisy_images_with_maps_are_below_15_megabytes():
     rng = np.random.default_rng(0)
     image = texture(rng)
     heat = np.abs(rng.normal(0, 1, (8, 8))).repeat(32, 0).repeat(32, 1)  # glows nearly everywhere
-    pair = (
+    pictures = (
         gallery.thumbnail(image),
         gallery.thumbnail(np.asarray(overlay(image, heat.astype(np.float32), 0.75, 0.75))),
+        gallery.thumbnail(texture(rng, 1024), gallery.REGION_SIDE, most=gallery.REGION_BYTES),
     )
-    tiles = [Tile(f"crack/{i:03d}.png", "crack", 1, float(i), 1 / 61, *pair) for i in range(500)]
+    tiles = [Tile(f"crack/{i:03d}.png", "crack", 1, float(i), 1 / 61, *pictures) for i in range(500)]
     html = gallery.render([Page("c", "distance", 0.1, COUNT, "", None, tiles)], "title")
     assert 5e6 < len(html.encode()) < 15e6
 
@@ -225,6 +226,29 @@ def test_filters_show_exactly_the_mistakes_and_types(visit):
     assert {*tab.locator(".tile").evaluate_all(visible)} == {
         tile.name for tile in page.tiles if tile.defect_type == "deep scratch"
     }
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_region_is_enlarged_by_keyboard_and_pointer(visit, width):
+    page = some_page()
+    region = gallery.thumbnail(np.full((300, 400, 3), 200, np.uint8), gallery.REGION_SIDE)
+    tab = visit([replace(page, tiles=[replace(tile, region=region) for tile in page.tiles])], width)
+    dialog, button = tab.locator("dialog"), tab.get_by_role("button", name="enlarge").first
+    assert not dialog.is_visible()
+    button.focus()
+    tab.keyboard.press("Enter")
+    assert dialog.is_visible()
+    name = max(page.tiles, key=lambda tile: tile.score).name
+    assert dialog.locator(".title").evaluate("e => e.textContent") == name
+    size = "e => e.decode().then(() => [e.naturalWidth, e.naturalHeight])"
+    assert dialog.locator("img").evaluate(size) == [400, 300]
+    tab.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    assert button.evaluate("e => e === document.activeElement")
+    button.click()
+    dialog.get_by_role("button", name="close").click()
+    assert not dialog.is_visible()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_called_ones_and_names_are_filtered(visit):

@@ -1,6 +1,8 @@
 """predict.py: rows of any images, in files that outlive a kill, drawings, folders that fill up."""
 
+import base64
 import html
+import io
 import json
 import os
 import re
@@ -404,6 +406,25 @@ def test_a_report_of_new_images(detectors, here, script, monkeypatch):
     ):
         assert fact in page
     assert load(path).guarantee.advice() in page
+
+
+def test_panels_and_reports_show_the_photographs_own_pixels(detectors, here, script):
+    """Stripes of four pixels, which no image of the detector's size could hold, in the enlarged region."""
+    shutil.rmtree(here / "photos")
+    (here / "photos").mkdir()
+    pixels = np.full((320, 480, 3), 100, np.uint8)
+    pixels[np.arange(320) // 4 % 2 == 0] = 150
+    Image.fromarray(pixels).save(here / "photos/striped.png")
+    path = detectors / "patch/brick.pt"
+    words = ["predict", path, "photos", "--false_alarm_rate", 1, "--explain", "why", "--report", "look.html"]
+    assert script(*words).code == 0
+    panel = np.array(Image.open(here / "why/striped.png").convert("RGB")).astype(int)
+    striped = np.abs(np.diff(panel[:, :, 0], axis=0)) > 15  # rows that differ from the next
+    assert striped.mean() > 0.01
+    (region,) = re.findall(r'data-region="data:image/jpeg;base64,([^"]+)"', (here / "look.html").read_text())
+    image = np.array(Image.open(io.BytesIO(base64.b64decode(region))).convert("RGB")).astype(int)
+    assert image.shape[1] >= 480 / 4
+    assert (np.abs(np.diff(image[:, :, 0], axis=0)) > 15).sum(0).mean() > 0.2 * len(image)
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
