@@ -115,6 +115,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     check_usage(check_words, get_parser())  # at once: what is imported below takes seconds
+    print("loading torch and the detector", file=sys.stderr, flush=True)
 
 import torch
 from torch import Tensor

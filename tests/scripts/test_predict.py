@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -148,6 +149,14 @@ def test_a_folder_of_detectors(detectors, here, script):
         assert np.allclose(scores_of(of_category), expected, rtol=1e-5)
         assert (here / f"masks/{name}/more/a.png").is_file()
         assert (here / f"why/{name}/more/a.png").is_file()
+
+
+def test_the_first_message_comes_before_torch_is_imported(detectors, here):
+    """Within a fraction of a second, and the next ones are a bar and rows."""
+    command = [sys.executable, "-X", "importtime", ROOT / "predict.py", detectors / "patch/brick.pt", "photos"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    names = [line.rpartition("|")[2].strip() for line in told]
+    assert names.index("loading torch and the detector") < names.index("torch") < names.index("prediction.scorer")
 
 
 # Files of rows ----------------------------------------------------------------------------------------------------
