@@ -18,6 +18,7 @@ KINDS = {  # where the calibration scores come from: what the rate is worth
     "cross": "each normal image is scored by a network that has not seen it: the rate is what to expect",
     "seen": "the network has seen the normal images that it is compared with: nothing is promised for new ones",
 }
+POWERS_OF_TEN = [10**exponent for exponent in range(2, 12)]  # of parts, so that some will be called bad
 INTERVAL = 0.9  # share of calibration sets whose rate lies in the reported interval
 ROUNDING = 1e-9  # tolerance of rate * (n + 1): nearly a whole number means that whole number
 
@@ -64,11 +65,13 @@ class FalseAlarmGuarantee:
     """How often normal images are called anomalous if that is done where p <= ``rate``.
 
     kind: a key of KINDS. count: n, the number of calibration scores. asked: the false-alarm rate asked for, in [0, 1].
+    chosen: how that was chosen, in words, if labelled images have chosen it.
     """
 
     kind: str
     count: int
     asked: float
+    chosen: str = ""
 
     @property
     def finest(self) -> float:
@@ -107,8 +110,23 @@ class FalseAlarmGuarantee:
             return None
         return self.rate if self.kind == "split" else min(1.0, 2 * self.rate + math.sqrt(2 / self.count))
 
+    def advice(self) -> str:
+        """Return in plain words how many good parts will be called bad, and what to do for the rate asked for."""
+        if self.kind == "seen":
+            text = "How many good parts will be called bad is not known: train with --folds 5 to know"
+        else:
+            parts = next(parts for parts in POWERS_OF_TEN if round(parts * self.rate) >= 1)
+            low, high = self.interval
+            bad = f"About {parts * self.rate:.0f} of {parts:,} good parts will be called bad"
+            text = f"{bad} ({math.floor(parts * low)} to {math.ceil(parts * high)})"
+        if not self.holds and self.asked:
+            parts = next(parts for parts in POWERS_OF_TEN if round(parts * self.asked) >= 1)
+            enough = "have --holdout keep" if self.kind == "split" else "train on"
+            text += f". For {parts * self.asked:.0f} of {parts:,}, {enough} {self.needed:,} or more good photographs"
+        return f"{text}. {self.chosen}" if self.chosen else text
+
     def words(self) -> str:
-        """Return all of it in a few sentences, for the log."""
+        """Return all of it in a few sentences, for who wants to know."""
         low, high = (f"{100 * value:.2g}" for value in self.interval)
         text = f"anomalous where p <= {self.rate:.3g}, from {self.count} normal images (finest p: {self.finest:.2g}); "
         text += KINDS[self.kind]
@@ -119,6 +137,8 @@ class FalseAlarmGuarantee:
         if not self.holds:
             needed = "infinitely many" if math.isinf(self.needed) else self.needed
             text += f". A rate of {self.asked:g} needs {needed} normal images, not {self.count}"
+        if self.chosen:
+            text += f". {self.chosen}"
         return text
 
 

@@ -10,6 +10,7 @@ nothing but anomaly maps, and nothing beside the images.
                                                      <name>/*.png  several for an image, as in MVTec LOCO AD
 """
 
+import hashlib
 import io
 import itertools
 import os
@@ -128,6 +129,12 @@ def train_paths(data_dir: str | Path, category: str) -> list[Path]:
         ending = f"files ending in {suffixes_in_words()}"
         raise InputError(f"{folder}: {len(paths)} image(s) found, at least 2 are needed ({ending})")
     return paths
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """Return a digest of the names and sizes of files: a detector knows by it whether its images have changed."""
+    text = "\n".join(f"{path.name} {path.stat().st_size}" for path in paths)
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def load_train(

@@ -100,6 +100,8 @@ class Detector(nn.Module):
         self.config, self.white = config, white
         self.density = density or (CHOSEN_BEFORE if config.density == "auto" else config.density)
         self.metadata: dict = {}
+        self.rate_chosen = ""  # how, in words, if labelled images have chosen the false-alarm rate
+        self.train_files = ""  # dataset.files_digest of the images it was made from; empty if it is not known
         networks = networks or [build_network(config) for _ in range(config.folds)]
         hidden = ignored_pixels(fill_index)
         self.members = nn.ModuleList(EnsembleMember(config, network, hidden, self.density) for network in networks)
@@ -130,7 +132,7 @@ class Detector(nn.Module):
     def guarantee(self) -> FalseAlarmGuarantee:
         """Return what its false-alarm rate promises."""
         kind = "cross" if len(self.members) > 1 else "split" if self.config.holdout else "seen"
-        return FalseAlarmGuarantee(kind, len(self.calibration_scores), self.config.false_alarm_rate)
+        return FalseAlarmGuarantee(kind, len(self.calibration_scores), self.config.false_alarm_rate, self.rate_chosen)
 
     @property
     def comparison_level(self) -> int:
@@ -284,8 +286,10 @@ class Detector(nn.Module):
         except DensityError as error:
             raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
 
-    def set_false_alarm_rate(self, rate: float) -> "Detector":
-        """Decide at another false-alarm rate in [0, 1] from now on; return itself."""
+    def set_false_alarm_rate(self, rate: float, chosen: str = "") -> "Detector":
+        """Decide at another false-alarm rate in [0, 1] from now on; return itself. chosen: how labelled images have
+        chosen it, in words."""
+        self.rate_chosen = chosen
         self.config = replace(self.config, false_alarm_rate=rate)
         self.threshold, _ = conformal_threshold(self.calibration_scores, rate)
         return self
@@ -317,7 +321,7 @@ class Detector(nn.Module):
             chosen_density = self.density
         networks = [member.network for member in self.members]
         other = Detector(config, networks, self.fill_index, self.white, chosen_density)
-        other.metadata = dict(self.metadata)
+        other.metadata, other.rate_chosen = dict(self.metadata), self.rate_chosen
         return other
 
     def untrained(self) -> "Detector":
@@ -643,6 +647,8 @@ def save(detector: Detector, path: str | Path) -> None:
         "version": VERSION,
         "config": detector.config.to_dict(),
         "metadata": detector.metadata,
+        "train_files": detector.train_files,
+        "rate_chosen": detector.rate_chosen,
         "members": [
             {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
             | {"center": member.center, "scale": member.scale}
@@ -663,6 +669,13 @@ def load_config(path: str | Path) -> Config:
     return _read(path)[0]
 
 
+def made_from(path: str | Path) -> tuple[int | None, str]:
+    """Return how many training images a detector file was made from, and dataset.files_digest of them; None and ""
+    where the file does not tell. Raises InputError as ``load`` does."""
+    content = _read(path)[1]
+    return content["metadata"].get("train_images"), content.get("train_files", "")
+
+
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     """Read a detector file onto ``device``, wherever it was made. Raises InputError if it is missing, damaged, not a
     detector, of a newer format, or under a name that is not its category's."""
@@ -676,7 +689,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
             load_member(member, part)
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
         detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
-        detector.metadata = dict(content["metadata"])
+        detector.metadata, detector.train_files = dict(content["metadata"]), content.get("train_files", "")
+        detector.rate_chosen = content.get("rate_chosen", "")
         detector.white = content.get("white", FULL_RANGE)  # earlier files have none
         return detector.to(device).eval()
 

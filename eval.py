@@ -4,7 +4,7 @@
     python eval.py --model_dir patch_models --control 1 --save_maps 1
 
 Prints the AUC lines of each category on stdout. Writes tables, plots and anomaly maps to <eval_dir>/<name of
-model_dir>/. Changes no detector, and chooses nothing by test images.
+model_dir>/. Changes no detector, and chooses nothing by test images, unless --set_rate asks for it.
 """
 
 import argparse
@@ -22,12 +22,20 @@ from config import (
     storage,
     with_flag,
 )
-from runtime.cli import choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
+from runtime.cli import Rule, choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
 from runtime.files import InputError, check_replaceable, check_writable, csv_table, say, write_files
 
 # Settings that flags may repeat, and settings that flags may change
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "join", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
+
+
+costs = Rule(
+    tuple,
+    "the costs of a miss and of a false alarm, numbers of at least 0 and not both 0, such as 50:1",
+    lambda value: len(value) == 2 and all(0 <= cost < 1e12 for cost in value) and any(value),
+    lambda text: tuple(map(float, text.split(":"))),
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -37,6 +45,13 @@ def get_parser() -> argparse.ArgumentParser:
     note = "given: the density is fitted anew to train/good; default: the detector's own"
     add_given_flags(parser, REFITTED, "density and maps", note)
     add_given_flags(parser, ("false_alarm_rate",), "decisions", "given: instead of the detector's")
+    add = parser.add_argument_group("costs").add_argument
+    about = (
+        "of a missed anomalous part and of a false alarm, such as 50:1: say which rate costs least on the test images"
+    )
+    add("--costs", type=costs, metavar="MISS:FALSE_ALARM", help=about)
+    about = "write that rate into the detector, which says from then on that labels chose it"
+    add("--set_rate", action="store_true", help=about)
     add = parser.add_argument_group("output").add_argument
     add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
     for name, default, help in (
@@ -59,11 +74,12 @@ import numpy as np
 import torch
 
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
-from detector import Detector, find_work, load, load_config, scored_paths
+from detector import Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
-from reporting.gallery import Page, gallery_page, render
-from reporting.metrics import evaluate
+from reporting.gallery import Page, facts_of, gallery_page, render
+from reporting.metrics import Evaluation, evaluate
 from reporting.tables import (
+    cost_columns,
     decision_line,
     missing,
     normal_table,
@@ -82,6 +98,10 @@ def main(args: argparse.Namespace) -> None:
     ranks = from_environment()
     device = choose_device(args.cuda, ranks.local_rank)
     paths = find_work(args.model_dir, args.data_dir, args.type, ranks.is_main)
+    if args.set_rate and (not args.costs or args.false_alarm_rate is not None or changes(args)):
+        raise argparse.ArgumentTypeError(
+            "--set_rate goes with --costs, and with a detector as it is: no other rate, no other density"
+        )
     for path in paths:  # all of them, before any hour is spent
         check_flags(args, path)
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
@@ -122,6 +142,8 @@ def main(args: argparse.Namespace) -> None:
         files[Path(args.report)] = render([result.page for result in results], title).encode()
     # Only now and all at once: a bad image in the last category leaves earlier files, all but maps, as they were
     write_files(files)
+    for path, result in zip(paths, results) if args.set_rate else ():
+        set_rate(args, path, result)
     say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
 
 
@@ -178,7 +200,11 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     if args.save_maps:
         save_maps(maps_folder(args, seed, category), Path(args.data_dir, category), test.paths, evaluation.maps)
     row = result_row(evaluation, untrained)
+    if detector.rate_chosen:
+        say(f"{category}: {detector.rate_chosen}; on the same images, decisions look better than on new ones")
     say(f"{category}: {decision_line(row)}")
+    if args.costs:
+        row |= cost_columns(evaluation, args.costs)
     plots = {}
     if args.save_plots:
         from reporting.figures import evaluation_plots  # matplotlib takes a second to import
@@ -190,10 +216,29 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
         score_table(evaluation, args.data_dir, seed),
         normal_rows(args, detector, train),
         plots,
-        gallery_page(evaluation, seed) if args.report else None,
+        report_page(args, evaluation, seed, path) if args.report else None,
         test.labels,
         detector.standardized_scores(evaluation.scores),
     )
+
+
+def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, path: Path) -> Page:
+    """Return the page of a category in the report. path: of the detector's file."""
+    detector, folder = evaluation.detector, Path(args.data_dir, evaluation.category, "test")
+    warnings = [f"{note[0].upper()}{note[1:]}." for note in missing(evaluation)]
+    page = gallery_page(evaluation, seed, args.costs, args.workers)
+    return replace(page, facts=facts_of(detector, path, [folder]), warnings=warnings)
+
+
+def set_rate(args: argparse.Namespace, path: Path, result: Result) -> None:
+    """Write the rate that costs least into a detector file, if there is one."""
+    if (rate := result.row.get("cheapest_rate")) is None:
+        return
+    miss, false_alarm = args.costs
+    count = f"{result.row['test_normal']} normal and {result.row['test_anomalous']} anomalous labelled images"
+    chosen = f"The rate was chosen by {count}, at costs of {miss:g} for a miss and {false_alarm:g} for a false alarm"
+    save(load(path).set_false_alarm_rate(rate, chosen), path)
+    say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on")
 
 
 def normal_rows(args: argparse.Namespace, detector: Detector, train: TrainSet | None) -> list[dict]:

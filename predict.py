@@ -17,6 +17,7 @@ A row for each image, in the order of the command line, folders with their sub-f
     time        with --watch: when the image was scored
     bytes modified    size and time of the image file when it was scored
 
+While watching, stderr tells of each anomalous image, and the report is made anew every minute; Ctrl-C ends it well.
 The same command again continues an --output FILE where it stopped. Images that could not be scored, and those whose
 file has changed since, are scored again; drawings and the report are made of all, if they are missing. Exit code: 0
 done, 1 failed or some image could not be scored, 2 wrong usage, 3 with --fail_on_anomaly 1 if some image is anomalous.
@@ -26,6 +27,8 @@ import argparse
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -48,6 +51,8 @@ from runtime.cli import (
     zero_or_one,
 )
 from runtime.files import InputError, check_replaceable, check_writable, say, write_file
+
+REPORT_SECONDS = 60  # between two reports while watching
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -75,6 +80,9 @@ def get_parser() -> argparse.ArgumentParser:
     fail = "1: exit with 3 if an image is anomalous (default: 0)"
     add("--fail_on_anomaly", type=zero_or_one, default=False, metavar="0|1", help=fail)
     add("--watch", action="store_true", help="go on with files that come to the folders later, until Ctrl-C")
+    second = "folder for copies of what needs a second look: images called anomalous, files that could not be scored"
+    add("--copy_anomalous", metavar="DIR", help=second)
+    add("--verbose", action="store_true", help="say all that the false-alarm rate promises")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
     workers = "threads that decode images (default: one per core, 16 at most)"
@@ -107,6 +115,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     check_usage(check_words, get_parser())  # at once: what is imported below takes seconds
+    print("loading torch and the detector", file=sys.stderr, flush=True)
 
 import torch
 from torch import Tensor
@@ -117,9 +126,9 @@ from normals import load_normals, normals_path
 from prediction.drift import Drift
 from prediction.explain import Explainer
 from prediction.inputs import Task, list_paths, pair_folders, watch
-from prediction.outputs import COLUMNS, Drawings, RowsFile, check_written
+from prediction.outputs import COLUMNS, Drawings, RowsFile, check_written, copy_below
 from prediction.scorer import Model, Scorer
-from reporting.gallery import Gallery, render
+from reporting.gallery import Gallery, facts_of, render
 from runtime.image_files import read_size
 
 
@@ -127,8 +136,9 @@ def main(args: argparse.Namespace) -> None:
     tasks, device = find_tasks(args), choose_device(args.cuda)
     configs = [check_detector(args, task.detector) for task in tasks]  # all, before any hour is spent
     drawings = Drawings(args.heatmaps, args.masks, args.explain)
+    written = [*drawings.folders, *filter(None, [args.copy_anomalous])]  # those may lie within what is scored
     for task in tasks:
-        task.paths = list_paths(task.words, drawings.folders)  # those may lie within what is scored
+        task.paths = list_paths(task.words, written)
     check_files(args, tasks)
     drawings.prepare((path, task.folders) for task in tasks for path in task.paths)
     ignored = find_ignored(args, tasks, configs)
@@ -148,22 +158,25 @@ def main(args: argparse.Namespace) -> None:
             halt(stop)
 
         watched: list[tuple[Task, Scorer, Drift]] = []  # with --watch all detectors are held, else one at a time
-        for task, region in zip(tasks, ignored):
-            detector = load_detector(args, task, region, device)
-            scorer, drift = make_scorer(args, task, detector, drawings, galleries, pool)
-            scorer.score(task.paths, rows, pool, tell)
-            if args.watch:
-                watched.append((task, scorer, drift))
-            else:
-                drift.on_end()
-        if args.watch:
-            folders = [folder for task in tasks for folder in task.words]
-            for new_paths in watch(folders, rows, drawings.folders, lambda: stop.signal):
+        try:
+            for task, region in zip(tasks, ignored):
+                detector = load_detector(args, task, region, device)
+                scorer, drift = make_scorer(args, task, detector, drawings, galleries, pool)
+                copy_earlier(args, task, rows)
+                scorer.score(task.paths, rows, pool, tell)
+                if args.watch:
+                    watched.append((task, scorer, drift))
+                else:
+                    drift.on_end()
+            for new_paths in watch_folders(args, tasks, rows, written, stop, galleries) if args.watch else ():
                 for task, scorer, _ in watched:
                     scorer.score([path for path in new_paths if task.holds(path)], rows, pool, tell)
             for *_, drift in watched:
                 drift.on_end()
             halt(stop)
+        except KeyboardInterrupt:
+            if not args.watch:  # which ends so
+                raise
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
     if errors or (anomalous and args.fail_on_anomaly):
@@ -177,6 +190,25 @@ def halt(stop: Interrupts) -> None:
         if stop.signal == signal.SIGINT:
             raise KeyboardInterrupt
         sys.exit(128 + stop.signal)
+
+
+def watch_folders(
+    args: argparse.Namespace,
+    tasks: list[Task],
+    rows: RowsFile,
+    written: list[str],
+    stop: Interrupts,
+    galleries: list[Gallery],
+) -> Iterator[list[str]]:
+    """Yield what comes to the folders until a signal; write the report every REPORT_SECONDS if it has changed."""
+    folders = [folder for task in tasks for folder in task.words]
+    shown, due = 0, time.monotonic() + REPORT_SECONDS
+    for new_paths in watch(folders, rows, written, lambda: stop.signal):
+        yield new_paths
+        count = sum(gallery.count for gallery in galleries)
+        if count > shown and time.monotonic() >= due:
+            write_report(args, galleries)
+            shown, due = count, time.monotonic() + REPORT_SECONDS
 
 
 # Before anything is scored ----------------------------------------------------------------------------------------
@@ -249,7 +281,8 @@ def load_detector(args: argparse.Namespace, task: Task, ignored: Tensor | None, 
         detector.ignore_region(ignored)
     if args.false_alarm_rate is not None:
         detector.set_false_alarm_rate(args.false_alarm_rate)
-    say(f"{detector.config.category}: {detector.guarantee.words()}")
+    guarantee = detector.guarantee
+    say(f"{detector.config.category}: {guarantee.words() if args.verbose else guarantee.advice()}")
     return detector
 
 
@@ -264,11 +297,13 @@ def make_scorer(
     """Return what scores a task's images, and what compares them with normal ones and must be told when they end. Adds
     to the galleries that the report is made of."""
     model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
-    drift = Drift(detector.config.category, detector.appearance, detector.guarantee)
-    shows = []
+    gallery, shows = None, []
     if args.report:
-        galleries.append(Gallery(detector))
-        shows.append(galleries[-1].on_batch)
+        gallery = Gallery(detector, facts_of(detector, task.detector, task.words))
+        galleries.append(gallery)
+        shows.append(gallery.on_batch)
+    warn = gallery.warnings.append if gallery else lambda words: None
+    drift = Drift(detector.config.category, detector.appearance, detector.guarantee, warn)
     if args.explain:
         normals = load_normals(normals_path(task.detector), detector)
         shows.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
@@ -278,12 +313,33 @@ def make_scorer(
         draw = partial(drawings.draw, folders=task.folders, **decided)
     first = {"category": task.category} if args.model_dir else {}
     lacks = lambda path, anomalous: bool(args.report) or drawings.lacks(path, task.folders, anomalous)  # noqa: E731
-    return Scorer(model, args.workers, draw, [drift.on_batch], first, shows, lacks, args.watch), drift
+    on_rows = partial(second_look, args, task, gallery)
+    return Scorer(model, args.workers, draw, [drift.on_batch], first, shows, lacks, args.watch, on_rows), drift
+
+
+def second_look(args: argparse.Namespace, task: Task, gallery: Gallery | None, rows: list[dict]) -> None:
+    """Copy the images of new rows that need a second look, if that is asked for; tell of them while watching, and of
+    errors in the report."""
+    if gallery:
+        gallery.on_rows(rows)
+    for row in rows:
+        if row["anomalous"] or row["error"]:
+            if args.watch:
+                say(f"{row['time']} {row['path']}: {row['error'] or 'anomalous, p {:.2g}'.format(row['p_value'])}")
+            if args.copy_anomalous:
+                copy_below(args.copy_anomalous, row["path"], task.folders)
+
+
+def copy_earlier(args: argparse.Namespace, task: Task, rows: RowsFile) -> None:
+    """Copy the images that earlier rows call anomalous, if that is asked for."""
+    for path in task.paths if args.copy_anomalous else ():
+        if path in rows and rows.told[path][0]:
+            copy_below(args.copy_anomalous, path, task.folders)
 
 
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
     """Write the HTML file of the images that have a score; leave it as it is if there is none."""
-    if pages := [gallery.page() for gallery in galleries if gallery.count]:
+    if pages := [gallery.page() for gallery in galleries if gallery.count or gallery.unreadable]:
         title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
         write_file(render(pages, title).encode(), args.report)
     elif args.report:

@@ -2,12 +2,14 @@
 
     python prepare_data.py mvtec mvtec_anomaly_detection.tar.xz
     python prepare_data.py folder --good photos/good --bad photos/bad --name lid
+    python prepare_data.py folder --good photos/more --name lid --add
 
-Writes new categories, <data_dir>/<category>/ with the folders of MVTec AD, and never touches one that is there. Splits
-and drawings come from fixed seeds: everybody gets the same.
+Writes new categories, <data_dir>/<category>/ with the folders of MVTec AD. It changes no file of one that is there, and
+only --add adds some. Splits and drawings come from fixed seeds: everybody gets the same.
 """
 
 import argparse
+import hashlib
 import lzma
 import math
 import shutil
@@ -15,13 +17,14 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from config import category
 from runtime.cli import int_at_least, new_parser, number, run_script
-from runtime.files import InputError, say
+from runtime.files import InputError, say, write_file
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
 # fmt: off
@@ -61,6 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--name", type=category, metavar="NAME", help="name of the category (default: that of the --good folder)")
     add("--held_out", type=number(0, 0.9), default=0.2, metavar="X", help="share for test/good (default: 0.2)")
     add("--seed", type=int_at_least(0), default=0, metavar="N", help="seed of the split (default: 0)")
+    add("--add", action="store_true", help="put them into a category that is there; copies of its images are left out")
 
     add = command("textures", "small categories from scikit-image's textures, with drawn defects and masks")
     add("--size", type=int_at_least(32), default=64, metavar="N", help="side of the images (default: 64)")
@@ -224,11 +228,11 @@ def split(items: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarray, np
 def folder(args: argparse.Namespace, data_dir: Path) -> None:
     """Copy photographs, unchanged. Every one is decoded once first, so that a bad file is found now."""
     check_folder(Path(args.good), "--good")
-    good = find_images(Path(args.good))
-    if len(good) < 2:
-        raise InputError(f"{args.good}: {len(good)} photograph(s) found, at least 2 are needed (--good)")
+    good, least = find_images(Path(args.good)), 1 if args.add else 2
+    if len(good) < least:
+        raise InputError(f"{args.good}: {len(good)} photograph(s) found, at least {least} needed (--good)")
     train, held_out = split(np.arange(len(good)), args.held_out, args.seed)
-    if len(train) < 2:
+    if len(train) < least:
         raise InputError(f"--held_out {args.held_out}: leaves {len(train)} of {len(good)} photographs to train on")
     plan = {f"train/{GOOD}": [good[i] for i in train], f"test/{GOOD}": [good[i] for i in held_out]}
     if args.bad is not None:
@@ -247,13 +251,47 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
     for place, paths in plan.items():
         if len({path.name for path in paths}) < len(paths):
             raise InputError(f"{args.bad}: two photographs of one name would both go to {place}; rename one")
-    with new_category(data_dir, args.name or Path(args.good).resolve().name) as target:
+    name = args.name or Path(args.good).resolve().name
+    if args.add:
+        add_photographs(data_dir / name, plan)
+        return
+    with new_category(data_dir, name) as target:
         for place, paths in plan.items():
             if paths:
                 (target / place).mkdir(parents=True)
             for path in paths:
                 decode(path)
                 shutil.copyfile(path, target / place / path.name)
+
+
+def add_photographs(category: Path, plan: dict[str, list[Path]]) -> None:
+    """Copy photographs into the folders of a category that is there, by folder; none that it holds already, under
+    whatever name. One of a name that is taken gets a number behind it. Raises InputError before anything is copied."""
+    if not (category / "train" / GOOD).is_dir():
+        raise InputError(f"{category}: no such category to add to; leave --add out to make it")
+    folders = [path for part in ("train", "test") for path in category.glob(f"{part}/*") if path.is_dir()]
+    known = {hashlib.sha256(path.read_bytes()).digest() for folder in folders for path in find_images(folder)}
+    sources: dict[Path, Path] = {}  # by where they go
+    copies = 0
+    for place, paths in plan.items():
+        for path in paths:
+            decode(path)
+            if (digest := hashlib.sha256(path.read_bytes()).digest()) in known:
+                copies += 1
+                continue
+            known.add(digest)
+            target, number = category / place / path.name, 1
+            while target in sources or target.exists():
+                number += 1
+                target = category / place / f"{path.stem}.{number}{path.suffix}"
+            sources[target] = path
+    for target, path in sources.items():
+        write_file(path.read_bytes(), target)
+    added = Counter(f"{path.parent.parent.name}/{path.parent.name}" for path in sources)
+    words = ", ".join(f"{count} to {place}" for place, count in added.items()) or "nothing"
+    say(f"{category}: added {words}" + f"; {copies} were there already" * bool(copies))
+    if sources:
+        say(f"detectors made of them: run_training.py --type {category.name} --model_dir DIR --refit takes them in")
 
 
 def check_folder(path: Path, flag: str) -> None:

@@ -5,6 +5,7 @@
 
 Writes <model_dir>/<category>.pt and the normal images that predict.py --explain shows, <category>.normals; with several
 seeds below <model_dir>/seed<S>. The same command again continues where it stopped; finished categories are skipped.
+After images were added to train/good, --refit takes them in within seconds, with the same networks.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from config import (
     add_data_flags,
     config_of,
     flag_value,
+    given_settings,
     storage,
     with_flag,
 )
@@ -61,6 +63,8 @@ def get_parser() -> argparse.ArgumentParser:
     normals = "keep up to 1,000 training images beside the detector, for predict.py --explain (default: 1)"
     add("--explain", type=zero_or_one, default=True, metavar="0|1", help=normals)
     add("--overwrite", action="store_true", help="start anew, replacing detectors and saved states")
+    refit = "fit the densities and the threshold of finished detectors anew to train/good as it is now; train nothing"
+    add("--refit", action="store_true", help=refit)
     add("--list_backbones", action="store_true", help="print the networks with their stages, and stop")
     add("--preview", metavar="FILE", help="write a sheet of augmented samples to this PNG file and stop")
     return parser
@@ -76,7 +80,15 @@ from dataset import choose_categories, find_white, load_train, train_paths
 from density import NotFiniteError
 from model import WeightsError
 from runtime.distributed import Ranks, from_environment
-from training.jobs import Job, check_masks, check_settings, reserved, train_networks, write_detector
+from training.jobs import (
+    Job,
+    check_masks,
+    check_settings,
+    refit_detector,
+    reserved,
+    train_networks,
+    write_detector,
+)
 from training.trainer import PREVIEW_IMAGES, NotFiniteLossError, RunOptions
 
 
@@ -84,6 +96,8 @@ def main(args: argparse.Namespace) -> None:
     if args.list_backbones:
         print_backbones()
         return
+    if args.refit and args.overwrite:
+        raise argparse.ArgumentTypeError("--refit keeps the networks, --overwrite trains them anew; choose one")
     try:
         config = config_of(args, "any")
     except SettingError as error:
@@ -96,6 +110,14 @@ def main(args: argparse.Namespace) -> None:
     if args.preview:
         if ranks.is_main:
             write_preview(args.preview, jobs[: len(categories)], options)
+        return
+    if args.refit:
+        with reserved((job.folder for job in jobs), ranks):
+            for job in ranks.shard(jobs):
+                if given_settings(args):  # else those of the detector
+                    check_settings(job)
+                with hints():
+                    refit_detector(job, options)
         return
     check_ranks(args, config, ranks)
     with reserved((job.folder for job in jobs), ranks):

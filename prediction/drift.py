@@ -6,7 +6,7 @@ Sources: the two-sample tests of Kolmogorov and Smirnov, and of Wilcoxon, Mann a
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -34,15 +34,21 @@ class Drift:
 
     known: what ``image_statistics`` gave for the normal images (n, 3); empty if their detector does not hold it.
     guarantee: the detector's. P-values are compared unless its network has seen the normal images: then they mean
-    nothing.
+    nothing. warn: called with the words too.
 
     Images are compared when 32, 64, 128, ... have come, later after every REMEMBERED new images, and at the end; never
     more than the last REMEMBERED. The j-th comparison may warn wrongly with a probability of LEVEL / (j (j + 1)), which
     its tests share equally: over all comparisons that sums to LEVEL.
     """
 
-    def __init__(self, category: str, known: Tensor, guarantee: FalseAlarmGuarantee) -> None:
-        self.category, self.known, self.guarantee = category, known.cpu().numpy(), guarantee
+    def __init__(
+        self,
+        category: str,
+        known: Tensor,
+        guarantee: FalseAlarmGuarantee,
+        warn: Callable[[str], object] = lambda words: None,
+    ) -> None:
+        self.category, self.known, self.guarantee, self.warn = category, known.cpu().numpy(), guarantee, warn
         self.rank = round(guarantee.rate * (guarantee.count + 1))  # normal images that are called anomalous, plus one
         self.tests = (len(STATISTICS) if len(known) else 0) + (guarantee.kind != "seen")
         self.recent: deque[tuple[float, ...]] = deque(maxlen=REMEMBERED)  # statistics and p-value of an image
@@ -86,6 +92,7 @@ class Drift:
         self.recent.clear()
         words = f"the pictures have changed ({len(p)} images): {'; '.join(changes)}; see docs/decisions.md"
         say(f"{self.category}: {words}")
+        self.warn(words)
 
     def compare_p_values(self, p: np.ndarray) -> tuple[float, str]:
         """Return the probability that p-values (m,) of normal images have a mean, among those called normal, at least

@@ -3,7 +3,6 @@
 Owns how a panel looks.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
@@ -16,13 +15,13 @@ from detector import BatchPrediction, Detector
 from normals import Normals, compared
 from prediction.scorer import heat_maps
 from reporting import overlays
+from reporting.overlays import crop, rescaled
 from runtime.files import InputError, say, shown, write_file
 
 # Of a panel, in pixels: what a picture fits into (width, height), also where wide ones are stacked; between pictures
 UPRIGHT, WIDE, GAP = (360, 420), (600, 400), 16
 STACKED_FROM = 1.5  # width / height
 NARROWEST_COLUMN = 240  # titles need it
-SMALLEST_CROP, MARGIN = 0.25, 1.25  # of the image's sides; around the region
 GROUND, TEXT, DIM = "#F2F2F2", "#222222", "#666666"
 
 
@@ -87,27 +86,12 @@ class Explainer:
         level = overlays.drawn_above(heat, self.threshold, True) if self.has_maps else None
         try:
             target = self.target(path)
-            pictures = [("photograph", pixels), (normal_title, self.normals.image(nearest))]
+            photograph = overlays.own_pixels(path, pixels, self.detector.white)
+            pictures = [("photograph", photograph), (normal_title, self.normals.image(nearest))]
             picture = panel(lines, pictures, size, heat, self.threshold, level)
             write_file(overlays.encoded(picture, target), target)
         except InputError as error:
             say(f"no panel: {' '.join(str(error).splitlines())}")
-
-
-def crop(heat: np.ndarray, threshold: float) -> tuple[int, int, int, int]:
-    """Return left, top, right, bottom of the part of a map (h, w) and its image that is enlarged, a box of their shape:
-    the strongest region with a margin, or what is around the maximum where nothing is above the threshold.
-
-    Of a strong region only what is above half of the maximum counts: else the box would be the whole image.
-    """
-    level = max(threshold, heat.max().item() / 2)
-    (y, x), (height, width) = np.unravel_index(heat.argmax(), heat.shape), heat.shape
-    left, top, across, down = overlays.region(heat, level, heat.shape) or (int(x), int(y), 1, 1)
-    share = min(1, max(SMALLEST_CROP, MARGIN * across / width, MARGIN * down / height))
-    w, h = math.ceil(share * width), math.ceil(share * height)
-    left = min(max(0, left + (across - w) // 2), width - w)
-    top = min(max(0, top + (down - h) // 2), height - h)
-    return left, top, left + w, top + h
 
 
 def panel(
@@ -120,37 +104,35 @@ def panel(
 ) -> Image.Image:
     """Draw lines of text, below them pictures with their titles, and below those what ``crop`` tells of each, enlarged.
 
-    pictures: titles and images (h, w, 3) uint8, the photograph first. heat: its map (h, w), laid over it in one more
-    picture; None: neither that nor anything enlarged. threshold, level: as overlays.overlay takes them. size: the
-    photograph's own (H, W), whose shape all pictures get; wide ones are stacked.
+    pictures: titles and images (h, w, 3) uint8 of any sizes, the photograph first. heat: its map (h, w), laid over it
+    in one more picture; None: neither that nor anything enlarged. threshold, level: as overlays.overlay takes them.
+    size: the photograph's own (H, W), whose shape all pictures get; wide ones are stacked.
     """
     limits = WIDE if size[1] > STACKED_FROM * size[0] else UPRIGHT
     scale = min(limits[0] / size[1], limits[1] / size[0])
     cell = (max(1, round(scale * size[1])), max(1, round(scale * size[0])))
-    whole = (0, 0, *pictures[0][1].shape[1::-1])
-    rows = [[(title, cut(pixels, cell, whole)) for title, pixels in pictures]]
+    rows = [[(title, cut(pixels, cell)) for title, pixels in pictures]]
     if heat is not None:
-        box = crop(heat, threshold if level is None else level)
+        box, whole = crop(heat, threshold if level is None else level), (0, 0, *heat.shape[::-1])
         zoom = whole[2] / (box[2] - box[0])
-        rows.append([(f"enlarged {zoom:.1f} times", cut(pixels, cell, box)) for _, pixels in pictures])
+        enlarged = [cut(pixels, cell, rescaled(box, heat.shape, pixels.shape)) for _, pixels in pictures]
+        rows.append([(f"enlarged {zoom:.1f} times", picture) for picture in enlarged])
         for row, part, title in zip(rows, (whole, box), ("heat map", "")):
             cell_heat = np.asarray(Image.fromarray(heat).resize(cell, Image.Resampling.BILINEAR, part))
             row.append((title, overlays.overlay(np.asarray(row[0][1]), cell_heat, threshold, level)))
         for _, picture in rows[0]:
-            frame(picture, box, whole)
+            frame(picture, rescaled(box, heat.shape, picture.size[::-1]))
     return page(lines, list(zip(*rows)) if limits is WIDE else rows, cell)
 
 
-def cut(pixels: np.ndarray, cell: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Image:
-    """Return a box of an image (h, w, 3) uint8 at the size of a cell (width, height)."""
+def cut(pixels: np.ndarray, cell: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Image.Image:
+    """Return a box of an image (h, w, 3) uint8, or all of it, at the size of a cell (width, height)."""
     return Image.fromarray(pixels).resize(cell, Image.Resampling.BICUBIC, box)
 
 
-def frame(picture: Image.Image, box: tuple[int, int, int, int], whole: tuple[int, int, int, int]) -> None:
-    """Draw a box of an image on a picture of the whole of it: white within black, to be seen on any ground."""
-    left, top, right, bottom = (
-        round(value * side / image_side) for value, side, image_side in zip(box, picture.size * 2, whole[2:] * 2)
-    )
+def frame(picture: Image.Image, box: tuple[float, float, float, float]) -> None:
+    """Draw a box on a picture: white within black, to be seen on any ground."""
+    left, top, right, bottom = map(round, box)
     draw = ImageDraw.Draw(picture)
     draw.rectangle((left, top, right - 1, bottom - 1), outline="black", width=3)
     draw.rectangle((left + 1, top + 1, right - 2, bottom - 2), outline="white", width=1)

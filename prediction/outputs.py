@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
@@ -365,6 +366,24 @@ def name_below(path: str, folders: Iterable[str] = ()) -> str:
         if name.split(os.sep)[0] != os.pardir:
             return name
     return os.path.join(*(part for part in Path(path).parts if part not in (Path(path).anchor, os.pardir)))
+
+
+def copy_below(folder: str, path: str, folders: Sequence[str]) -> None:
+    """Copy an image into a folder, under its name there, see ``name_below``; with a number before the suffix where
+    another file has that name. A copy that is there already stays. Raises OSError if it cannot be written."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError:  # it has gone, and its row says so or is older
+        return
+    target = first = Path(folder, name_below(path, folders))
+    number = 1
+    while os.path.lexists(target):
+        if target.is_file() and target.read_bytes() == content:
+            return
+        number += 1
+        target = first.with_name(f"{first.stem}.{number}{first.suffix}")
+    write_file(content, target)
+    shutil.copystat(path, target)
 
 
 def check_written(written: Iterable[str | None], read: Iterable[str | Path]) -> None:

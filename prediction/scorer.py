@@ -99,7 +99,8 @@ class Scorer:
     path, its heat (h, w) and overlays.drawn_above of it, raises InputError where it cannot; None: nothing is drawn.
     first: columns that come before those of an image, and their values. shows: callbacks, too, that show something of
     each image; they and ``draw`` get an image that was scored before once more if ``lacks``, called with its path and
-    whether it is anomalous, says so. stamped: rows tell when they were made.
+    whether it is anomalous, says so. stamped: rows tell when they were made. on_rows: called
+    with new rows once they are written.
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class Scorer:
         shows: Sequence[Callback] = (),
         lacks: Callable[[str, bool], bool] = lambda path, anomalous: False,
         stamped: bool = False,
+        on_rows: Callable[[list[dict]], object] = lambda rows: None,
     ) -> None:
         self.model, self.ahead, self.draw, self.callbacks = model, model.batch_size + ahead, draw, callbacks
-        self.shows, self.lacks, self.stamped = shows, lacks, stamped
+        self.shows, self.lacks, self.stamped, self.on_rows = shows, lacks, stamped, on_rows
         self.empty_row = (first or {}) | dict.fromkeys(COLUMNS)
 
     def score(self, paths: Iterable[str], rows: RowsFile, pool: Executor, tell: Callable[[int], object]) -> None:
@@ -133,7 +135,9 @@ class Scorer:
         rows.forget(outdated)
         missing = (path for path in paths if path not in rows.done)
         for batch, pixels, prediction in self.predictions(missing, pool):
-            rows.add(self.rows(batch, pixels, prediction, pool, (*self.callbacks, *self.shows)))
+            new = self.rows(batch, pixels, prediction, pool, (*self.callbacks, *self.shows))
+            rows.add(new)
+            self.on_rows(new)
             tell(len(batch))
 
     def predictions(self, paths: Iterable[str], pool: Executor) -> Iterator[tuple]:

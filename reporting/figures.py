@@ -4,11 +4,13 @@ The only module that imports matplotlib or seaborn. Computes nothing but what dr
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch.nn import functional
 
@@ -25,6 +27,8 @@ NORMAL_COLOR = VIEWS["image"].color
 ANOMALY_COLOR = "#c8402f"
 OUTLINE = "#3fd0ff"  # of what is above the threshold, as in overlays.py
 UNTRAINED = "untrained baseline"
+UNIT = "unusualness"  # of scores and maps; Detector.unit says exactly what it is
+LETTER = 0.65 / 72  # inches, the width of a letter for each point of its size
 DPI = 120
 CASES_ACROSS = 6  # cases side by side on a sheet of heat maps
 WORST = 2  # normal images with the highest scores on such a sheet, and anomalous images with the lowest
@@ -49,7 +53,8 @@ def evaluation_plots(evaluation: Evaluation, untrained: Evaluation | None = None
         if len(embeddings) > 3:
             figures["tsne"] = tsne(evaluation.category, embeddings, groups)
     if evaluation.maps is not None:
-        figures["heatmaps"] = heat_sheet(evaluation.detector, choose_cases(evaluation))
+        threshold = evaluation.detector.threshold.item() if evaluation.detector.config.patches else None
+        figures["heatmaps"] = heat_sheet(evaluation.detector, choose_cases(evaluation), threshold=threshold)
     return {f"{evaluation.category}/{name}.png": png(figure) for name, figure in figures.items()}
 
 
@@ -82,16 +87,37 @@ def preview(images: torch.Tensor, names: Sequence[str], config: Config, invisibl
     """
     views = VARIANTS[config.variant].views
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
-    augmented, _ = make_views(images, config.sample_params(len(images), generator))
+    params = config.sample_params(len(images), generator)
+    augmented, _ = make_views(images, params)
     shown = to_float(images)
-    if augmented.shape != shown.shape:  # crops
-        shown = functional.interpolate(shown, augmented.shape[2:], mode="area")
+    if config.patches:
+        shown, augmented = framed(shown, params.corner, params.patch_size), enlarged_crops(augmented, shown.shape[2:])
     cells = torch.stack([shown, *augmented.split(len(images))], 1)  # (R, 1 + V, 3, H, W)
     titles = ["crop" if config.patches and name == "image" else VIEWS[name].title for name in views]
     columns = ["original", *(f"{title} ({label})" for label, title in enumerate(titles))]
     for place, name in enumerate(views[1:], start=2):
         columns[place] += f"\n{100 * invisible[name]:.0f} % show nothing"
     return views_sheet(cells.permute(0, 1, 3, 4, 2).cpu().numpy(), columns, names)
+
+
+def framed(images: torch.Tensor, corner: torch.Tensor, side: int) -> torch.Tensor:
+    """Return images (B, 3, H, W) in [0, 1] with a line around the square crop at each corner (B, 2), top and left."""
+    images, line = images.clone(), max(1, min(images.shape[2:]) // 100)
+    color = torch.tensor(to_rgb(OUTLINE))[:, None, None]
+    for image, (top, left) in zip(images, corner.tolist()):
+        inside = image[:, top + line : top + side - line, left + line : left + side - line].clone()
+        image[:, top : top + side, left : left + side] = color
+        image[:, top + line : top + side - line, left + line : left + side - line] = inside
+    return images
+
+
+def enlarged_crops(crops: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return square crops (N, 3, S, S) as large as fits into ``size`` (H, W), pixel by pixel, on light gray."""
+    side = min(size)
+    top, left = ((length - side) // 2 for length in size)
+    cells = crops.new_full((len(crops), 3, *size), 0.8)
+    cells[:, :, top : top + side, left : left + side] = functional.interpolate(crops, (side, side), mode="nearest")
+    return cells
 
 
 def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str]) -> Figure:
@@ -101,7 +127,8 @@ def views_sheet(images: np.ndarray, columns: Sequence[str], rows: Sequence[str])
     down, right = height + gap, width + gap
     sheet = np.full((count, down, views, right, 3), 0.8, dtype=images.dtype)  # light gray gaps: some images are white
     sheet[:, :height, :, :width] = images.transpose(0, 2, 1, 3, 4).clip(0, 1)
-    cell = 1.7
+    cell = min(2.6, max(1.7, width / DPI))  # inches
+    rows = [_shortened(row, cell * height / width, 9) for row in rows]
     figure = Figure(figsize=(cell * views + 0.4, cell * height / width * count + 0.4), layout="constrained")
     axes = figure.subplots()  # one for all cells: each takes a tenth of a second
     axes.imshow(sheet.reshape(count * down, views * right, 3)[:-gap, :-gap])
@@ -121,13 +148,14 @@ class Case(NamedTuple):
     image: np.ndarray  # (H, W, 3) in [0, 1]
     mask: np.ndarray | None  # (H, W) of {0, 1}: ground truth; None if it is missing
     heat: np.ndarray | None  # (H, W): anomaly map; None for all cases or for none
-    anomalous: bool  # called so
+    level: float | None  # of a patch model: see overlays.drawn_above
 
 
 def choose_cases(evaluation: Evaluation) -> list[Case]:
     """Choose what a sheet of heat maps shows: of each defect type and of the normal images the one with the median
     score, and the worst mistakes."""
-    test, scores, known = evaluation.test, evaluation.scores, evaluation.test.known(evaluation.masks)
+    detector, test, scores = evaluation.detector, evaluation.test, evaluation.scores
+    known = test.known(evaluation.masks)
     roles = {}
     for defect_type in dict.fromkeys(test.defect_types):
         numbers = np.flatnonzero(np.array(test.defect_types) == defect_type)
@@ -137,10 +165,14 @@ def choose_cases(evaluation: Evaluation) -> list[Case]:
         roles |= dict.fromkeys(numbers[np.argsort(sign * scores[numbers])][:WORST].tolist(), role)
     cases = []
     for i, role in roles.items():
-        title = f"{_words(test.defect_types[i])}, {role}\n{test.paths[i].name}: score {scores[i]:.3g}"
+        name = _shortened(test.paths[i].name, 1.0, 7.5)
+        title = f"{_words(test.defect_types[i])}, {role}\n{name}: score {scores[i]:.3g}"
         mask = evaluation.masks[i] if known[i] else None
-        anomalous = bool(evaluation.p_values[i] <= evaluation.detector.guarantee.rate)
-        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i], anomalous))
+        level = None
+        if detector.config.patches:
+            anomalous = evaluation.p_values[i] <= detector.guarantee.rate
+            level = drawn_above(evaluation.maps[i], detector.threshold.item(), anomalous)
+        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i], level))
     return cases
 
 
@@ -150,19 +182,16 @@ def _words(defect_type: str) -> str:
 
 
 def heat_sheet(
-    detector: Detector,
-    cases: Sequence[Case],
-    shows: str = "image, defect as marked, heat map",
-    unit: str = "",
-    with_masks: bool = True,
+    detector: Detector, cases: Sequence[Case], shows: str = "image", threshold: float | None = None
 ) -> Figure:
-    """Draw images over their masks over their heat maps, up to CASES_ACROSS side by side, in one scale of colors.
+    """Draw images over their masks, if there are any, over their heat maps, up to CASES_ACROSS side by side, in one
+    scale of colors.
 
-    For a patch model an outline shows what makes an image anomalous, see overlays.drawn_above. shows: what is on the
-    sheet, in words. unit: of a patch model's maps; default: that of the detector's scores.
+    For a patch model an outline shows what makes an image anomalous. shows: what images are on the sheet, in words.
+    threshold: of a patch model's maps, if they have one in common.
     """
     category, patches = detector.config.category, detector.config.patches
-    threshold = detector.threshold.item() if patches else None
+    with_masks = any(case.mask is not None and case.mask.any() for case in cases)
     height, width = cases[0].image.shape[:2]
     bands, per_case = -(-len(cases) // CASES_ACROSS), 3 if with_masks else 2
     across = -(-len(cases) // bands)  # bands of about the same length
@@ -177,11 +206,11 @@ def heat_sheet(
         high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
     for axes in grid.flat:
         axes.set_axis_off()
-    for number, (title, image, mask, heat, anomalous) in enumerate(cases):
+    for number, (title, image, mask, heat, level) in enumerate(cases):
         band, column = divmod(number, across)
         top, *middle, bottom = grid[per_case * band : per_case * (band + 1), column]
         top.imshow(image.clip(0, 1))
-        top.set_title(plain(title), fontsize=7.5)
+        top.set_title(plain("\n".join(_shortened(line, 0.95 * side, 7.5) for line in title.split("\n"))), fontsize=7.5)
         for axes in middle:
             if mask is None:
                 axes.text(0.5, 0.5, "no mask", ha="center", va="center", fontsize=9, color="0.4")
@@ -191,19 +220,24 @@ def heat_sheet(
             continue
         bottom.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
         colors = bottom.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.75)
-        level = None if threshold is None else drawn_above(heat, threshold, anomalous)
         if level is not None and heat.min() < level < heat.max():
             bottom.contour(heat, [level], colors=OUTLINE, linewidths=1)
-    note = "" if threshold is None else "; blue outline: why it is called anomalous"
-    figure.suptitle(plain(f"{category}: {shows}{note}"), fontsize=11)
+    note = "; blue outline: why it is called anomalous" if patches else ""
+    title = f"{category}: {shows}{', defect as marked' * with_masks}, heat map{note}"
+    figure.suptitle(plain(textwrap.fill(title, int(size[0] / (11 * LETTER)))), fontsize=11)
     if maps:
         bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
         bar.solids.set_alpha(1)
-        unit = (unit or detector.unit) if patches else "Grad-CAM of the score (no unit)"
-        bar.set_label(f"{unit}, higher is more anomalous", fontsize=9)
+        bar.set_label(UNIT if patches else "Grad-CAM, no unit", fontsize=9)
         if threshold is not None:
             bar.ax.axhline(threshold, color=OUTLINE, linewidth=2)
     return figure
+
+
+def _shortened(text: str, inches: float, points: float) -> str:
+    """Return a text without its middle if it would be longer than that at a size in points."""
+    letters = max(5, int(inches / (points * LETTER)))
+    return text if len(text) <= letters else f"{text[: letters // 2 - 1]}…{text[len(text) - letters // 2 :]}"
 
 
 # Charts -----------------------------------------------------------------------------------------------------------
@@ -268,7 +302,7 @@ def score_histogram(evaluation: Evaluation) -> Figure:
         meaning = "the largest score of normal images"
     title = f"{evaluation.category}: scores of the test images\ndashed: threshold, {meaning}"
     figure.suptitle(plain(title), fontsize=11)
-    grid[-1].set_xlabel(f"{detector.unit}, higher is more anomalous")
+    grid[-1].set_xlabel(f"{UNIT} (the score)")
     figure.supylabel("images", fontsize=10)
     return figure
 

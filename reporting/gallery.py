@@ -7,27 +7,36 @@ import base64
 import heapq
 import io
 import math
+import platform
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 from torch import Tensor
 
+from config import flag_value
 from detector import BatchPrediction, Detector
 from reporting.metrics import Evaluation
-from reporting.overlays import drawn_above, overlay
+from reporting.overlays import crop, drawn_above, overlay, own_pixels, rescaled
+from runtime.cli import command_line
 from runtime.files import MARK
 from runtime.image_files import encode
 
 MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 MB at most
-THUMBNAIL_BYTES = 10_000  # at most, down to LOWEST_QUALITY: 500 images with their maps are then below 15 MB
+# At most: 500 images with their maps and regions are then below 15 MB
+THUMBNAIL_BYTES, REGION_BYTES = 6_500, 8_000
+REGION_SIDE = 400  # pixels of the longer side of a region, at most; it is not made larger than it is
 LOWEST_QUALITY = 20
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
+USUAL = 0.95  # share of the scores that take at least half of the histogram's axis
 WIDTH, ROC_HEIGHT, STRIP_HEIGHT, STRIP_GAP, BINS = 280, 200, 82, 26, 40  # of the charts, in units of their SVG
 
 
@@ -42,6 +51,7 @@ class Tile:
     p_value: float
     image: bytes  # JPEG file
     overlay: bytes | None  # JPEG file of the image under its heat map
+    region: bytes | None = None  # JPEG file of its most unusual region, in the photograph's own pixels
 
 
 @dataclass(frozen=True)
@@ -52,33 +62,63 @@ class Page:
     unit: str  # of the scores
     rate: float  # images with p_value <= rate are called anomalous
     count: int  # n: number of calibration scores; each p-value is a whole number of (n + 1)-ths
-    guarantee: str  # a sentence or two on what the rate promises
+    guarantee: str  # a sentence or two on what the rate promises, and what to do
     auroc: float | None  # a fraction; None without both kinds of labels
     tiles: Sequence[Tile]
+    details: str = ""  # all that the rate promises
+    facts: Sequence[tuple[str, str]] = ()  # how the page was made, by name; see ``facts_of``
+    warnings: Sequence[str] = ()
+    unreadable: Sequence[tuple[str, str]] = ()  # files that could not be scored, and why
+    costs: tuple[float, float] | None = None  # of a miss and a false alarm, if they are known
+
+
+def facts_of(detector: Detector, path: str | Path, images: Iterable[str | Path]) -> list[tuple[str, str]]:
+    """Return how a page was made, by name. path: of the detector's file. images: where the images are."""
+    settings = {name: value for name, value in detector.config.to_dict().items() if value is not None}
+    trained = detector.metadata.get("torch")
+    return [
+        ("date", datetime.now().astimezone().isoformat(" ", "seconds")),
+        ("detector", str(path)),
+        ("images", ", ".join(map(str, images))),
+        ("command", command_line()),
+        ("trained by", detector.metadata.get("command", "unknown")),
+        ("training images", str(detector.metadata.get("train_images", "unknown"))),
+        ("settings", ", ".join(f"{name} {flag_value(value)}" for name, value in settings.items())),
+        ("versions", f"torch {torch.__version__}, trained with {trained}; Python {platform.python_version()}"),
+    ]
 
 
 # From what the detector says to pages -----------------------------------------------------------------------------
 
 
-def gallery_page(evaluation: Evaluation, seed: str = "") -> Page:
-    """Return the page of a category's test images. seed: the name of the seed's folder, if there are several."""
-    test, tiles = evaluation.test, []
-    for i, path in enumerate(test.paths):
-        heat = None if evaluation.maps is None else evaluation.maps[i]
+def gallery_page(
+    evaluation: Evaluation, seed: str = "", costs: tuple[float, float] | None = None, workers: int = 1
+) -> Page:
+    """Return the page of a category's test images. seed: the name of the seed's folder, if there are several. costs: of
+    a miss and of a false alarm. workers: threads that open the images once more."""
+    test = evaluation.test
+
+    def tile(i: int) -> Tile:
+        path, heat = test.paths[i], None if evaluation.maps is None else evaluation.maps[i]
         score, p_value = evaluation.scores[i].item(), evaluation.p_values[i].item()
-        pictures = _pictures(evaluation.detector, test.images[i], heat, p_value)
-        name = f"{path.parent.name}/{path.name}"
-        tiles.append(Tile(name, test.defect_types[i], int(test.labels[i]), score, p_value, *pictures))
+        label = int(test.labels[i])
+        pictures = _pictures(evaluation.detector, path, test.images[i], heat, p_value, closer=bool(label))
+        return Tile(f"{path.parent.name}/{path.name}", test.defect_types[i], label, score, p_value, *pictures)
+
+    with ThreadPoolExecutor(workers or 1) as pool:
+        tiles = list(pool.map(tile, range(len(test.paths))))
     title = " ".join(filter(None, (evaluation.category, seed)))
-    return _page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc"))
+    return replace(_page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc")), costs=costs)
 
 
 class Gallery:
     """Collect tiles of images without labels while they are scored; of more than MAX_TILES those with the highest
     scores."""
 
-    def __init__(self, detector: Detector) -> None:
-        self.detector, self.count = detector, 0
+    def __init__(self, detector: Detector, facts: Sequence[tuple[str, str]] = ()) -> None:
+        self.detector, self.facts, self.count, self.names = detector, facts, 0, set()
+        self.warnings: list[str] = []
+        self.unreadable: dict[str, str] = {}  # why, by path
         self.heap: list[tuple[float, int, Tile]] = []  # the lowest score first, of equal scores the latest image
 
     def on_batch(
@@ -89,50 +129,76 @@ class Gallery:
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
         for path, image, heat, score, p_value in zip(paths, pixels, maps, scores, p_values):
             self.count += 1
+            self.names.add(path)
             full = len(self.heap) == MAX_TILES
             if full and score <= self.heap[0][0]:
                 continue
-            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, image, heat, p_value))
+            tile = Tile(path, "", None, score, p_value, *_pictures(self.detector, path, image, heat, p_value))
             (heapq.heappushpop if full else heapq.heappush)(self.heap, (score, -self.count, tile))
+
+    def on_rows(self, rows: list[dict]) -> None:
+        """Note the files that could not be scored, by their rows; those that can be now are no longer among them."""
+        for row in rows:
+            self.unreadable.pop(row["path"], None)
+            if row["error"] and len(self.unreadable) < MAX_TILES:
+                self.unreadable[row["path"]] = row["error"]
 
     def page(self) -> Page:
         """Return the page of the images so far."""
-        tiles = [tile for *_, tile in self.heap]
-        note = f". The {len(tiles)} images with the highest scores, of {self.count}" * (self.count > len(tiles))
-        return _page(self.detector, tiles, self.detector.config.category, None, note)
+        latest = {tile.name: tile for *_, tile in sorted(self.heap, key=lambda entry: -entry[1])}
+        tiles = list(latest.values())  # an image that has changed may have been scored again
+        note = f". The {len(tiles)} images with the highest scores, of {len(self.names)}"
+        note *= len(self.names) > len(tiles)
+        page = _page(self.detector, tiles, self.detector.config.category, None, note)
+        unreadable = [*self.unreadable.items()]
+        return replace(page, facts=self.facts, warnings=self.warnings, unreadable=unreadable)
 
 
 def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
     guarantee = detector.guarantee
-    return Page(title, detector.unit, guarantee.rate, guarantee.count, guarantee.words() + note, auroc, tiles)
+    advice = guarantee.advice() + note
+    return Page(title, detector.unit, guarantee.rate, guarantee.count, advice, auroc, tiles, guarantee.words())
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _pictures(detector: Detector, image: Tensor, heat: np.ndarray | None, p_value: float) -> tuple[bytes, bytes | None]:
-    """Return the JPEG files of a tile: of an image (3, H, W) uint8, and with its map (H, W) if that is a patch model's,
-    whose scale the threshold gives, and whose outline the decision by its p-value."""
+def _pictures(
+    detector: Detector, path: str | Path, image: Tensor, heat: np.ndarray | None, p_value: float, closer: bool = False
+) -> tuple[bytes, bytes | None, bytes | None]:
+    """Return the JPEG files of a tile: of an image (3, H, W) uint8; with its map (H, W) if that is a patch model's,
+    whose scale the threshold gives, and whose outline the decision by its p-value; and, if it is called anomalous or
+    ``closer``, of its most unusual region as it is in the file."""
     pixels = image.permute(1, 2, 0).cpu().numpy()
     if heat is None or detector.config.patches is None:
-        return thumbnail(pixels), None
-    threshold = detector.threshold.item()
-    drawn = overlay(pixels, heat, threshold, drawn_above(heat, threshold, p_value <= detector.guarantee.rate))
-    return thumbnail(pixels), thumbnail(np.asarray(drawn))
+        return thumbnail(pixels), None, None
+    threshold, anomalous = detector.threshold.item(), p_value <= detector.guarantee.rate
+    level = drawn_above(heat, threshold, anomalous)
+    drawn = thumbnail(np.asarray(overlay(pixels, heat, threshold, level)))
+    if not (anomalous or closer):
+        return thumbnail(pixels), drawn, None
+    own = own_pixels(path, pixels, detector.white)
+    box = crop(heat, min(level, threshold))
+    left, top, right, bottom = map(round, rescaled(box, heat.shape, own.shape))
+    region = own[top : max(bottom, top + 1), left : max(right, left + 1)]
+    return thumbnail(pixels), drawn, thumbnail(region, REGION_SIDE, most=REGION_BYTES)
 
 
-def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70) -> bytes:
+def thumbnail(image: np.ndarray, side: int = 192, quality: int = 70, most: int = THUMBNAIL_BYTES) -> bytes:
     """Return a JPEG file of an image (H, W, 3) uint8, its longest side at most ``side`` pixels.
 
-    The quality goes down from ``quality`` until the file has at most THUMBNAIL_BYTES.
+    The quality goes down from ``quality`` to LOWEST_QUALITY, and then the size, until it has at most ``most`` bytes.
     """
     small = Image.fromarray(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     while True:
         jpeg = encode(small, "JPEG", quality=quality, optimize=True, subsampling="4:4:4")  # thin lines too
-        if len(jpeg) <= THUMBNAIL_BYTES or quality <= LOWEST_QUALITY:
+        if len(jpeg) <= most:
             return jpeg
-        quality = max(LOWEST_QUALITY, quality - 10)
+        if quality > LOWEST_QUALITY:
+            quality = max(LOWEST_QUALITY, quality - 10)
+        else:
+            small = small.resize([max(1, round(0.85 * length)) for length in small.size])
 
 
 def data_uri(jpeg: bytes) -> str:
@@ -229,16 +295,20 @@ def roc_path(normal: Sequence[float], anomalous: Sequence[float]) -> str:
 def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
     """Return the bars of groups of scores, a strip for each group, above a common axis.
 
-    groups: name and scores, at least one. Returns low and high, the ends of the axis; its ticks as place and text; the
+    groups: name and scores, at least one. Returns low and high, the ends of the axis; beyond: how many scores are above
+    it and in the last bars; its ticks as place and text; the
     strips; and measures of length.
     """
     everything = np.concatenate([scores for _, scores in groups])
     low, high = float(everything.min()), float(everything.max())
+    usual = float(np.quantile(everything, USUAL, method="lower"))
+    high = min(high, low + 2 * (usual - low)) if usual > low else high  # a few far away would squeeze all others
+    beyond = int((everything > high).sum())
     if low == high:
         low, high = low - 0.5 * max(1, abs(low)), high + 0.5 * max(1, abs(high))
     strips = []
     for number, (name, scores) in enumerate(groups):
-        counts = np.histogram(scores, BINS, (low, high))[0]
+        counts = np.histogram(np.minimum(scores, high), BINS, (low, high))[0]
         heights = STRIP_HEIGHT * counts / counts.max()
         bars = [(WIDTH * k / BINS, STRIP_HEIGHT - height, height) for k, height in enumerate(heights) if height]
         y = STRIP_GAP + number * (STRIP_HEIGHT + STRIP_GAP)
@@ -246,7 +316,7 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
     ticks = [((value - low) / (high - low) * WIDTH, f"{value:g}") for value in round_values(low, high)]
     height = len(groups) * (STRIP_HEIGHT + STRIP_GAP)
     shape = {"bar": WIDTH / BINS, "strip": STRIP_HEIGHT, "height": height}
-    return {"low": low, "high": high, "ticks": ticks, "strips": strips} | shape
+    return {"low": low, "high": high, "ticks": ticks, "strips": strips, "beyond": beyond} | shape
 
 
 def round_values(low: float, high: float, count: int = 5) -> list[float]:

@@ -4,6 +4,7 @@ Higher scores mean more anomalous; label 1 is anomalous. Image metrics come from
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from dataset import TestSet
 from detector import Detector, stream
 from runtime.files import InputError
 
+RESAMPLES = 1000
 AUPRO_LIMIT = 0.3  # largest false-positive rate that enters the AUPRO: the field's standard
 
 
@@ -112,6 +114,42 @@ def _check(labels, scores) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(scores).all():
         raise ValueError("a score is not finite")
     return labels, scores
+
+
+# Costs ------------------------------------------------------------------------------------------------------------
+
+
+class Cheapest(NamedTuple):
+    """Hold the p-value level that costs least on labelled images: anomalous where p <= rate."""
+
+    rate: float
+    low: float  # the ends of the interval that holds it for 90 of 100 sets of as many images
+    high: float
+    missed: int
+    false_alarms: int
+    cost: float
+
+
+def cheapest_rate(labels: np.ndarray, p_values: np.ndarray, count: int, costs: tuple[float, float]) -> Cheapest:
+    """Return the level k / (count + 1), k >= 1, at which the labelled images cost least; of equal ones the smallest.
+
+    labels, p_values: (M,), of both kinds. count: n, the number of calibration scores. costs: of a missed anomalous
+    image, of a false alarm. The interval is by the bootstrap: RESAMPLES draws of as many images of each kind.
+    """
+    ranks = np.rint(np.asarray(p_values) * (count + 1)).astype(int)
+    levels = np.unique(np.append(ranks[labels == 1], 1))  # between them nothing gets cheaper
+    kinds = [(ranks[labels == 1, None] > levels, costs[0]), (ranks[labels == 0, None] <= levels, costs[1])]
+    missed, false_alarms = (wrong.sum(0) for wrong, _ in kinds)
+    total = missed * costs[0] + false_alarms * costs[1]
+    rng, drawn = np.random.default_rng(0), np.zeros((RESAMPLES, len(levels)))
+    for wrong, cost in kinds:
+        drawn += cost * rng.multinomial(len(wrong), np.full(len(wrong), 1 / len(wrong)), RESAMPLES) @ wrong
+    best, chosen = total.argmin(), levels[drawn.argmin(1)]
+    low, high = np.quantile(chosen, (0.05, 0.95), method="inverted_cdf") / (count + 1)
+    rate = levels[best] / (count + 1)
+    return Cheapest(
+        float(rate), float(low), float(high), int(missed[best]), int(false_alarms[best]), float(total[best])
+    )
 
 
 # Pixels -----------------------------------------------------------------------------------------------------------

@@ -3,14 +3,18 @@
 Maps and images in; boxes, pictures and the content of their files out. Owns how heat is colored.
 """
 
+import math
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch.nn import functional
 
 from runtime.files import MARK, InputError
-from runtime.image_files import encode
+from runtime.image_files import decode, encode
 
+SMALLEST_CROP, MARGIN = 0.25, 1.25  # of the image's sides; around the region
 OPACITY = 0.7  # of the strongest heat
 COLORS = ((255, 214, 64), (232, 120, 36), (176, 20, 32))  # of heat, from weak to strong
 OUTLINE = (0x3F, 0xD0, 0xFF)  # as on the sheets of heat maps
@@ -48,6 +52,39 @@ def drawn_above(heat: np.ndarray, threshold: float, anomalous: bool) -> float:
         return np.inf
     highest = heat.max().item()
     return min(threshold, highest - (highest - np.median(heat).item()) / 4)
+
+
+def crop(heat: np.ndarray, threshold: float) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom of the part of a map (h, w) and its image that is enlarged, a box of their shape:
+    the strongest region with a margin, or what is around the maximum where nothing is above the threshold.
+
+    Of a strong region only what is above half of the maximum counts: else the box would be the whole image.
+    """
+    level = max(threshold, heat.max().item() / 2)
+    (y, x), (height, width) = np.unravel_index(heat.argmax(), heat.shape), heat.shape
+    left, top, across, down = region(heat, level, heat.shape) or (int(x), int(y), 1, 1)
+    share = min(1, max(SMALLEST_CROP, MARGIN * across / width, MARGIN * down / height))
+    w, h = math.ceil(share * width), math.ceil(share * height)
+    left = min(max(0, left + (across - w) // 2), width - w)
+    top = min(max(0, top + (down - h) // 2), height - h)
+    return left, top, left + w, top + h
+
+
+def rescaled(
+    box: tuple[int, int, int, int], shape: tuple[int, ...], other: tuple[int, ...]
+) -> tuple[float, float, float, float]:
+    """Return a box of an image of one shape (H, W, ...) as that of the same image at another one."""
+    down, across = (to / of for of, to in zip(shape[:2], other[:2]))
+    left, top, right, bottom = box
+    return left * across, top * down, right * across, bottom * down
+
+
+def own_pixels(path: str | Path, pixels: np.ndarray, white: int) -> np.ndarray:
+    """Return an image file at its own size, (H, W, 3) uint8; ``pixels``, as the detector sees it, if it has gone."""
+    try:
+        return decode(path, white=white)
+    except InputError:
+        return pixels
 
 
 def as_score(heat: np.ndarray, score: float) -> np.ndarray:

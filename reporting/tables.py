@@ -13,9 +13,9 @@ import torch
 from conformal import proportion_interval
 from dataset import unpaired_masks
 from detector import Detector
-from reporting.metrics import Evaluation, image_metrics
+from reporting.metrics import Evaluation, cheapest_rate, image_metrics
 from runtime.cli import command_line
-from runtime.files import print_line, spreadsheet_safe
+from runtime.files import print_line, say, spreadsheet_safe
 
 NAMED_FILES = 3  # of those that a line is about
 LINES = {  # on stdout, for columns of results.csv
@@ -161,6 +161,24 @@ def _decisions(evaluation: Evaluation) -> dict:
         columns[name] = count = int((p_values <= guarantee.rate).sum())
         columns[f"{name}_low"], columns[f"{name}_high"] = proportion_interval(count, len(p_values))
     return columns
+
+
+def cost_columns(evaluation: Evaluation, costs: tuple[float, float]) -> dict:
+    """Return the columns of results.csv on what decisions cost, and say the least cost; without both kinds of images
+    {}. costs: of a miss, of a false alarm."""
+    labels, category = evaluation.test.labels, evaluation.category
+    if not 0 < labels.sum() < len(labels):
+        say(f"{category}: test images of one kind only, so no rate costs least")
+        return {}
+    best = cheapest_rate(labels, evaluation.p_values, evaluation.detector.guarantee.count, costs)
+    anomalous, normal = int(labels.sum()), int((labels == 0).sum())
+    found = f"{best.missed} of {anomalous} missed, {best.false_alarms} of {normal} false alarms, cost {best.cost:g}"
+    text = f"p <= {best.rate:.3g} costs least on the test images ({found})"
+    say(f"{category}: {text}; between {best.low:.3g} and {best.high:.3g} for 90 of 100 such sets")
+    names = ("cheapest_rate", "cheapest_low", "cheapest_high", "least_cost")
+    miss, false_alarm = costs
+    values = (best.rate, best.low, best.high, best.cost)
+    return {"costs": f"{miss:g}:{false_alarm:g}"} | dict(zip(names, values))
 
 
 def record(detector: Detector, row: dict) -> dict:

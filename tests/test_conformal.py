@@ -110,6 +110,29 @@ def test_what_is_proven_and_its_words():
     assert "needs" not in seen
 
 
+@pytest.mark.parametrize(
+    ("guarantee", "advice"),
+    [
+        (
+            ("cross", 32, 0.01),
+            "About 3 of 100 good parts will be called bad (0 to 9). For 1 of 100, train on 99 or more good photographs",
+        ),
+        (("cross", 400, 0.05), "About 5 of 100 good parts will be called bad (3 to 7)"),
+        (("split", 5000, 0.001), "About 1 of 1,000 good parts will be called bad (0 to 2)"),
+        (
+            ("split", 20, 0.002),
+            "About 5 of 100 good parts will be called bad (0 to 14). "
+            "For 2 of 1,000, have --holdout keep 499 or more good photographs",
+        ),
+        (("seen", 200, 0.01), "How many good parts will be called bad is not known: train with --folds 5 to know"),
+        (("cross", 9, 0), "About 10 of 100 good parts will be called bad (0 to 29)"),
+    ],
+)
+def test_advice_in_plain_words(guarantee, advice):
+    assert FalseAlarmGuarantee(*guarantee).advice() == advice
+    assert FalseAlarmGuarantee(*guarantee, "Labels chose it").advice() == f"{advice}. Labels chose it"
+
+
 @pytest.mark.parametrize(("count", "total"), [(0, 20), (3, 41), (20, 20)])
 def test_the_interval_of_a_proportion_is_clopper_and_pearsons(count, total):
     low, high = proportion_interval(count, total)

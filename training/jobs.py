@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, resume
-from dataset import TestSet, TrainSet, has_test_images, load_fill_index, load_test, load_train
-from detector import Detector, build_network, check_enough, detector_path, load_config, save
+from dataset import TestSet, TrainSet, files_digest, has_test_images, load_fill_index, load_test, load_train
+from detector import Detector, build_network, check_enough, detector_path, load, load_config, made_from, save
 from normals import normals_path, save_normals
 from runtime import cache
 from runtime.cli import command_line, device_name, suitable_precision
@@ -75,7 +75,7 @@ def train_networks(job: Job, numbers: list[int], options: RunOptions) -> TrainSe
     config, category, ranks = job.config, job.config.category, options.ranks
     if ranks.broadcast(lambda: job.finished and not options.overwrite):
         if ranks.is_main:
-            say(f"{category}: {job.path} is finished; skipped (--overwrite trains it anew, as after adding images)")
+            say(f"{category}: {job.path} is finished; skipped{what_to_do(job)}")
         return None
     train_set = load_normal(job, options)
     if len(train_set) < config.batch_size and ranks.is_main:
@@ -159,7 +159,7 @@ def plan_steps(config: Config, train_set: TrainSet, options: RunOptions, precisi
 def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = None) -> None:
     """Fit the detector of the trained networks, write its file, and remove their saved states; nothing if it is
     finished already. train_set: its training images, if they are loaded already."""
-    category, folds = job.config.category, job.config.folds
+    category = job.config.category
     if not options.ranks.is_main or job.finished:
         return
     if train_set is None:
@@ -177,6 +177,7 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     if config.density == "auto":
         detector = choose_density(detector, train_set.images)
     detector.fit(train_set.images)
+    detector.train_files = files_digest(train_set.paths)
     detector.metadata |= {
         "command": command_line(),
         "train_images": len(train_set),
@@ -188,18 +189,57 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
         "ranks": states[0]["ranks"],
         "torch": str(torch.__version__),
     }
+    save_with_normals(detector, train_set, job.path, options)
+    remove_checkpoints(job.folder, category)
+    say(f"{category}: wrote {job.path}")
+
+
+def save_with_normals(detector: Detector, train_set: TrainSet, path: Path, options: RunOptions) -> None:
+    """Write a fitted detector and the normal images beside it, and tell what a person should know of it."""
+    category = detector.config.category
     for line in detector.notes():
         say(f"{category}: {line}")
-    if folds > 1:
+    if len(detector.members) > 1:
         say(f"{category}: {most_unusual(detector.calibration_scores, train_set.paths)}")
     # The normal images before the detector: there is none without them
     if options.explain:
-        save_normals(detector, train_set, normals_path(job.path))
+        save_normals(detector, train_set, normals_path(path))
     else:
-        normals_path(job.path).unlink(missing_ok=True)  # that of an earlier one
-    save(detector, job.path)
-    remove_checkpoints(job.folder, category)
-    say(f"{category}: wrote {job.path}")
+        normals_path(path).unlink(missing_ok=True)  # that of an earlier one
+    save(detector, path)
+
+
+def refit_detector(job: Job, options: RunOptions) -> None:
+    """Fit the densities, the threshold and the calibration scores of a finished detector anew to the training images
+    that are there now; its networks stay. Raises InputError if there is none, or if images that a network has learned
+    from would come to be among those that it must not know."""
+    category = job.config.category
+    if not job.finished:
+        raise InputError(f"{job.path}: no finished detector, so nothing to fit anew; leave --refit out")
+    detector = load(job.path, options.device)
+    config = detector.config
+    if config.epochs and (config.folds > 1 or config.holdout):
+        flag = "--folds" if config.folds > 1 else "--holdout"
+        reason = f"was trained with {flag}, which new images would shift: nothing could be promised any more"
+        raise InputError(f"{job.path}: {reason}; train it anew with --overwrite")
+    where = (options.data_dir, category, config.size, options.workers, options.storage)
+    train_set = load_train(*where, detector.fill_index, detector.white, job.paths)
+    check_enough(config, len(train_set))
+    before, refitted = detector.metadata.get("train_images"), detector.refit(train_set.images)
+    refitted.metadata["train_images"] = len(train_set)
+    refitted.train_files = files_digest(train_set.paths)
+    save_with_normals(refitted, train_set, job.path, options)
+    say(f"{category}: fitted {job.path} anew to {len(train_set)} images ({before} before); its networks stay")
+
+
+def what_to_do(job: Job) -> str:
+    """Return in words what to do if the training images have changed since a detector was made; empty if they have
+    not."""
+    count, digest = made_from(job.path)
+    if digest == files_digest(job.paths) or (not digest and count in (None, len(job.paths))):
+        return " (--overwrite trains it anew)"
+    images = f"{job.paths[0].parent} has changed since it was made: {len(job.paths)} images, {count} then"
+    return f". {images}. --refit takes them in within seconds, --overwrite trains it anew"
 
 
 def most_unusual(scores: Tensor, paths: list[Path]) -> str:

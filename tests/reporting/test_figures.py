@@ -1,5 +1,6 @@
 """Test what figures show: the cases of a sheet of heat maps, and each view of the table."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from choices import VARIANTS, Variant
+from config import Config, PatchConfig
 from cutpaste import VIEWS
 from dataset import load_masks, load_test
 from detector import load
@@ -66,3 +68,48 @@ def test_names_are_shown_letter_by_letter(name):
 
 def test_text_that_cannot_be_drawn_has_escapes():
     assert figures.plain("a\rb\udcff.png\nscore 1") == "a\\rb\\udcff.png\nscore 1"
+
+
+@pytest.mark.parametrize(("count", "shape"), [(2, (20, 60)), (12, (40, 40))])
+@pytest.mark.parametrize("marked", [True, False])
+def test_words_on_a_sheet_fit_and_there_is_no_row_without_masks(detectors, count, shape, marked):
+    """Titles of long names do not overlap, and nothing is wider than the figure."""
+    detector = load(detectors / "patch/brick.pt")
+    image, heat = np.full((*shape, 3), 0.5), np.linspace(0, 9, shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    mask = (heat > 8).astype(np.uint8) * marked
+    title = f"{'IMG_20261128_' * 4}{{:03}}.png\nscore 12.3, p 0.012"
+    cases = [figures.Case(title.format(number), image, mask, heat, 8.0) for number in range(count)]
+    figure = figures.heat_sheet(detector, cases, "the most unusual training images")
+    bands = -(-count // figures.CASES_ACROSS)
+    assert len(figure.axes) == bands * (3 if marked else 2) * (count // bands) + 1
+    figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert len(boxes) == count
+    assert all("png" in axes.get_title() for axes in figure.axes if axes.get_title())
+    rows = {round(box.y0): [other for other in boxes if round(other.y0) == round(box.y0)] for box in boxes}
+    for row in rows.values():
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(sorted(row, key=lambda box: box.x0)))
+    for text in (figure._suptitle, figure.axes[-1].yaxis.label):
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.width
+        assert box.y0 >= 0
+        assert box.y1 <= figure.bbox.height
+
+
+def test_a_preview_of_crops_shows_their_pixels_beside_the_whole_image(data):
+    test = load_test(data, "brick", (64, 48), 0)
+    config = Config("brick", height=64, width=48, pretrained=False, patches=PatchConfig(patch_size=32))
+    figure = figures.preview(test.images[:2], ["a", "b"], config, {"patch": 0.0, "scar": 0.0})
+    sheet = figure.axes[0].images[0].get_array()
+    cell, gap = (64, 48), 2
+    whole = sheet[: cell[0], : cell[1]]
+    same = np.abs(whole - test.images[0].permute(1, 2, 0).numpy() / 255).max(2) < 1e-6
+    outline = 4 * 32 - 4
+    assert (~same).sum() <= outline  # nothing but a line around the crop is drawn on the image
+    assert (~same).sum() > outline / 2
+    rows, columns = np.nonzero(~same)
+    assert (np.ptp(rows), np.ptp(columns)) == (31, 31)
+    crop = sheet[: cell[0], cell[1] + gap : 2 * cell[1] + gap][8:-8]  # the largest square
+    step = np.abs(np.diff(crop, axis=0)).max((1, 2)) > 0
+    assert step.sum() <= 31  # 32 rows of pixels, each repeated as it is

@@ -1,6 +1,7 @@
 """The HTML report: its pictures, its charts, and what it shows and does in a browser."""
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 from reporting import gallery
 from reporting.gallery import Page, Tile
+from reporting.metrics import cheapest_rate
 from reporting.overlays import overlay
 
 COUNT = 60  # normal images that p-values come from
@@ -71,11 +73,12 @@ def test_500_noisy_images_with_maps_are_below_15_megabytes():
     rng = np.random.default_rng(0)
     image = texture(rng)
     heat = np.abs(rng.normal(0, 1, (8, 8))).repeat(32, 0).repeat(32, 1)  # glows nearly everywhere
-    pair = (
+    pictures = (
         gallery.thumbnail(image),
         gallery.thumbnail(np.asarray(overlay(image, heat.astype(np.float32), 0.75, 0.75))),
+        gallery.thumbnail(texture(rng, 1024), gallery.REGION_SIDE, most=gallery.REGION_BYTES),
     )
-    tiles = [Tile(f"crack/{i:03d}.png", "crack", 1, float(i), 1 / 61, *pair) for i in range(500)]
+    tiles = [Tile(f"crack/{i:03d}.png", "crack", 1, float(i), 1 / 61, *pictures) for i in range(500)]
     html = gallery.render([Page("c", "distance", 0.1, COUNT, "", None, tiles)], "title")
     assert 5e6 < len(html.encode()) < 15e6
 
@@ -102,6 +105,14 @@ def test_bars_hold_every_score():
     strips = [(strip["total"], strip["highest"], len(strip["bars"])) for strip in chart["strips"]]
     assert strips == [(3, 2, 2), (1, 1, 1)]
     assert [text for _, text in chart["ticks"]] == ["1", "2", "3", "4", "5"]
+    assert chart["beyond"] == 0
+    many = [*np.linspace(0, 10, 40), 1000.0]  # an outlier does not squeeze the others
+    chart = gallery.histogram([("images", many)])
+    assert chart["high"] <= 20
+    assert chart["beyond"] == 1
+    assert len(chart["strips"][0]["bars"]) >= gallery.BINS / 2
+    height = sum(bar[2] for bar in chart["strips"][0]["bars"]) * chart["strips"][0]["highest"] / gallery.STRIP_HEIGHT
+    assert height == pytest.approx(41)
     alone = gallery.histogram([("images", [7.0])])
     assert alone["low"] < 7 < alone["high"]
 
@@ -184,6 +195,22 @@ def test_counts_and_marks_follow_the_slider(visit, width):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("costs", [(10, 1), (1, 1), (0.2, 3), (0, 1)])
+def test_the_cheapest_level_is_that_of_eval(visit, costs):
+    page = some_page()
+    tab = visit([replace(page, costs=costs)])
+    labels, p = np.array([tile.label for tile in page.tiles]), np.array([tile.p_value for tile in page.tiles])
+    best = cheapest_rate(labels, p, COUNT, costs)
+    words = text(tab, "cost")
+    assert f"p ≤ {best.rate:.3g} costs least" in words
+    low, high = map(float, re.search(r"between (\S+) and (\S+) for 90", words).groups())
+    assert low - 1e-3 <= best.rate <= high + 1e-3  # of three digits
+    assert (low, high) == pytest.approx((best.low, best.high), abs=0.1)  # by other random numbers
+    tab.get_by_role("button", name="Set the level that costs least").click()
+    assert f"These images cost {best.cost:.3g} at this level" in text(tab, "cost")
+    assert text(tab, "words") == f"anomalous where p ≤ {best.rate:.3g}"
+
+
 def test_filters_show_exactly_the_mistakes_and_types(visit):
     page = some_page()
     tab = visit([page])
@@ -201,6 +228,72 @@ def test_filters_show_exactly_the_mistakes_and_types(visit):
     }
 
 
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_region_is_enlarged_by_keyboard_and_pointer(visit, width):
+    page = some_page()
+    region = gallery.thumbnail(np.full((300, 400, 3), 200, np.uint8), gallery.REGION_SIDE)
+    tab = visit([replace(page, tiles=[replace(tile, region=region) for tile in page.tiles])], width)
+    dialog, button = tab.locator("dialog"), tab.get_by_role("button", name="enlarge").first
+    assert not dialog.is_visible()
+    button.focus()
+    tab.keyboard.press("Enter")
+    assert dialog.is_visible()
+    name = max(page.tiles, key=lambda tile: tile.score).name
+    assert dialog.locator(".title").evaluate("e => e.textContent") == name
+    size = "e => e.decode().then(() => [e.naturalWidth, e.naturalHeight])"
+    assert dialog.locator("img").evaluate(size) == [400, 300]
+    tab.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    assert button.evaluate("e => e === document.activeElement")
+    button.click()
+    dialog.get_by_role("button", name="close").click()
+    assert not dialog.is_visible()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_called_ones_and_names_are_filtered(visit):
+    page = some_page()
+    tab = visit([page], 390)
+    visible = "all => all.filter(e => e.offsetParent).map(e => e.querySelector('.name').textContent)"
+    called, _ = decided(page, set_slider(tab, 5) / (COUNT + 1))
+    tab.get_by_label("called anomalous").check()
+    names = {tile.name for tile, is_called in zip(page.tiles, called) if is_called}
+    assert {*tab.locator(".tile").evaluate_all(visible)} == names
+    tab.get_by_label("Name").fill(" BENT/0")
+    found = {name for name in names if "bent/0" in name}
+    assert found
+    assert {*tab.locator(".tile").evaluate_all(visible)} == found
+    assert text(tab, "shown") == f"{len(found)} of 90 images shown"
+    tab.get_by_label("called anomalous").uncheck()
+    assert tab.locator(".tile").evaluate_all(visible) == [
+        tile.name for tile in sorted(page.tiles, key=lambda tile: -tile.score) if "bent/0" in tile.name
+    ]
+    assert "Hover over an image, or tap it" in tab.locator(".hint").inner_text()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_page_says_how_it_was_made_what_is_wrong_and_what_is_promised(visit):
+    facts = [("date", "2026-11-28 10:00:00+01:00"), ("detector", "a/<b>.pt"), ("images", "in"), ("versions", "torch 9")]
+    unreadable = [("new/<i>x.png", "not a readable image"), ("\udcff.png", "gone")]
+    page = replace(
+        some_page(), facts=facts, warnings=["the pictures have changed"], unreadable=unreadable, details="All"
+    )
+    tab = visit([page], 390)
+    section = tab.locator("section")
+    assert "2026-11-28 10:00:00+01:00 · a/<b>.pt · in" in section.inner_text()
+    assert "Note: the pictures have changed" in section.inner_text()
+    assert not tab.get_by_text("torch 9").is_visible()
+    tab.get_by_text("About this report").click()
+    assert tab.get_by_text("torch 9").is_visible()
+    tab.get_by_text("What is promised").click()
+    assert tab.get_by_text("All.").is_visible()
+    assert tab.locator(".unreadable li").all_inner_texts() == [
+        "new/<i>x.png: not a readable image",
+        "\\udcff.png: gone",
+    ]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
 def test_maps_show_by_keyboard_pointer_and_all_at_once(visit):
     tab = visit([some_page()])
     first, second = (tab.locator("button.frame").nth(i) for i in (0, 1))
@@ -211,7 +304,7 @@ def test_maps_show_by_keyboard_pointer_and_all_at_once(visit):
         return pressed
 
     tab.locator("input[type=range]").focus()
-    for _ in range(4):  # reset has nothing to do: type, mistakes only, heat maps, the first image
+    for _ in range(6):  # reset has nothing to do: type, mistakes only, called, heat maps, name, the first image
         tab.keyboard.press("Tab")
     assert first.evaluate("e => e === document.activeElement")
     assert [shown(first), shown(second)] == [True, False]

@@ -3,6 +3,7 @@
 import re
 import resource
 import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -388,6 +389,41 @@ def test_the_report_counts_what_results_csv_says(held, call, tmp_path, browser):
         tab.close()
     assert row.detections > 0
     assert load(held / "brick.pt").config.false_alarm_rate == 0.25
+
+
+def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_path):
+    """By a slow search; a detector whose rate labels have chosen says so, in eval.py, and as long as no other is asked
+    for."""
+    shutil.copytree(held, tmp_path / "held")
+    path = tmp_path / "held/brick.pt"
+    before = path.read_bytes()
+    done = call(path.parent, "--costs", "1:2.5")
+    scores, row = table(tmp_path / "held", "scores.csv"), table(tmp_path / "held").iloc[0]
+
+    def cost(rate):
+        called = scores.p_value <= rate
+        return (~called & (scores.label == 1)).sum() + 2.5 * (called & (scores.label == 0)).sum()
+
+    levels = [k / 4 for k in (1, 2, 3, 4)]  # of three calibration scores
+    best = min(levels, key=lambda rate: (cost(rate), rate))
+    assert (row.costs, row.cheapest_rate, row.least_cost) == ("1:2.5", best, cost(best))
+    assert row.cheapest_low <= best <= row.cheapest_high
+    assert f"brick: p <= {best:.3g} costs least on the test images" in done.err
+    assert path.read_bytes() == before
+    done = call(path.parent, "--costs", "1000:1", "--set_rate")
+    assert done.code == 0, done.err
+    chosen = float(table(tmp_path / "held").iloc[0].cheapest_rate)
+    assert chosen == scores.p_value[scores.label == 1].max()  # no miss is worth a false alarm
+    changed, original = load(path), load(held / "brick.pt")
+    assert changed.config == replace(original.config, false_alarm_rate=chosen)
+    assert changed.threshold == original.set_false_alarm_rate(chosen).threshold
+    words = "The rate was chosen by 3 normal and 9 anomalous labelled images, at costs of 1000 for a miss and 1 for a"
+    assert words in changed.guarantee.words()
+    assert words in call(path.parent).err
+    assert words not in changed.set_false_alarm_rate(0.5).guarantee.words()
+    for wrong in (["--costs", "5"], ["--costs", "0:0"], ["--costs", "nan:1"], ["--costs", "1:2:3"], ["--set_rate"]):
+        assert call(path.parent, *wrong).code == 2
+    assert call(path.parent, "--costs", "1:1", "--set_rate", "--false_alarm_rate", 0.1).code == 2
 
 
 # Maps -------------------------------------------------------------------------------------------------------------

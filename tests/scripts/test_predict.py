@@ -1,15 +1,19 @@
 """predict.py: rows of any images, in files that outlive a kill, drawings, folders that fill up."""
 
+import base64
 import html
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas
@@ -69,7 +73,8 @@ def test_rows_say_what_the_detector_says(detectors, here, script, kind):
     assert [float(row["p_value"]) for row in rows] == expected.p_values.tolist()
     assert [int(row["anomalous"]) for row in rows] == expected.anomalous.astype(int).tolist()
     assert not any(row["error"] for row in rows)
-    assert done.err.count(detector.guarantee.words()) == 1
+    assert done.err.count(detector.guarantee.advice()) == 1
+    assert detector.guarantee.words() not in done.err
     threshold, boxes = detector.threshold.item(), [None] * 6
     if kind == "patch":
         boxes = [overlays.region(heat, threshold, read_size(path)) for heat, path in zip(expected.maps, paths)]
@@ -93,7 +98,8 @@ def test_the_rate_in_use_and_exit_codes(detectors, here, script):
     flags = ["--false_alarm_rate", 0.8]
     done = script("predict", path, "photos", *flags)
     guarantee = replace(load(path).guarantee, asked=0.8)
-    assert guarantee.words() in done.err
+    assert guarantee.advice() in done.err
+    assert guarantee.words() in script("predict", path, "photos", *flags, "--verbose").err
     decisions = [(int(row["anomalous"]), float(row["p_value"]) <= guarantee.rate) for row in rows_on_stdout(done)]
     assert {*decisions} <= {(0, False), (1, True)}
     assert (1, True) in decisions
@@ -143,6 +149,14 @@ def test_a_folder_of_detectors(detectors, here, script):
         assert np.allclose(scores_of(of_category), expected, rtol=1e-5)
         assert (here / f"masks/{name}/more/a.png").is_file()
         assert (here / f"why/{name}/more/a.png").is_file()
+
+
+def test_the_first_message_comes_before_torch_is_imported(detectors, here):
+    """Within a fraction of a second, and the next ones are a bar and rows."""
+    command = [sys.executable, "-X", "importtime", ROOT / "predict.py", detectors / "patch/brick.pt", "photos"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
+    names = [line.rpartition("|")[2].strip() for line in told]
+    assert names.index("loading torch and the detector") < names.index("torch") < names.index("prediction.scorer")
 
 
 # Files of rows ----------------------------------------------------------------------------------------------------
@@ -386,6 +400,40 @@ def test_a_report_of_new_images(detectors, here, script, monkeypatch):
     assert script(*words, "--overwrite").code == 0  # the report has the mark of this program, and is replaced
     assert [scores[name] for name in shown()] == sorted(scores.values(), reverse=True)[:4]
     assert "The 4 images with the highest scores, of 7" in (here / "look.html").read_text()
+    (here / "photos/d.png").write_text("broken")
+    assert script(*words).code == 1
+    page = html.unescape((here / "look.html").read_text())
+    assert "1 file could not be scored" in page
+    assert re.search(r"photos/d.png</span>: not a readable image", page)
+    assert "About this report" in page
+    for fact in (
+        "python predict.py",
+        f"torch {torch.__version__}",
+        f"{path}",
+        "backbone mobilenet_v2",
+        "patch_size 32",
+    ):
+        assert fact in page
+    assert load(path).guarantee.advice() in page
+
+
+def test_panels_and_reports_show_the_photographs_own_pixels(detectors, here, script):
+    """Stripes of four pixels, which no image of the detector's size could hold, in the enlarged region."""
+    shutil.rmtree(here / "photos")
+    (here / "photos").mkdir()
+    pixels = np.full((320, 480, 3), 100, np.uint8)
+    pixels[np.arange(320) // 4 % 2 == 0] = 150
+    Image.fromarray(pixels).save(here / "photos/striped.png")
+    path = detectors / "patch/brick.pt"
+    words = ["predict", path, "photos", "--false_alarm_rate", 1, "--explain", "why", "--report", "look.html"]
+    assert script(*words).code == 0
+    panel = np.array(Image.open(here / "why/striped.png").convert("RGB")).astype(int)
+    striped = np.abs(np.diff(panel[:, :, 0], axis=0)) > 15  # rows that differ from the next
+    assert striped.mean() > 0.01
+    (region,) = re.findall(r'data-region="data:image/jpeg;base64,([^"]+)"', (here / "look.html").read_text())
+    image = np.array(Image.open(io.BytesIO(base64.b64decode(region))).convert("RGB")).astype(int)
+    assert image.shape[1] >= 480 / 4
+    assert (np.abs(np.diff(image[:, :, 0], axis=0)) > 15).sum(0).mean() > 0.2 * len(image)
 
 
 # Errors -----------------------------------------------------------------------------------------------------------
@@ -482,6 +530,54 @@ def test_new_files_are_scored_once_they_are_written(detectors, here, data, scrip
     assert here / "photos/heat/new/in.png" in heat
 
 
+def test_a_watch_tells_renews_the_report_and_copies_what_needs_a_second_look(
+    detectors, here, script, aside, monkeypatch
+):
+    import predict
+
+    monkeypatch.setattr(predict, "REPORT_SECONDS", 0.5)
+    out, page, copies = here / "out.csv", here / "look.html", here / "photos/second"
+    (here / "photos/more/a.png").write_text("broken")
+    shown = lambda: page.read_text().count('class="tile"') if page.exists() else 0  # noqa: E731
+
+    def camera():
+        wait_for(lambda: lines_in(out) == 7)
+        shutil.copy("photos/b.png", "photos/new.png")
+        wait_for(lambda: shown() == 6)  # while it watches
+        shutil.copy("photos/d.png", "photos/b.png")  # another photograph under the same name
+        wait_for(lambda: (copies / "b.2.png").exists())
+        shutil.copy("photos/d.png", "photos/more/a.png")  # mended
+        wait_for(lambda: (copies / "more/a.2.png").exists())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    aside(camera)
+    words = ["photos", "--watch", "--output", out, "--report", page, "--copy_anomalous", copies]
+    done = script("predict", detectors / "patch/brick.pt", *words, "--false_alarm_rate", 1)
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[-1] == "7 images, 7 anomalous"
+    rows = {row["path"]: row for row in rows_of(out)}
+    assert len(rows) == len(rows_of(out)) == 7
+    for path, row in rows.items():
+        assert abs(datetime.fromisoformat(row["time"]) - datetime.now().astimezone()) < timedelta(minutes=5)
+        assert f"{row['time']} {path}: anomalous, p {float(row['p_value']):.2g}" in done.err
+    assert re.search(r"\+\d\d:\d\d photos/more/a.png: not a readable image", done.err)
+    names = {str(path.relative_to(copies)) for path in contents(copies)}
+    numbered = {"b.2.png", "more/a.2.png"}
+    assert names == {"a.jpg", "b.png", "c.TIF", "d.png", "new.png", "more/a.png", "more/e.bmp"} | numbered
+    assert (copies / "b.2.png").read_bytes() == (here / "photos/d.png").read_bytes()
+    assert shown() == 7
+
+
+def test_copies_are_made_of_rows_that_are_there(detectors, here, script):
+    words = ["predict", detectors / "patch/brick.pt", "photos", "--output", "rows.csv", "--false_alarm_rate", 0.9]
+    assert script(*words).code == 0
+    called = {row["path"].removeprefix("photos/") for row in rows_of(here / "rows.csv") if row["anomalous"] == "1"}
+    assert called
+    for _ in range(2):
+        assert script(*words, "--copy_anomalous", "second").code == 0
+        assert {str(path.relative_to(here / "second")) for path in contents(here / "second")} == called
+
+
 def test_a_watch_that_is_killed_is_continued(detectors, here, data):
     """Nothing is lost and nothing twice, whatever came before, while and after it was dead."""
     out, source = here / "out.csv", find_images(data / "brick/train/good")[0]
@@ -502,8 +598,8 @@ def test_a_watch_that_is_killed_is_continued(detectors, here, data):
         wait_for(lambda: lines_in(out) > 6 + 21)
         process.send_signal(signal.SIGINT)
         told = process.communicate(30)[1]
-        assert process.returncode == 130
-        assert told.splitlines()[-1] == "predict.py: interrupted"
+        assert process.returncode == 0
+        assert told.splitlines()[-1].startswith("27 images, ")
         assert "Traceback" not in told
     finally:
         process.kill()

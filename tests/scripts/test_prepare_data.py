@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import one_line
+from conftest import contents, one_line
 from PIL import Image
 
 from dataset import load_masks, load_test
@@ -76,6 +76,40 @@ def test_folder_copies_photographs(tmp_path, script):
     for path in (tmp_path / "Data").rglob("good/*.png"):
         assert path.read_bytes() == (tmp_path / "good" / path.name).read_bytes()
     one_line(script("prepare_data", *own), "part", "left alone")
+
+
+def test_folder_adds_to_a_category(tmp_path, script):
+    """No file is replaced; copies are left out, and a name that is taken gets a number."""
+    for folder, factor in (("good", 1), ("more", 2)):
+        photographs(tmp_path / folder, 5)
+        for number, path in enumerate(sorted((tmp_path / folder).glob("*.png"))):
+            Image.new("L", (20, 20), 10 * factor + number).save(path)
+    own = ["folder", "--data_dir", tmp_path / "Data", "--name", "part", "--held_out", 0]
+    more = ["--good", tmp_path / "more", "--add"]
+    one_line(script("prepare_data", *own, *more), "part: no such category", "--add")
+    assert script("prepare_data", *own, "--good", tmp_path / "good").code == 0
+    before = contents(tmp_path / "Data")
+    shutil.copy(tmp_path / "good/001.png", tmp_path / "more/copy.png")
+    broken = tmp_path / "more/broken.png"
+    broken.write_text("no image")
+    one_line(script("prepare_data", *own, *more), "broken.png: not a readable image")
+    assert contents(tmp_path / "Data") == before
+    broken.unlink()
+    done = script("prepare_data", *own, *more, "--held_out", 0.4)
+    assert done.code == 0, done.err
+    assert "1 were there already" in done.err
+    assert "--refit" in done.err
+    after = contents(tmp_path / "Data")
+    assert {path: after[path] for path in before} == before
+    added = {path: content for path, content in after.items() if path not in before}
+    assert sorted(added.values()) == sorted(path.read_bytes() for path in (tmp_path / "more").glob("00*.png"))
+    kinds = counts(tmp_path / "Data/part")
+    assert kinds["train/good"] + kinds["test/good"] == 10
+    assert kinds["test/good"] in (1, 2)
+    assert {path.name for path in added if path.parent.parent.name == "train"} <= {f"00{n}.2.png" for n in range(5)}
+    done = script("prepare_data", *own, *more)  # again: all of them are there
+    assert "added nothing; 6 were there already" in done.err
+    assert contents(tmp_path / "Data") == after
 
 
 def test_folder_without_bad_photographs(tmp_path, script):

@@ -7,13 +7,14 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TINY, network_of, one_line, same_weights, start, wait_for_step
+from conftest import SMALL, TINY, contents, network_of, one_line, same_weights, start, wait_for_step
 from forked import Forked
 from PIL import Image
 
 import run_training
 from dataset import load_train
 from detector import load
+from normals import load_normals, normals_path
 from runtime.files import PART, load_tensors, save_tensors
 
 FILES = ["brick.normals", "brick.pt"]  # all that is left of a training
@@ -133,6 +134,55 @@ def test_a_second_training_in_a_folder_says_so_and_stops(data, tmp_path, train_b
     assert "continuing at step" in done.err
     assert [name for name in names(folder) if not name.endswith((".part", ".writable.0"))] == FILES
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_detector_takes_in_new_images(data, tmp_path, script, train_brick):
+    """It is told that train/good has changed; --refit gives what a training on all images would, of the same networks:
+    here as they are, so that the two can be compared."""
+    folder, models = tmp_path / "Data/brick/train/good", tmp_path / "models"
+    shutil.copytree(data / "brick/train", tmp_path / "Data/brick/train")
+    last = sorted(folder.glob("*.png"))[-1]
+    last.rename(tmp_path / "later.png")
+    flags = [*SMALL, "--epochs", 0, "--folds", 2]
+    assert train_brick(*flags, data=tmp_path / "Data").code == 0
+    made = load(models / "brick.pt")
+    assert "(--overwrite trains it anew)" in train_brick(*flags, data=tmp_path / "Data").err
+    (tmp_path / "later.png").rename(last)
+    done = train_brick(*flags, data=tmp_path / "Data")
+    assert done.code == 0, done.err
+    assert f"{folder} has changed since it was made: 8 images, 7 then. --refit takes them in" in done.err
+    where = [
+        "--data_dir",
+        tmp_path / "Data",
+        "--model_dir",
+        models,
+        "--logdir",
+        tmp_path / "logdirs",
+        "--type",
+        "brick",
+    ]
+    done = script("run_training", *where, "--refit")  # settings are the detector's
+    assert done.code == 0, done.err
+    assert "anew to 8 images (7 before); its networks stay" in done.err
+    refitted = load(models / "brick.pt")
+    assert (len(made.calibration_scores), len(refitted.calibration_scores)) == (7, 8)
+    assert refitted.config == made.config
+    assert train_brick(*flags, "--overwrite", data=tmp_path / "Data").code == 0
+    assert torch.equal(load(models / "brick.pt").calibration_scores, refitted.calibration_scores)
+    assert "(--overwrite trains it anew)" in train_brick(*flags, data=tmp_path / "Data").err
+    load_normals(normals_path(models / "brick.pt"), load(models / "brick.pt"))
+    one_line(script("run_training", *where, *TINY, *flags, "--folds", 3, "--refit"), "folds 2", "3")
+    assert script("run_training", *where, "--refit", "--overwrite").code == 2
+
+
+def test_refit_refuses_what_would_break_a_promise(three, data, tmp_path, script):
+    """Networks trained on folds know images that others would come to stand for; and a detector must be there."""
+    shutil.copytree(three[0], tmp_path / "models")
+    before = contents(tmp_path / "models")
+    where = ["--data_dir", data, "--logdir", tmp_path / "logdirs", "--type", "brick", "--refit", "--model_dir"]
+    one_line(script("run_training", *where, tmp_path / "models"), "brick.pt: was trained with --folds", "--overwrite")
+    assert contents(tmp_path / "models") == before
+    one_line(script("run_training", *where, tmp_path / "none"), "brick.pt: no finished detector")
 
 
 # What is on disk --------------------------------------------------------------------------------------------------
