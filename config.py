@@ -136,7 +136,11 @@ class Config:
     height: int = setting(256, side)
     width: int = setting(256, side)
     normalize: str = setting(
-        "image", one_of(NORMALIZATIONS), "network", "normalize by ImageNet's mean and deviation, or each image's own"
+        "image",
+        one_of(NORMALIZATIONS),
+        "network",
+        "normalize by ImageNet's mean and deviation, or each image's own",
+        "image; imagenet for pretrained patch models, unless by recipe paper",
     )
     pretrained: bool = setting(
         True,
@@ -469,7 +473,8 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     recipe = given.setdefault("recipe", "finetune" if given.get("pretrained", Config.pretrained) else "paper")
     values = RECIPES[recipe] | given
     if recipe != "paper" and "patch_size" in values:
-        values = {"density": PATCH_DENSITY, "join": values.get("dense", True)} | values
+        normalize = "imagenet" if values.get("pretrained", Config.pretrained) else "image"
+        values = {"density": PATCH_DENSITY, "join": values.get("dense", True), "normalize": normalize} | values
     values["category"] = category
     patches = {name: values.pop(name) for name in PATCH_SETTINGS if name in values}
     if patches and "patch_size" not in patches:

@@ -403,12 +403,12 @@ def group_by_density(embeddings: Tensor, shared: bool) -> Tensor:
 def fit_density(kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, int] | None = None) -> Density:
     """Fit a density of ``DENSITIES`` to embeddings (N, L, D): one shared by all L locations, or one for each.
 
-    shape: (h, w), h w = L; default: one row of windows. A shared density of embeddings that would take more than
+    shape: (h, w), h w = L; default: one row of windows. A shared Gaussian of embeddings that would take more than
     SHARED_BYTES is fitted to evenly spaced images.
     """
     count, locations, dims = embeddings.shape
     limit = max(2, SHARED_BYTES // (8 * locations * dims))
-    if shared and count > limit:
+    if shared and count > limit and kind != "nearest":  # which chooses for itself
         embeddings = embeddings[torch.arange(limit, device=embeddings.device) * count // limit]
     return DENSITIES[kind](shape or (1, locations)).to(embeddings.device).fit(group_by_density(embeddings, shared))
 

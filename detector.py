@@ -22,7 +22,7 @@ from config import EACH_DIMS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
 from dataset import choose_categories
-from density import DENSITIES, DensityError
+from density import DENSITIES, DensityError, group_by_density
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
@@ -196,6 +196,39 @@ class Detector(nn.Module):
             maps.append(member.grad_cam({level: x[chosen] for level, x in features.items()}))
         return self._mean_map(maps)
 
+    def nearest_windows(
+        self, prediction: BatchPrediction, chosen: Tensor, points: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, tuple[int, int]]] | None:
+        """Return which normal window is nearest to the one around a point (y, x) of each of the ``chosen`` images: the
+        number of its training image, and how many pixels down and right of the point's window it lies.
+
+        prediction: of ``predict_batch(explain=True)``, of a patch model; several members: by the first. None if its
+        density keeps no normal windows, or it scores each window alone.
+        """
+        member = self.members[0]
+        if (level := member.nearest_level) is None or not self.config.dense or self.config.patches is None:
+            return None
+        features = {number: x[chosen] for number, x in prediction.features[0].items()}
+        embeddings = [grid.pool(features[number]).float() for grid, number in zip(member.grids, self.config.levels)]
+        x = level.project([embeddings[stage] for stage in level.stages])
+        match = level.density.match(group_by_density(x, level.shared))
+        locations, images = (
+            (part.view(x.shape[:2]) if level.shared else part.T).cpu() for part in (match.locations, match.images)
+        )
+        down, across = level.grid.centers
+        results = []
+        for row, (y, x_point) in enumerate(points):
+            place = int((down - y - 0.5).abs().argmin()) * len(across) + int((across - x_point - 0.5).abs().argmin())
+            other = int(locations[row, place])
+            shifts = [
+                round(float(centers[there] - centers[here]))
+                for centers, there, here in zip(
+                    (down, across), divmod(other, len(across)), divmod(place, len(across)), strict=True
+                )
+            ]
+            results.append((int(images[row, place]), tuple(shifts)))
+        return results
+
     def _mean_map(self, maps: Sequence[Tensor | None]) -> Tensor | None:
         """Return the mean over members of maps (B, H, W). Where hidden, not even an image that is anomalous everywhere
         glows, see reporting/overlays.py."""
@@ -281,8 +314,12 @@ class Detector(nn.Module):
         try:
             if any(level.dims for level in member.levels):
                 member.choose_axes(stream(self, images, member.embed, AXES_IMAGES, numbers))
-            embeddings = stream(self, images, member.embed, limit, numbers)
-            return member.fit(embeddings, min(len(numbers), limit), held_out, self.batch_size)
+            taken = numbers[evenly_spaced(len(numbers), limit)].to(self.device)
+            embeddings = stream(self, images, member.embed, numbers=taken.cpu())
+            scores = member.fit(embeddings, len(taken), held_out, self.batch_size)
+            if nearest := member.nearest_level:  # images are known by their numbers among all
+                nearest.density.images = taken[nearest.density.images.long()].int()
+            return scores
         except DensityError as error:
             raise InputError(f"{self.config.category}: no density can be fitted: {error}") from error
 
@@ -428,6 +465,11 @@ class EnsembleMember(nn.Module):
         if features and config.dense:
             return [grid.pool(features[level]).float() for grid, level in zip(self.grids, config.levels)]
         return embed_windows(self.network, prepared, config.levels, self.grids, config.dense)
+
+    @property
+    def nearest_level(self) -> StageDensity | None:
+        """Return the first of its densities that keeps normal embeddings, if there is one."""
+        return next((level for level in self.levels if level.kind == "nearest"), None)
 
     def project(self, embeddings: Sequence[Tensor]) -> list[Tensor]:
         """Return the embeddings (B, L, D) of each stage as each level's density takes them, (B, L, d)."""

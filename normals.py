@@ -40,10 +40,11 @@ def normals_path(detector_path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Normals:
-    """N normal images. jpegs: their files at the detector's size; embeddings: (N, D) float32 of unit length. path: of
-    the file."""
+    """N normal images. jpegs: their files at the detector's size; embeddings: (N, D) float32 of unit length. numbers:
+    where they stand among the training images. path: of the file."""
 
     path: Path
+    numbers: list[int]
     names: list[str]
     jpegs: list[bytes]
     embeddings: Tensor
@@ -86,6 +87,7 @@ def save_normals(detector: Detector, train: TrainSet, path: str | Path) -> None:
         "format": FORMAT,
         "version": VERSION,
         "detector": digest(detector),
+        "numbers": numbers.tolist(),
         "names": [train.paths[number].name for number in numbers.tolist()],
         "lengths": [len(jpeg) for jpeg in jpegs],
         "jpegs": torch.from_numpy(np.frombuffer(b"".join(jpegs), np.uint8).copy()),
@@ -116,6 +118,9 @@ def _checked(content: dict, detector: Detector, path: Path) -> Normals:
     names, lengths = content["names"], content["lengths"]
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and 0 < len(names) <= KEPT):
         raise ValueError(f"names are no list of 1 to {KEPT} names")
+    numbers = content.get("numbers", [*range(len(names))])  # earlier files have none
+    if len(numbers) != len(names) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"numbers are not those of {len(names)} images")
     if len(lengths) != len(names) or not all(type(length) is int and length > 0 for length in lengths):
         raise ValueError(f"lengths are not those of {len(names)} images")
     network = detector.members[0].network
@@ -130,7 +135,7 @@ def _checked(content: dict, detector: Detector, path: Path) -> Normals:
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as image:
             if image.size != detector.config.size[::-1] or image.mode != "RGB":
                 raise ValueError(f"{name} is {image.mode} of {image.size}, not RGB of {detector.config.size[::-1]}")
-    return Normals(path, names, jpegs, embeddings)
+    return Normals(path, numbers, names, jpegs, embeddings)
 
 
 def digest(detector: Detector) -> str:

@@ -5,6 +5,7 @@ Owns how a panel looks.
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ GROUND, TEXT, DIM = "#F2F2F2", "#222222", "#666666"
 
 
 # The panel --------------------------------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """What an image is compared with: a normal image, by number, and how many pixels down and right of the strongest
+    part of its map the like of it lies there."""
+
+    number: int
+    title: str
+    shift: tuple[int, int] = (0, 0)
 
 
 class Explainer:
@@ -54,16 +64,33 @@ class Explainer:
         if not len(anomalous):
             return
         features = prediction.features[0][self.detector.comparison_level][anomalous]
+        heats = heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous)
         arguments = (
             [paths[i] for i in anomalous.tolist()],
             [sizes[i] for i in anomalous.tolist()],
             pixels[anomalous].permute(0, 2, 3, 1).cpu().numpy(),
             prediction.scores[anomalous].tolist(),
             prediction.p_values[anomalous].tolist(),
-            heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous),
-            self.normals.nearest(compared(features)),
+            heats,
+            self.compare(prediction, anomalous, heats, self.normals.nearest(compared(features))),
         )
         list(self.pool.map(self.draw, *arguments))  # which waits for all of them
+
+    def compare(
+        self, prediction: BatchPrediction, anomalous: Tensor, heats: Sequence[np.ndarray], nearest: list[int]
+    ) -> list[Comparison]:
+        """Return what each image is compared with: the normal window nearest to the one where its map is highest, if
+        the density knows it and its image is kept; else the nearest of the normal images, by number."""
+        whole = [Comparison(number, f"nearest normal: {self.normals.names[number]}") for number in nearest]
+        if not self.has_maps:
+            return whole
+        points = [tuple(map(int, np.unravel_index(heat.argmax(), heat.shape))) for heat in heats]
+        windows = self.detector.nearest_windows(prediction, anomalous, points) or []
+        kept = {number: index for index, number in enumerate(self.normals.numbers)}
+        for row, (number, shift) in enumerate(windows):
+            if (index := kept.get(number)) is not None:
+                whole[row] = Comparison(index, f"nearest normal window: {self.normals.names[index]}", shift)
+        return whole
 
     def draw(
         self,
@@ -73,22 +100,21 @@ class Explainer:
         score: float,
         p: float,
         heat: np.ndarray | None,
-        nearest: int,
+        normal: Comparison,
     ) -> None:
-        """Write the panel of an image (h, w, 3) with its heat (h, w), next to the normal image number ``nearest``."""
+        """Write the panel of an image (h, w, 3) with its heat (h, w), next to what it is compared with."""
         if heat is not None and not self.has_maps and heat.max() <= 0:
             heat = None
         lines = [
             f"{self.detector.config.category}: {path}",
             f"score {score:.3g}, p-value {p:.2g} (anomalous up to {self.rate:.2g})",
         ]
-        normal_title = f"nearest normal: {self.normals.names[nearest]}"
         level = overlays.drawn_above(heat, self.threshold, True) if self.has_maps else None
         try:
             target = self.target(path)
             photograph = overlays.own_pixels(path, pixels, self.detector.white)
-            pictures = [("photograph", photograph), (normal_title, self.normals.image(nearest))]
-            picture = panel(lines, pictures, size, heat, self.threshold, level)
+            pictures = [("photograph", photograph), (normal.title, self.normals.image(normal.number))]
+            picture = panel(lines, pictures, size, heat, self.threshold, level, normal.shift)
             write_file(overlays.encoded(picture, target), target)
         except InputError as error:
             say(f"no panel: {' '.join(str(error).splitlines())}")
@@ -101,12 +127,14 @@ def panel(
     heat: np.ndarray | None,
     threshold: float,
     level: float | None,
+    shift: tuple[int, int] = (0, 0),
 ) -> Image.Image:
     """Draw lines of text, below them pictures with their titles, and below those what ``crop`` tells of each, enlarged.
 
     pictures: titles and images (h, w, 3) uint8 of any sizes, the photograph first. heat: its map (h, w), laid over it
     in one more picture; None: neither that nor anything enlarged. threshold, level: as overlays.overlay takes them.
-    size: the photograph's own (H, W), whose shape all pictures get; wide ones are stacked.
+    size: the photograph's own (H, W), whose shape all pictures get; wide ones are stacked. shift: how many pixels of
+    the map down and right the enlarged part of the other pictures lies, as far as they reach.
     """
     limits = WIDE if size[1] > STACKED_FROM * size[0] else UPRIGHT
     scale = min(limits[0] / size[1], limits[1] / size[0])
@@ -115,14 +143,25 @@ def panel(
     if heat is not None:
         box, whole = crop(heat, threshold if level is None else level), (0, 0, *heat.shape[::-1])
         zoom = whole[2] / (box[2] - box[0])
-        enlarged = [cut(pixels, cell, rescaled(box, heat.shape, pixels.shape)) for _, pixels in pictures]
+        boxes = [box, *[shifted(box, shift, heat.shape)] * (len(pictures) - 1), box]
+        enlarged = [cut(x, cell, rescaled(part, heat.shape, x.shape)) for (_, x), part in zip(pictures, boxes)]
         rows.append([(f"enlarged {zoom:.1f} times", picture) for picture in enlarged])
         for row, part, title in zip(rows, (whole, box), ("heat map", "")):
             cell_heat = np.asarray(Image.fromarray(heat).resize(cell, Image.Resampling.BILINEAR, part))
             row.append((title, overlays.overlay(np.asarray(row[0][1]), cell_heat, threshold, level)))
-        for _, picture in rows[0]:
-            frame(picture, rescaled(box, heat.shape, picture.size[::-1]))
+        for (_, picture), part in zip(rows[0], boxes):
+            frame(picture, rescaled(part, heat.shape, picture.size[::-1]))
     return page(lines, list(zip(*rows)) if limits is WIDE else rows, cell)
+
+
+def shifted(
+    box: tuple[int, int, int, int], shift: tuple[int, int], shape: tuple[int, ...]
+) -> tuple[int, int, int, int]:
+    """Return a box moved down and right within an image of a shape (H, W)."""
+    left, top, right, bottom = box
+    down = min(max(shift[0], -top), shape[0] - bottom)
+    across = min(max(shift[1], -left), shape[1] - right)
+    return left + across, top + down, right + across, bottom + down
 
 
 def cut(pixels: np.ndarray, cell: tuple[int, int], box: tuple[float, float, float, float] | None = None) -> Image.Image:

@@ -17,13 +17,14 @@ from runtime.files import InputError
 CANDIDATES = ("both", "nearest", "torch")  # densities that are compared; "both" is the sum of the others
 MOST_IMAGES = 250  # normal images that are looked at
 HELD_OUT = 5  # one image of so many is held out
-MARGIN = 0.01  # of AUROC: a smaller difference is a matter of chance
+MARGIN = 0.02  # of AUROC: a smaller difference is a matter of chance
+FAINT = 0.3  # opacity of what is pasted: every density would tell what is as strong as in training
 CROP = 96  # pixels: patches and scars are drawn as for a square of this side
 
 
 def pasted_images(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return images (n, 3, H, W) float in [0, 1], two or fewer of each of images (N, 3, H, W) uint8: with a patch and
-    with a scar, as the variant "soft" draws them, somewhere. Those that show no difference are left out."""
+    with a scar, as the variant "soft" draws them, but faint, somewhere. Those that show no difference are left out."""
     height, width = images.shape[2:]
     side = min(CROP, height, width)
     amounts = {"translate": 0.0, "jitter": 0.0, "patch_size": side}
@@ -32,7 +33,7 @@ def pasted_images(images: Tensor, generator: torch.Generator) -> Tensor:
     shown = visible(views, params, whole).view(-1, len(images))[1:].flatten()
     pasted = to_float(images).repeat(2, 1, 1, 1)
     for image, view, (y, x) in zip(pasted, views[len(images) :], params.corner.repeat(2, 1).tolist()):
-        image[:, y : y + side, x : x + side] = view
+        image[:, y : y + side, x : x + side].lerp_(view, FAINT)
     return pasted[shown]
 
 
