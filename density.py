@@ -437,7 +437,7 @@ def held_out(kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, int]
         density = fit_density(kind, others, shared, shape)
         fold_scores = density.score(group_by_density(inside, shared))
         scores[fold == k] = ungrouped(fold_scores, len(inside))
-        total += density.log_likelihood(fold_scores) * len(inside)
+        total += density.log_likelihood(fold_scores) * len(inside) if density.has_likelihood else math.nan
     return scores, total / len(x)
 
 

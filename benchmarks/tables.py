@@ -163,6 +163,7 @@ RESULT_MINUTES, RESULT_DEVICE = 10, "AMD EPYC"  # of the rows of the fast recipe
 OTHER = "re-implementation"
 CROPS, IMAGE, STRIDES = "patch model, 64 px", "whole image", "strides 8, 16"
 TAKEN = {"pool": IMAGE, STRIDES: CROPS, "all": CROPS}  # features that the tables show, and of which models
+SINGLE = ["level", "dims", "location_chosen"]  # settings that follow from what the table shows
 CATEGORIES = ("bottle", "screw", "grid", "ball_screw", "solar_mono", "solar_poly", "brick", "grass", "gravel")
 
 
@@ -214,6 +215,31 @@ def results_table() -> str:
     models = ["as it is", "fine-tuned", "from scratch", "untrained", "paper"]
     head = ["category", *models, "re-impl.", *(f"pixel: {name}" for name in models), "AUPRO: from scratch"]
     return markdown(head, cells)
+
+
+# Densities --------------------------------------------------------------------------------------------------------
+
+FIGURES = ("image_auroc", "pixel_auroc", "aupro")
+
+
+def density_table() -> str:
+    """Show what patch models reach with each density: image AUROC / pixel AUROC / AUPRO of each category, in percent.
+
+    A density of joined stages has the name of its flag.
+    """
+    rows = pandas.read_csv(ROOT / "results/density.csv").fillna({"join": False})
+    tuned = rows.epochs.map(lambda steps: f"{steps} steps" if steps else "as it is")
+    rows["network"] = (rows.backbone + ", " + tuned).where(rows.pretrained, rows.backbone + ", recipe " + rows.recipe)
+    shared = rows.location_chosen.map(lambda kinds: " (shared)" if set(kinds.split(",")) == {"shared"} else "")
+    rows["described"] = (rows.density + shared).where(rows.join, "one Gaussian for each stage")
+    rows.loc[rows.normalize.eq("image") & rows.join & rows.pretrained, "described"] += ", each image's normalization"
+    rows = newest("results/density.csv", rows.drop(columns=SINGLE), ["network", "described", "category"], ["seed"])
+    categories, cells = [category for category in CATEGORIES if category in set(rows.category)], []
+    for (network, described), runs in rows.groupby(["network", "described"], sort=False):
+        parts = (runs[runs.category == category] for category in categories)
+        figures = [" / ".join(text for name in FIGURES if (text := spread(part[name]))) for part in parts]
+        cells.append([network, described, *figures])
+    return markdown(["network", "density", *categories], cells)
 
 
 # Next to the paper ------------------------------------------------------------------------------------------------
