@@ -92,11 +92,13 @@ def setting_changes(value: object) -> list[object]:
     return [7, {"a": 1}, b"x", ["x"], "\0"] if isinstance(value, str) else []
 
 
-def forged_settings(config: dict) -> Iterator[tuple[str, dict]]:
-    """Yield settings that cannot be."""
+def forged_settings(config: dict, with_networks: bool) -> Iterator[tuple[str, dict]]:
+    """Yield settings that cannot be, or that contradict the networks beside them."""
     for name, value in config.items():
         for other in setting_changes(value) if name not in ("ignore", "weights", "category") else ():
             yield f"{name} {other!r}", config | {name: other}
+    if not with_networks:
+        return
     yield "a million folds", config | {"folds": 10**6}
     yield "another depth", config | {"head_layer": config["head_layer"] + 1}
     yield "another network", config | {"backbone": "resnet50"}
@@ -109,8 +111,8 @@ def forged(content: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
     """Yield forgeries of a detector's, its normal images' or a saved state's content: descriptions, and functions that
     make the content."""
     for name in content:
-        for other in (7, "x", None, [], {}):
-            if (name, other) != ("metadata", {}):
+        for other in (-7, "x", None, [], {}):
+            if (name, other) not in (("metadata", {}), ("config", {})):  # which can be
                 yield f"{name} is {other!r}", partial(with_value, content, (name,), lambda _, other=other: other)
         if name not in OPTIONAL:
             yield f"{name} is missing", partial(with_value, content, (name,), removed)
@@ -121,5 +123,5 @@ def forged(content: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
         for words, change in tensor_changes(value, str(place[-1])).items():
             yield f"{'.'.join(map(str, place))} {words}", partial(with_value, content, place, change)
     if "config" in content:
-        for words, config in forged_settings(content["config"]):
+        for words, config in forged_settings(content["config"], "members" in content):
             yield words, partial(dict, content, config=config)
