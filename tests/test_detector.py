@@ -393,6 +393,20 @@ def test_the_nearest_normal_embedding_knows_its_image(patch_model):
     assert made.calibration_scores.min() > match.distances.max()  # they leave out the image itself
 
 
+@pytest.mark.parametrize("location", ["each", "shared"])
+def test_the_nearest_normal_window_is_told_with_its_shift(patch_model, location):
+    """An image of the training set, moved by one window, has its like there, in the image that it is made of."""
+    images = pictures(20)
+    made = patch_model.refit(images, **NEAREST | {"location": location}, holdout=0.5)
+    kept = [image for image in range(20) if image not in member.unseen_by(made.config, 20, 0)]
+    moved = images[kept[3]].roll((8, 8), (1, 2))[None]
+    prediction = made.predict_batch(moved, explain=True)
+    ((image, shift),) = made.nearest_windows(prediction, torch.tensor([0]), [(32, 48)])
+    assert (image, shift) == (kept[3], (-8, -8))
+    plain = patch_model.refit(images, location="each")
+    assert plain.nearest_windows(plain.predict_batch(moved, explain=True), torch.tensor([0]), [(32, 48)]) is None
+
+
 def test_threshold_of_a_patch_model_is_of_held_out_maxima(patch_model):
     assert patch_model.calibration_scores.shape == (20,)
     assert patch_model.threshold == conformal_threshold(patch_model.calibration_scores, 0.2)[0]

@@ -1,0 +1,75 @@
+"""The choice of a density by faintly pasted normal images."""
+
+import pytest
+import torch
+from conftest import SMALL
+
+from detector import load
+from image_ops import to_float
+from runtime.files import InputError
+from training.choice import CANDIDATES, CROP, FAINT, MARGIN, choose, judge, pasted_images
+
+PATCHES = ["--patch_size", 32, "--window", 8, "--stride", 8, "--epochs", 0]
+
+
+def noise(count, size=128):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_pasted_images_differ_faintly_in_one_small_place():
+    images = noise(6)
+    before = images.clone()
+    pasted = pasted_images(images, torch.Generator().manual_seed(0))
+    assert torch.equal(images, before)
+    assert 6 < len(pasted) <= 12
+    for image in pasted:
+        difference = min(((image - other).abs() for other in to_float(images)), key=torch.sum)
+        rows, columns = difference.amax(0).nonzero().T
+        assert len(rows) > 9
+        assert rows.max() - rows.min() < CROP
+        assert columns.max() - columns.min() < CROP
+        assert difference.max() <= FAINT + 1e-6
+    again = pasted_images(images, torch.Generator().manual_seed(0))
+    assert torch.equal(pasted, again)
+
+
+@pytest.mark.parametrize(
+    ("aurocs", "expected"),
+    [
+        ((0.9, 0.9 + MARGIN / 2, 0.8), "both"),
+        ((0.9, 0.9 + 2 * MARGIN, 0.8), "nearest"),
+        ((0.7, 0.8, 0.8 + MARGIN / 2), "nearest"),
+        ((0.5, 0.6, 0.9), "torch"),
+    ],
+)
+def test_the_best_is_chosen_or_the_first_that_is_nearly_as_good(aurocs, expected):
+    assert choose(dict(zip(CANDIDATES, aurocs, strict=True))) == expected
+
+
+def test_a_detector_says_which_density_it_has_and_why(data, tmp_path, train_brick, script):
+    done = train_brick(*SMALL, *PATCHES, "--density", "auto", "--join", 1)
+    assert done.code == 0, done.err
+    made = load(tmp_path / "models/brick.pt")
+    assert made.config.density == "auto"
+    assert made.density in CANDIDATES
+    assert f"brick: density {made.density} was chosen: both " in done.err
+    assert made.metadata["density_chosen"] == made.density
+    images = noise(2, 32)
+    other = made.changed(density=made.density)  # named by a flag: the same
+    assert [level.kind for level in other.members[0].levels] == [level.kind for level in made.members[0].levels]
+    assert torch.isfinite(made(images)[0]).all()
+    where = ("--data_dir", data, "--model_dir", tmp_path / "models")
+    done = script("eval", *where, "--density", "auto", "--save_plots", 0)
+    assert done.code == 0, done.err
+    assert "was chosen" in done.err
+    assert "is finished; skipped" in train_brick(*SMALL, *PATCHES, "--density", "auto", "--join", 1).err
+
+
+def test_images_that_are_too_few_or_too_much_alike(detectors):
+    detector = load(detectors / "patch/brick.pt")
+    size = detector.config.size
+    with pytest.raises(InputError, match="2 normal images are too few"):
+        judge(detector, torch.zeros(2, 3, *size, dtype=torch.uint8))
+    flat = torch.arange(8)[:, None, None, None].expand(8, 3, *size).byte() * 9
+    with pytest.raises(InputError, match="no density can be fitted: all embeddings are equal"):
+        judge(detector, flat)
