@@ -415,7 +415,7 @@ class EnsembleMember(nn.Module):
             return Grid(*config.size)
         feature_stride = self.network.spec.strides[level - 1] if patches.dense else 1
         if config.join:
-            return Grid(*config.size, patches.window, patches.stride, feature_stride, padded=True)
+            return Grid(*config.size, patches.window, patches.stride, feature_stride, cells=True)
         window, stride = max(patches.window, feature_stride), max(patches.stride, feature_stride)
         return Grid(*config.size, window, stride, feature_stride)
 

@@ -31,9 +31,9 @@ class Grid:
 
     feature_stride: windows begin at multiples of that many pixels: the stride of the stage whose features are averaged
     over a window, 1 where each window goes through the network alone.
-    padded: the windows' centers, not the windows, lie inside the image: one at each multiple of the stride, whatever
-    the stage, so that several stages share the centers. Features beyond the border count as 0: a window there is worth
-    as much as the share of it that lies inside, or its few pixels, which vary more, would decide every score.
+    cells: the windows' centers, not the windows, lie inside the image: one in each cell of ``stride`` pixels, whatever
+    the stage, so that several stages share them. Features beyond the border count as 0: a window there is worth as much
+    as the share of it that lies inside, or its few pixels, which vary more, would decide every score.
     """
 
     height: int
@@ -41,14 +41,14 @@ class Grid:
     window: int | None = None
     stride: int = 1
     feature_stride: int = 1
-    padded: bool = False
+    cells: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """(h, w), the number of windows down and across."""
         if self.window is None:
             return 1, 1
-        if self.padded:
+        if self.cells:
             return (self.height - 1) // self.stride + 1, (self.width - 1) // self.stride + 1
         return tuple((side - self.window) // self.stride + 1 for side in (self.height, self.width))
 
@@ -64,10 +64,11 @@ class Grid:
         +0.5.
 
         With a feature_stride, of what the features have seen: the stem and each halving are padded alike on both sides,
-        which puts feature i at pixel feature_stride * i, not in the middle of so many pixels.
+        which puts feature i at pixel feature_stride * i, not in the middle of so many pixels. Cells are taken as they
+        are: what a trained network tells of a cell is shown best in its middle.
         """
-        if self.padded:
-            return tuple(0.5 + self.stride * torch.arange(count, dtype=torch.float64) for count in self.shape)
+        if self.cells:
+            return tuple(self.stride * (0.5 + torch.arange(count, dtype=torch.float64)) for count in self.shape)
         return tuple(
             first
             + self.window / 2
@@ -81,20 +82,24 @@ class Grid:
         pixels: (B, L, C), row by row."""
         if self.window is None:
             return functional.adaptive_avg_pool2d(features, 1).flatten(2).mT
-        if self.padded:
-            return self._pool_padded(features)
+        if self.cells:
+            return self._pool_cells(features)
         (y, x), (h, w) = (corner // self.feature_stride for corner in self.corner), self.shape
         means = functional.avg_pool2d(
             features[:, :, y:, x:], self.window // self.feature_stride, self.stride // self.feature_stride
         )
         return means[:, :, :h, :w].flatten(2).mT
 
-    def _pool_padded(self, features: Tensor) -> Tensor:
-        """Average over an odd number of features, at least three, and take the means at the centers; between two
-        features of a stage that has fewer of them than there are centers, linearly."""
-        size = max(3, self.window // (2 * self.feature_stride) * 2 + 1)
-        means = functional.avg_pool2d(features, size, max(1, self.stride // self.feature_stride), size // 2)
-        if self.feature_stride > self.stride:
+    def _pool_cells(self, features: Tensor) -> Tensor:
+        """Average over an odd number of features, at least three, so that with the average over a cell that follows
+        about ``window`` pixels are seen; where a feature is larger than a cell, take the means at the cells' centers,
+        linearly between two features."""
+        together = max(1, self.stride // self.feature_stride)  # features across a cell
+        size = max(3, (self.window // self.feature_stride - together + 1) // 2 * 2 + 1)
+        means = functional.avg_pool2d(features, size, 1, size // 2)
+        if together > 1:
+            means = functional.avg_pool2d(means, together, ceil_mode=True)
+        elif self.feature_stride > self.stride:
             down, across = (
                 between(count, side, self.stride / self.feature_stride).to(means)
                 for count, side in zip(self.shape, features.shape[2:])
@@ -110,9 +115,9 @@ class Grid:
 
 
 def between(count: int, side: int, step: float) -> Tensor:
-    """Return weights (count, side) float64 of a row of ``side`` values at the points 0, step, 2 step, ...: linear
-    between two values, the last value beyond it."""
-    points = (torch.arange(count, dtype=torch.float64) * step).clamp(max=side - 1)
+    """Return weights (count, side) float64 of a row of ``side`` values, each the middle of its cell, at the middles of
+    cells of ``step`` times their size: linear between two values, the nearest value beyond the outer ones."""
+    points = ((torch.arange(count, dtype=torch.float64) + 0.5) * step - 0.5).clamp(0, side - 1)
     return (1 - (points[:, None] - torch.arange(side)).abs()).clamp(min=0)
 
 

@@ -136,29 +136,32 @@ def stage(location="auto", dims=None, l2=False, grid=None):
     return StageDensity([0], [grid or Grid(64, 64, 32, 16)], "torch", l2, location, dims)
 
 
-@pytest.mark.parametrize(("feature_stride", "size"), [(4, 5), (8, 3), (16, 3)])
-def test_padded_windows_against_a_loop(feature_stride, size):
-    """Of every stage at the same places: means over an odd number of features, zero beyond the border, between two
-    features linearly."""
+@pytest.mark.parametrize(("feature_stride", "size"), [(4, 3), (8, 3), (16, 3)])
+def test_cells_against_a_loop(feature_stride, size):
+    """Of every stage at the same places: means over an odd number of features, zero beyond the border, then over the
+    features of a cell; where a feature is larger, linearly between the middles of two."""
     height, width, stride = 48, 80, 8
-    grid = Grid(height, width, 16, stride, feature_stride, padded=True)
+    grid = Grid(height, width, 16, stride, feature_stride, cells=True)
     features = torch.randn(2, 3, height // feature_stride, width // feature_stride, generator=seeded(0))
     padded = functional.pad(features, [size // 2] * 4)
     means = torch.empty_like(features)
     for y, x in np.ndindex(*features.shape[2:]):
         means[:, :, y, x] = padded[:, :, y : y + size, x : x + size].mean((2, 3))
     assert grid.shape == (6, 10)
-    pooled = grid.pool(features).view(2, 6, 10, 3)
-    for i, j in np.ndindex(6, 10):
-        expected = 0.0
-        for y, x in np.ndindex(*features.shape[2:]):
-            weight = 1.0
-            for place, feature, side in ((i, y, features.shape[2]), (j, x, features.shape[3])):
-                point = min(place * stride / feature_stride, side - 1)
-                weight *= max(0.0, 1 - abs(point - feature))
-            expected = expected + weight * means[:, :, y, x]
-        assert torch.allclose(pooled[:, i, j], expected, atol=1e-5)
-    assert [centers[:2].tolist() for centers in grid.centers] == [[0.5, 8.5], [0.5, 8.5]]
+    assert [centers[:2].tolist() for centers in grid.centers] == [[4, 12], [4, 12]]
+    if feature_stride > stride:
+        expected = functional.interpolate(means, (6, 10), mode="bilinear", align_corners=False)
+    else:
+        expected = functional.adaptive_avg_pool2d(means, (6, 10))
+    assert torch.allclose(grid.pool(features).mT.view(2, 3, 6, 10), expected, atol=1e-5)
+
+
+def test_the_last_cell_may_be_smaller():
+    grid = Grid(44, 60, 16, 8, 4, cells=True)
+    pooled = grid.pool(torch.ones(1, 1, 11, 15)).view(grid.shape)
+    assert grid.shape == (6, 8)
+    assert pooled[1:-1, 1:-1].eq(1).all()
+    assert math.isclose(pooled[-1, 3], 2 / 3, rel_tol=1e-6)  # one feature, whose mean reaches beyond the border
 
 
 def test_joined_stages_are_scaled_and_their_directions_are_those_within_a_place():
