@@ -1,4 +1,4 @@
-"""What settings choose from: backbones and variants as plain tables, and the names of what other modules implement.
+"""Name what settings choose from: backbones and variants as tables, and the names of what other modules implement.
 
 Imports neither torch nor NumPy, which take seconds: flags are read, and wrong ones told, by what is in here. Owns the
 tables ``BACKBONES`` and ``VARIANTS``.

@@ -34,7 +34,7 @@ class NotFiniteError(DensityError):
 
 
 class Density(nn.Module):
-    """What every density has. shape (h, w): the windows down and across whose embeddings it describes, row by row."""
+    """The base of every density. shape (h, w): the windows down and across whose embeddings it takes, row by row."""
 
     unit = ""  # of its scores, in words
     several = True  # K may be more than 1
@@ -270,8 +270,8 @@ class Nearest(Density):
         queries = x[self.neighbors].flatten(1, 2) if reach > 1 else x  # (K, J*N, D): whom each memory may be near to
         closeness = torch.baddbmm(self.squares[:, None], queries, self.points, alpha=-2)  # less the query's own square
         if left_out is not None:
-            own = self.images[:, None] == left_out.repeat(reach)[:, None]  # (K, J*N, M)
-            closeness = closeness.masked_fill(own, math.inf)
+            left = self.images[:, None] == left_out.repeat(reach)[:, None]  # (K, J*N, M)
+            closeness = closeness.masked_fill(left, math.inf)
         best = closeness.amin(2)
         memories = torch.arange(count, device=x.device)[:, None].expand(-1, batch)
         rows = torch.arange(batch, device=x.device).expand(count, -1)

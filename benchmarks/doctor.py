@@ -1,4 +1,4 @@
-"""What this machine has, and how fast it is: ten lines, in less than a minute.
+"""Tell what this machine has and how fast it is: ten lines, in less than a minute.
 
     make doctor
     python benchmarks/doctor.py --cuda 1

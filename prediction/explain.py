@@ -30,8 +30,8 @@ GROUND, TEXT, DIM = "#F2F2F2", "#222222", "#666666"
 
 
 class Comparison(NamedTuple):
-    """What an image is compared with: a normal image, by number, and how many pixels down and right of the strongest
-    part of its map the like of it lies there."""
+    """Hold what an image is compared with: a normal image, by number, and how many pixels down and right of the
+    strongest part of its map the like of it lies there."""
 
     number: int
     title: str

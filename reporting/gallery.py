@@ -177,10 +177,10 @@ def _pictures(
     drawn = thumbnail(np.asarray(overlay(pixels, heat, threshold, level)))
     if not (anomalous or closer):
         return thumbnail(pixels), drawn, None
-    own = own_pixels(path, pixels, detector.white)
+    photograph = own_pixels(path, pixels, detector.white)
     box = crop(heat, min(level, threshold))
-    left, top, right, bottom = map(round, rescaled(box, heat.shape, own.shape))
-    region = own[top : max(bottom, top + 1), left : max(right, left + 1)]
+    left, top, right, bottom = map(round, rescaled(box, heat.shape, photograph.shape))
+    region = photograph[top : max(bottom, top + 1), left : max(right, left + 1)]
     return thumbnail(pixels), drawn, thumbnail(region, REGION_SIDE, most=REGION_BYTES)
 
 

@@ -172,8 +172,8 @@ def cost_columns(evaluation: Evaluation, costs: tuple[float, float]) -> dict:
         return {}
     best = cheapest_rate(labels, evaluation.p_values, evaluation.detector.guarantee.count, costs)
     anomalous, normal = int(labels.sum()), int((labels == 0).sum())
-    found = f"{best.missed} of {anomalous} missed, {best.false_alarms} of {normal} false alarms, cost {best.cost:g}"
-    text = f"p <= {best.rate:.3g} costs least on the test images ({found})"
+    result = f"{best.missed} of {anomalous} missed, {best.false_alarms} of {normal} false alarms, cost {best.cost:g}"
+    text = f"p <= {best.rate:.3g} costs least on the test images ({result})"
     say(f"{category}: {text}; between {best.low:.3g} and {best.high:.3g} for 90 of 100 such sets")
     names = ("cheapest_rate", "cheapest_low", "cheapest_high", "least_cost")
     miss, false_alarm = costs

@@ -1,4 +1,4 @@
-"""What the tensors of a file must be before anything is done with them: rules by name, and their check.
+"""Check the tensors of a file before anything is done with them: rules by name, and their check.
 
 A checksum tells damage; it does not tell a file that was made by something else, or by hand.
 """
@@ -15,7 +15,7 @@ FLOATS = (torch.float32, torch.float64)
 
 
 class TensorRule(NamedTuple):
-    """What a tensor must be. shape: its sizes, numbers or names; a size is the same wherever its name stands. dtypes:
+    """A rule for a tensor. shape: its sizes, numbers or names; a size is the same wherever its name stands. dtypes:
     any of them. least, most: of its values, all of them finite."""
 
     shape: tuple[int | str, ...]

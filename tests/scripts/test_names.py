@@ -130,7 +130,7 @@ def test_training(hostile, script):
 
 
 def test_neither_the_backend_nor_the_encoding_of_the_environment_matters(data, detectors, tmp_path):
-    """What a notebook hands down to !python, and the encoding of a stdout that lacks letters."""
+    """Set what a notebook hands down to !python, and the encoding of a stdout that lacks letters."""
     made = renamed(data, detectors, tmp_path, "日本é", "hole")
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "cp1252"}
     command = [sys.executable, ROOT / "eval.py", *made.folders, "--eval_dir", tmp_path / "Eval"]
