@@ -21,7 +21,7 @@ from runtime.image_files import encode
 from runtime.tensors import TensorRule, check_tensor
 
 FORMAT = "cutpaste-normals"
-VERSION = 1
+VERSION = 2
 SUFFIX = ".normals"  # not that of detectors, which are found by theirs
 KEPT = 1000  # normal images that are kept
 ANEW = "train anew with --explain 1 --overwrite"
@@ -104,7 +104,7 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
     content = load_tensors(path, "normals")
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a file of normal images; {ANEW}")
-    if content.get("version") != VERSION:
+    if content.get("version") not in (1, VERSION):
         versions = f"format {content.get('version')}, this program reads {VERSION}"
         raise InputError(f"{path}: {versions}; update the program, or {ANEW}")
     if content.get("detector") != digest(detector):
@@ -118,7 +118,7 @@ def _checked(content: dict, detector: Detector, path: Path) -> Normals:
     names, lengths = content["names"], content["lengths"]
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and 0 < len(names) <= KEPT):
         raise ValueError(f"names are no list of 1 to {KEPT} names")
-    numbers = content.get("numbers", [*range(len(names))])  # earlier files have none
+    numbers = content["numbers"] if content["version"] > 1 else [*range(len(names))]
     if len(numbers) != len(names) or not all(type(number) is int and number >= 0 for number in numbers):
         raise ValueError(f"numbers are not those of {len(names)} images")
     if len(lengths) != len(names) or not all(type(length) is int and length > 0 for length in lengths):

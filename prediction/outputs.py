@@ -31,8 +31,8 @@ class RowsFile:
     """``with RowsFile(path, ...) as rows``: append rows, whole ones only; ``path`` None is stdout.
 
     done: the paths that have a row, of earlier runs too, with the score; None for an image without one. told: what else
-    their rows say, by path: anomalous, error, size and time of the file. counts: of all rows, of anomalous images and
-    of errors. Bytes of a path that are no UTF-8 go to CSV as they are, to JSON as ``\\udcXX``.
+    their rows say, by path: anomalous, error, p-value, size and time of the file. counts: of all rows, of anomalous
+    images and of errors. Bytes of a path that are no UTF-8 go to CSV as they are, to JSON as ``\\udcXX``.
 
     A file that is there is continued: half a row at its end, from a killed run, is cut off. Raises InputError, and
     changes nothing, if it holds something else, or if another run is writing to it. A file of an earlier version,
@@ -43,7 +43,7 @@ class RowsFile:
     def __init__(self, path: str | None, kind: str, columns: Iterable[str], overwrite: bool = False) -> None:
         self.path, self.kind, self.columns = path, kind, tuple(columns)
         self.done: dict[str, float | None] = {}
-        self.told: dict[str, tuple[bool, bool, str, str]] = {}
+        self.told: dict[str, tuple[bool, bool, str, str, str]] = {}
         self.counts = {"rows": 0, "anomalous": 0, "errors": 0}
         self.file: BinaryIO | None = None
         self.overwrite, self.can_cut = overwrite, False
@@ -110,8 +110,8 @@ class RowsFile:
         except (TypeError, ValueError):  # an image without a score
             self.done[row["path"]] = None
         anomalous, error = str(row["anomalous"]) == "1", bool(row["error"])
-        size, modified = (str(row.get(name) or "") for name in STATE[1:])
-        self.told[row["path"]] = (anomalous, error, size, modified)
+        p_value, size, modified = (str(row.get(name) or "") for name in ("p_value", *STATE[1:]))
+        self.told[row["path"]] = (anomalous, error, p_value, size, modified)
         self.count(1, anomalous, error)
 
     def count(self, rows: int, anomalous: int, errors: int) -> None:
@@ -122,7 +122,7 @@ class RowsFile:
     def outdated(self, path: str, errors: bool = True) -> bool:
         """Return whether a path has a row that says what is true no longer: its file is there, and has another size or
         time than when it was scored; or, with ``errors``, it could not be scored."""
-        _, error, *state = self.told.get(path, (False, False, "", ""))
+        _, error, _, *state = self.told.get(path, (False, False, "", "", ""))
         return (error and errors) or (any(state) and file_state(path) not in (None, tuple(state)))
 
     def forget(self, paths: Collection[str]) -> None:

@@ -125,7 +125,7 @@ class Scorer:
         paths = list(paths)
         outdated = {path for path in paths if rows.outdated(path)}
         scored = [path for path in paths if rows.done.get(path) is not None and path not in outdated]
-        self.check_earlier(scored[:ROWS_COMPARED], rows)
+        self.check_earlier(scored, rows)
         shown_again = [path for path in scored if self.lacks(path, rows.told[path][0])]
         if shown_again:
             say(f"{len(shown_again)} images that have a row are looked at again, to be shown")
@@ -148,16 +148,29 @@ class Scorer:
 
     @torch.inference_mode()
     def check_earlier(self, paths: list[str], rows: RowsFile) -> None:
-        """Score images of earlier rows again, and raise InputError if none has its old score. An image may have been
-        replaced since, or be gone: only if all of several differ, the rows are another detector's."""
-        files = [file for file in map(self.read, paths) if file.error is None]
-        if not files:
-            return
-        scores = self.model.predict(self.view(files)).scores.cpu()
-        earlier = torch.tensor([rows.done[file.path] for file in files], dtype=scores.dtype)
-        if not torch.isclose(scores, earlier, rtol=SAME_SCORE).any():
-            both = f"{files[0].path} has the score {earlier[0]:.4g} there, this detector gives {scores[0]:.4g}"
-            raise InputError(f"{rows.path}: is another detector's ({both}); another --output, or --overwrite")
+        """Raise InputError if earlier rows, by path, are another detector's or were decided at another rate.
+
+        Some images are scored again. All must have their old scores; where a row does not say which file it was made
+        from, as in files of earlier versions, the image may have been replaced since: there one is enough.
+        """
+        instead = "another --output, or --overwrite"
+        files = [file for file in map(self.read, paths[:ROWS_COMPARED]) if file.error is None]
+        if files:
+            scores = self.model.predict(self.view(files)).scores.cpu()
+            earlier = torch.tensor([rows.done[file.path] for file in files], dtype=scores.dtype)
+            same = torch.isclose(scores, earlier, rtol=SAME_SCORE)
+            certain = torch.tensor([bool(rows.told[file.path][-1]) for file in files])
+            if not (same[certain].all() if certain.any() else same.any()):
+                first = int((~same).nonzero()[0])
+                differ = f"has the score {earlier[first]:.4g} there, this detector gives {scores[first]:.4g}"
+                other = f"is another detector's ({files[first].path} {differ}), or of before a --refit"
+                raise InputError(f"{rows.path}: {other}; {instead}")
+        for path in paths:
+            anomalous, _, p_value, *_ = rows.told[path]
+            if p_value and anomalous != (float(p_value) <= self.model.rate):
+                there = f"{path} has p {float(p_value):.3g} and anomalous {int(anomalous)} there"
+                other = f"was decided at another rate than {self.model.rate:.3g} ({there})"
+                raise InputError(f"{rows.path}: {other}; {instead}")
 
     def read(self, path: str) -> ImageFile:
         """Open and decode a file, once."""

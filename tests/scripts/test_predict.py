@@ -195,6 +195,10 @@ def test_rows_of_another_detector_are_not_continued(detectors, here, script):
     one_line(script("predict", whole, *words), another, "--overwrite")
     one_line(script("predict", patch, *words, "--format", "jsonl"), "rows.csv: holds something else", "--overwrite")
     assert out.read_bytes() == before
+    one_line(
+        script("predict", patch, *words, "--false_alarm_rate", 1), "rows.csv: was decided at another rate than 1 ("
+    )
+    assert out.read_bytes() == before
     shutil.copy("photos/a.jpg", "photos/b.png")  # replaced since; the other tells that it is the same detector
     assert script("predict", patch, *words).code == 0
     assert [row["path"] for row in rows_of(out)[:3]] == ["photos/d.png", "photos/a.jpg", "photos/b.png"]
