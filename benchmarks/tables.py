@@ -231,8 +231,9 @@ def density_table() -> str:
     tuned = rows.epochs.map(lambda steps: f"{steps} steps" if steps else "as it is")
     rows["network"] = (rows.backbone + ", " + tuned).where(rows.pretrained, rows.backbone + ", recipe " + rows.recipe)
     shared = rows.location_chosen.map(lambda kinds: " (shared)" if set(kinds.split(",")) == {"shared"} else "")
-    rows["described"] = (rows.density + shared).where(rows.join, "one Gaussian for each stage")
-    rows.loc[rows.normalize.eq("image") & rows.join & rows.pretrained, "described"] += ", each image's normalization"
+    joined = rows["join"].astype(bool)  # not rows.join, which pandas has
+    rows["described"] = (rows.density + shared).where(joined, "one Gaussian for each stage")
+    rows.loc[rows.normalize.eq("image") & joined & rows.pretrained, "described"] += ", each image's normalization"
     rows = newest("results/density.csv", rows.drop(columns=SINGLE), ["network", "described", "category"], ["seed"])
     categories, cells = [category for category in CATEGORIES if category in set(rows.category)], []
     for (network, described), runs in rows.groupby(["network", "described"], sort=False):
@@ -431,6 +432,7 @@ def launches_table() -> str:
 TABLES = {
     "transfer": functools.partial(transfer_table, "image_auroc"),
     "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
+    "density": density_table,
     "results": results_table,
     "paper": paper_table,
     "paper_runs": paper_runs_table,
