@@ -42,7 +42,6 @@ RECIPES = {
         "epochs": 1500,
     },
 }
-PATCH_DENSITY = "both"  # of patch models by every recipe but the paper's
 
 
 def flag_value(value: object) -> object:
@@ -214,14 +213,14 @@ class Config:
         zero_or_one,
         "density",
         "1: one density of all stages side by side; 0: one for each stage, their standardized distances are added",
-        "1 for patch models, unless by recipe paper",
+        "1 for pretrained patch models, unless by recipe paper",
     )
     density: str = setting(
         "torch",
         one_of(("auto", *DENSITY_NAMES, *DENSITY_SUMS)),
         "density",
         "density of embeddings: Gaussian (torch, sklearn), kde, nearest normal ones, both (torch, nearest), or auto",
-        "both for patch models, unless by recipe paper; else torch",
+        "both for pretrained patch models, unless by recipe paper; else torch",
     )
     l2: bool = setting(None, zero_or_one, "density", "1: scale embeddings to length 1 first", "1; 0 for patch models")
     false_alarm_rate: float = setting(
@@ -472,9 +471,8 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
         raise SettingError("minutes", "decides the number of steps; leave --epochs out")
     recipe = given.setdefault("recipe", "finetune" if given.get("pretrained", Config.pretrained) else "paper")
     values = RECIPES[recipe] | given
-    if recipe != "paper" and "patch_size" in values:
-        normalize = "imagenet" if values.get("pretrained", Config.pretrained) else "image"
-        values = {"density": PATCH_DENSITY, "join": values.get("dense", True), "normalize": normalize} | values
+    if recipe != "paper" and "patch_size" in values and values.get("pretrained", Config.pretrained):
+        values = {"density": "both", "join": values.get("dense", True), "normalize": "imagenet"} | values
     values["category"] = category
     patches = {name: values.pop(name) for name in PATCH_SETTINGS if name in values}
     if patches and "patch_size" not in patches:

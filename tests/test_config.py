@@ -36,11 +36,20 @@ def test_a_recipe_sets_what_no_flag_sets():
     fast = parsed("--recipe", "fast", "--no-pretrained")
     assert (fast.recipe, fast.variant, fast.invisible, fast.optim, fast.lr) == ("fast", "soft", "drop", "adam", 0.001)
     assert (fast.patches, fast.epochs, fast.batch_size) == (PatchConfig(48), 1500, 28)
-    assert (fast.density, fast.join, parsed("--recipe", "paper", "--patch_size", 64).join) == ("both", True, False)
-    assert not parsed("--recipe", "fast", "--dense", 0).join
+    assert (fast.density, fast.join, fast.normalize) == ("torch", False, "image")
+
     flags = ["--variant", "scar", "--level", "1,2", "--epochs", 7, "--window", 32]
     changed = replace(fast, variant="scar", epochs=7, level=(1, 2), patches=PatchConfig(48, window=32))
     assert parsed("--recipe", "fast", "--no-pretrained", *flags) == changed
+
+
+def test_pretrained_patch_models_see_their_stages_together():
+    """Unless the recipe is the paper's, or each window goes through the network alone."""
+    made = parsed("--patch_size", 64)
+    assert (made.density, made.join, made.normalize) == ("both", True, "imagenet")
+    assert not parsed("--recipe", "paper", "--patch_size", 64).join
+    assert not parsed("--patch_size", 64, "--dense", 0).join
+    assert parsed("--patch_size", 64, "--density", "nearest", "--normalize", "image").density == "nearest"
 
 
 def test_pretrained_weights_are_fine_tuned():
