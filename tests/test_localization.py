@@ -138,7 +138,7 @@ def stage(location="auto", dims=None, l2=False, grid=None):
 
 @pytest.mark.parametrize(("feature_stride", "size"), [(4, 3), (8, 3), (16, 3)])
 def test_cells_against_a_loop(feature_stride, size):
-    """Of every stage at the same places: means over an odd number of features, zero beyond the border, then over the
+    """Pool every stage at the same places: means over an odd number of features, zero beyond the border, then over the
     features of a cell; where a feature is larger, linearly between the middles of two."""
     height, width, stride = 48, 80, 8
     grid = Grid(height, width, 16, stride, feature_stride, cells=True)

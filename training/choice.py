@@ -1,4 +1,4 @@
-"""Which density to take, by normal images alone: CutPaste itself is the judge.
+"""Choose a density by normal images alone: CutPaste itself is the judge.
 
 Some normal images are held out. Patches and scars are pasted into them, and each density, fitted to the other images,
 must tell the pasted images from those held out. Owns what is pasted, the densities that are compared, and the choice.
