@@ -289,8 +289,9 @@ class Nearest(Density):
         other images alone.
 
         Where all embeddings are kept, that is the distance from a memory that the image has no part in. It is so, too,
-        of an embedding that ``cover`` has not chosen, since without it the same ones would have been chosen. Without
-        one that was chosen, one more would have been: its distance may be too large, never too small.
+        of an embedding that ``cover`` has not chosen, if it did not decide the first choice: without it the same ones
+        would have been chosen. Without one that was chosen, later choices would differ: its distance is an estimate, by
+        a memory with one embedding less.
         """
         windows = math.prod(self.shape) if self.count == 1 else 1
         images = torch.arange(embeddings.shape[1], device=embeddings.device) // windows

@@ -355,8 +355,8 @@ def test_cover_is_greedy():
 
 
 def test_few_embeddings_that_cover_all_are_kept_and_leaving_one_out_needs_no_other_fit(monkeypatch):
-    """An image that was not chosen would have changed nothing: its score is exactly that of a fit without it. One that
-    was chosen scores at least as high."""
+    """An image that was not chosen would have changed nothing: its score is exactly that of a fit without it. Without
+    itself, none is nearer than with itself."""
     monkeypatch.setattr(density, "LOCAL_POINTS", 8)
     x = several(30, 4, 3).half().float()
     fitted = fit_density("nearest", x, False, (2, 2))
