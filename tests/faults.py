@@ -70,6 +70,7 @@ TINY = [
 ]
 TINY += ["--backbone", "mobilenet_v2", "--level", "3"]
 STEPS = 8  # of a training
+STATE_STEPS = 50  # of the one whose saved state is damaged and forged
 
 
 # What is there before the faults ----------------------------------------------------------------------------------
@@ -103,6 +104,7 @@ def watching(root: Path, place: Path) -> list[object]:
 
 SCRIPTS = {"training": training, "fitting": partial(training, epochs=0), "evaluation": evaluation}
 SCRIPTS |= {"prediction": prediction, "watching": watching, "checking": checking}
+CONTINUED = {"continued": partial(training, epochs=STATE_STEPS)}  # the training whose saved state is forged
 
 
 def start(command: list[object], **options: object) -> Forked:
@@ -131,7 +133,7 @@ def finish(command: list[object], **options: object) -> tuple[int, str]:
 
 def result(kind: str, place: Path) -> object:
     """Return what a script has made, without what depends on the time and on the place."""
-    if kind in ("training", "fitting"):
+    if kind in ("training", "fitting", "continued"):
         content = torch.load(place / "models/brick.pt", weights_only=True)
         left = [path.name for path in (place / "models").iterdir() if path.suffix not in (".pt", ".normals")]
         return digest_of({name: content[name] for name in ("members", "threshold", "normal_scores")}), left
@@ -174,7 +176,7 @@ def prepare(root: Path) -> None:
 def expected(root: Path, kind: str) -> object:
     """Return what a script makes undisturbed."""
     place = new_place(root, "expected", kind, os.getpid())
-    code, err = finish(SCRIPTS[kind](root, place))
+    code, err = finish((SCRIPTS | CONTINUED)[kind](root, place))
     assert code == 0, err
     return result(kind, place)
 
@@ -264,7 +266,7 @@ def readers(root: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
     """Return the files that are read, with what is read of them, to be compared."""
     detector = load(root / "models/brick.pt")
     state = new_place(root, "state", os.getpid())
-    process = start(training(root, state, 100))
+    process = start(training(root, state, STATE_STEPS))
     while not (state / "models/brick.checkpoint").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -275,6 +277,25 @@ def readers(root: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         "normal images": (root / "models/brick.normals", lambda path: load_normals(path, detector).jpegs),
         "saved state": (state / "models/brick.checkpoint", lambda path: digest_of(load_checkpoint(path)["network"])),
     }
+
+
+def continued(root: Path, path: Path, good: object, words: str) -> tuple[str, str]:
+    """Return the outcome of going on from a bad saved state, and remove what came of it."""
+    place, content = path.parents[1], path.read_bytes()
+    code, err = finish(training(root, place, STATE_STEPS))
+    kept = path.exists() and path.read_bytes() == content
+    outcome = "crashed"
+    if code == 1 and "Traceback" not in err:
+        named = (
+            err.strip()
+            .splitlines()[-1]
+            .startswith((f"run_training.py: error: {path}", "run_training.py: error: brick: "))
+        )
+        outcome = "told" if kept and named else "lost"
+    elif code == 0:
+        outcome = "same" if result("training", place) == good else "wrong"
+        shutil.rmtree(place / "models")
+    return outcome, f"{words}: {err[-300:]}"
 
 
 def reading(path: Path, read: Callable[[Path], object], good: object, words: str) -> tuple[str, str]:
@@ -323,12 +344,15 @@ def forge(root: Path, rng: random.Random, number: int, kind: str = "", count: in
     source, read = readers(root)[kind]
     content, good, place = torch.load(source, weights_only=True), read(source), new_place(root, "forged", kind, number)
     path, marker, outcomes = place / source.name, place / "executed", []
-    if kind == "saved state":  # its numbers and its network are checked as it is read, the rest as it is used
-        content = {k: content[k] for k in ("format", "version", "config", "step", "seconds", "ranks", "precision")}
+    if kind == "saved state":  # some of it is checked as it is used: training goes on from it
+        path, good = place / "models" / source.name, expected(root, "continued")
     for index, (words, make) in enumerate(islice(forgeries(content, rng), count)):
         code = index % 10 == 9
+        path.parent.mkdir(exist_ok=True)
         torch.save(content | {rng.choice([*content]): Code(f"touch {marker}")} if code else make(), path)
-        outcomes.append(reading(path, read, good, words))
+        outcomes.append(
+            continued(root, path, good, words) if kind == "saved state" else reading(path, read, good, words)
+        )
         if marker.exists():
             outcomes[-1] = ("executed", words)
     return outcomes
@@ -443,12 +467,11 @@ def names(root: Path, rng: random.Random, number: int, count: int = 12) -> Outco
 # All of them ------------------------------------------------------------------------------------------------------
 
 FILES = ("detector", "normal images", "saved state")
-FORGED = {"detector": 20, "normal images": 20, "saved state": 6}  # trials; a saved state has few that can be told
 TRIALS: dict[str, tuple[Callable, int]] = {  # by row of the table: what makes its faults, how often
     "damaged images": (images, 50),
     **{f"damaged files: {kind}": (partial(damaged, kind=kind), 20) for kind in FILES},
-    **{f"forged files: {kind}": (partial(forge, kind=kind), times) for kind, times in FORGED.items()},
-    **{f"kills: {kind}": (partial(kills, kind=kind), 4 if kind == "training" else 3) for kind in SCRIPTS},
+    **{f"forged files: {kind}": (partial(forge, kind=kind), 20) for kind in FILES},
+    **{f"kills: {kind}": (partial(kills, kind=kind), 8 if kind == "training" else 4) for kind in SCRIPTS},
     **{f"full disk: {kind}": (partial(disks, kind=kind), 5) for kind in SIZES},
     **{f"two at once: {kind}": (partial(pairs, kind=kind), 10) for kind in SIZES},
     "names": (names, 5),

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ from runtime.cli import PRECISIONS, Interrupts, autocast_type, open_tensorboard,
 from runtime.distributed import Ranks, data_parallel, sync_batch_norm
 from runtime.files import InputError, damage_named, load_tensors, save_tensors, say, say_once, shown
 from runtime.gpu import SETTLING, Recorded, can_compile, to_device
-from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of
+from runtime.tensors import TensorRule, check_tensor, check_tensors, rules_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -168,12 +169,15 @@ class Trainer:
         weights are not finite."""
         with damage_named(self.name, "checkpoint", ANEW):
             check_tensors(state["network"], rules_of(self.network.state_dict()), {})
+            slots = state["optimizer"]["state"]
+            names = {name for values in slots.values() for name in values}
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            for number, name in product(slots, names):
+                shape = () if name == "step" else tuple(parameters[number].shape)
+                rule = TensorRule(shape, (torch.float32,))
+                check_tensor(f"the optimizer's {name}", slots[number].get(name), rule, {})
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
-            for parameter, slots in self.optimizer.state.items():
-                for name, value in slots.items():
-                    shape = () if name == "step" else tuple(parameter.shape)
-                    check_tensor(f"the optimizer's {name}", value, TensorRule(shape, FLOATS), {})
             self.generator.set_state(state["generator"])
 
     def parts(self) -> dict:
