@@ -22,10 +22,12 @@ if TYPE_CHECKING:  # torch takes seconds to import, and flags are read without i
     from cutpaste import ViewParams
     from runtime.cache import Storage
 
-# Settings by recipe; a flag overrides them. "paper": the default of each setting. "finetune": the paper's way with
-# pretrained weights, in fewer steps (docs/transfer.md). "fast": for ten minutes on two cores (docs/recipe.md).
+# Settings by recipe; a flag overrides them. "paper": the default of each setting. "frozen": the network as it is.
+# "finetune": the paper's way with pretrained weights, in fewer steps (docs/transfer.md). "fast": for ten minutes on two
+# cores (docs/recipe.md).
 RECIPES = {
     "paper": {},
+    "frozen": {"epochs": 0},
     "finetune": {
         "batch_size": 24,
         "freeze_bn": True,
@@ -54,6 +56,7 @@ RECIPE_HELP = "sets the defaults of other flags; " + "; ".join(
     for recipe, settings in RECIPES.items()
     if settings
 )
+RECIPE_DEFAULTS = "paper with --no-pretrained; frozen with --epochs 0, or with --patch_size alone; else finetune"
 FEATURES = ("pool", "level", "all")
 LEVELS = tuple(range(1, 1 + max(len(spec.stages) for spec in BACKBONES.values())))
 INVISIBLE = ("keep", "drop")
@@ -129,7 +132,7 @@ class Config:
     """Every setting that decides what a detector is. Raises SettingError for a value that is not allowed."""
 
     category: str = setting("", anything)
-    recipe: str = setting("paper", one_of(RECIPES), "recipe", RECIPE_HELP, "finetune; paper with --no-pretrained")
+    recipe: str = setting("paper", one_of(RECIPES), "recipe", RECIPE_HELP, RECIPE_DEFAULTS)
     backbone: str = setting("resnet18", one_of(BACKBONES), "network", "network to train")
     head_layer: int = setting(1, int_within(0, 64), "network", "layers of 512 in the projection head")
     height: int = setting(256, side)
@@ -469,7 +472,7 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     given = given_settings(args)
     if "minutes" in given and "epochs" in given:
         raise SettingError("minutes", "decides the number of steps; leave --epochs out")
-    recipe = given.setdefault("recipe", "finetune" if given.get("pretrained", Config.pretrained) else "paper")
+    recipe = given.setdefault("recipe", default_recipe(given))
     values = RECIPES[recipe] | given
     if recipe != "paper" and "patch_size" in values and values.get("pretrained", Config.pretrained):
         values = {"density": "both", "join": values.get("dense", True), "normalize": "imagenet"} | values
@@ -478,6 +481,15 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     if patches and "patch_size" not in patches:
         raise SettingError(next(iter(patches)), "goes with --patch_size, which makes a patch model")
     return Config(**values, patches=PatchConfig(**patches) if patches else None)
+
+
+def default_recipe(given: dict) -> str:
+    """Return the recipe where none is named. Pretrained patch models are not trained unless it is asked for: it gains
+    nothing (docs/maps.md)."""
+    if not given.get("pretrained", Config.pretrained):
+        return "paper"
+    trained = given["epochs"] > 0 if "epochs" in given else "minutes" in given or "patch_size" not in given
+    return "finetune" if trained else "frozen"
 
 
 def given_settings(args: argparse.Namespace) -> dict:

@@ -137,7 +137,8 @@ def tell_recipe(config: Config, ranks: Ranks) -> None:
     if RECIPES[config.recipe] and ranks.is_main:
         settings = {name: flag_value(config.to_dict()[name]) for name in RECIPES[config.recipe]}
         settings.pop("epochs" if config.minutes else "", None)
-        say(f"recipe {config.recipe}: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+        more = "" if config.epochs or config.minutes else " (the network as it is; --recipe finetune trains it)"
+        say(f"recipe {config.recipe}: " + ", ".join(f"{name} {value}" for name, value in settings.items()) + more)
 
 
 def print_backbones() -> None:

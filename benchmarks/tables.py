@@ -178,7 +178,8 @@ def transfer_rows() -> DataFrame:
     rows["taken"] = rows.features.mask(rows.level == default, STRIDES)
     rows = rows[rows.taken.map(TAKEN) == rows.model]
     rows = rows[rows.pretrained & rows.freeze_bn & (rows.invisible == "keep")]
-    rows = rows[rows.epochs.isin((0, recipe["epochs"])) & (rows.batch_size == recipe["batch_size"])]
+    tuned = (rows.epochs == recipe["epochs"]) & (rows.batch_size == recipe["batch_size"])
+    rows = rows[tuned | (rows.epochs == 0)]
     rows = rows[(rows.model == CROPS) | (rows.width == 128)].assign(level=None)  # STRIDES says it
     return newest("results/transfer.csv", rows, ["model", "backbone", "taken", "epochs", "category"], ["seed"])
 

@@ -52,6 +52,25 @@ def test_pretrained_patch_models_see_their_stages_together():
     assert parsed("--patch_size", 64, "--density", "nearest", "--normalize", "image").density == "nearest"
 
 
+@pytest.mark.parametrize(
+    ("flags", "recipe", "epochs"),
+    [
+        ([], "finetune", 185),
+        (["--epochs", 7], "finetune", 7),
+        (["--epochs", 0], "frozen", 0),
+        (["--patch_size", 64], "frozen", 0),
+        (["--patch_size", 64, "--epochs", 185], "finetune", 185),
+        (["--patch_size", 64, "--minutes", 2], "finetune", 185),
+        (["--patch_size", 64, "--recipe", "finetune"], "finetune", 185),
+        (["--patch_size", 64, "--no-pretrained"], "paper", 10_000),
+        (["--epochs", 0, "--no-pretrained"], "paper", 0),
+    ],
+)
+def test_pretrained_patch_models_are_not_trained_unless_it_is_asked_for(flags, recipe, epochs):
+    config = parsed(*flags)
+    assert (config.recipe, config.epochs) == (recipe, epochs)
+
+
 def test_pretrained_weights_are_fine_tuned():
     """By the paper's recipe of its appendix A.4, in fewer steps."""
     config = parsed()
