@@ -13,6 +13,12 @@ Prints three lines for each category on stdout and writes to <eval_dir>/<name of
     suspicious.png      the first twelve and their heat maps
     enough.csv, .png    what new normal images score when the densities are fitted to fewer images
 
+    python check_data.py --choose first second
+
+compares detectors of several folders (other stages, another --size, fine-tuned or not), with each density, by normal
+images alone: patches and scars are pasted into held-out ones, faintly, and must be told from those without. Prints the
+AUROC of each, writes it to <eval_dir>/choose.csv, and makes no other check.
+
 Trains nothing and changes no detector.
 """
 
@@ -25,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import add_data_flags, storage
-from runtime.cli import choose_device, folder_name, new_parser, run_script
+from runtime.cli import choose_device, folder_name, int_at_least, new_parser, run_script
 from runtime.files import InputError, csv_table, print_line, say, write_files
 
 
@@ -34,6 +40,10 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
+    add = parser.add_argument_group("choice by normal images alone").add_argument
+    add("--choose", nargs="+", metavar="DIR", help="folders of the detectors to compare, instead of --model_dir")
+    draws = "how often patches and scars are drawn and pasted (default: 10)"
+    add("--draws", type=int_at_least(1), default=10, metavar="N", help=draws)
     return parser
 
 
@@ -66,29 +76,78 @@ from reporting.metrics import image_metrics
 from reporting.overlays import drawn_above
 from reporting.tables import normal_table, path_below
 from runtime.cache import iterate
+from training.choice import TELLS, Judge, choose
 
 
 def main(args: argparse.Namespace) -> None:
     device = choose_device(args.cuda)
-    work: dict[str, Path] = {}
-    for path in find_work(args.model_dir, args.data_dir, args.type):
-        work.setdefault(path.stem, path)  # of several seeds the first
+    if args.choose:
+        compare(args, device)
+        return
     out_dir = Path(args.eval_dir) / folder_name(args.model_dir)
-    for category, path in work.items():
-        detector = load(path, device)
-        size = detector.config.size
-        where = (args.data_dir, category, size, args.workers, storage(args), detector.fill_index, detector.white)
-        paths = train_paths(args.data_dir, category)
-        if scored_paths(paths, detector) is None:
-            others = f"made from other images than the {len(paths)} of {paths[0].parent}"
-            raise InputError(f"{path}: {others}; train it again")
-        train = load_train(*where, paths)
-        test = load_test(*where) if has_test_images(args.data_dir, category) else None
+    for category, path in first_detectors(args, args.model_dir).items():
+        detector, train = load_both(args, path, device)
+        where = (args.data_dir, category, detector.config.size, args.workers, storage(args))
+        has_test = has_test_images(args.data_dir, category)
+        test = load_test(*where, detector.fill_index, detector.white) if has_test else None
         files = check_duplicates(args.data_dir, category, train, test)
         files |= check_suspicious(args.data_dir, detector, train)
         files |= check_count(detector, train, test)
         write_files({out_dir / category / name: content for name, content in files.items()})
     say(f"tables and plots are in {out_dir}/")
+
+
+def first_detectors(args: argparse.Namespace, model_dir: str) -> dict[str, Path]:
+    """Return the detector file of each category asked for; of several seeds the first."""
+    work: dict[str, Path] = {}
+    for path in find_work(model_dir, args.data_dir, args.type):
+        work.setdefault(path.stem, path)
+    return work
+
+
+def load_both(args: argparse.Namespace, path: Path, device: torch.device) -> tuple[Detector, TrainSet]:
+    """Return the detector of a file and the training images that it was made from. Raises InputError if they are others
+    now."""
+    detector = load(path, device)
+    category = detector.config.category
+    paths = train_paths(args.data_dir, category)
+    if scored_paths(paths, detector) is None:
+        others = f"made from other images than the {len(paths)} of {paths[0].parent}"
+        raise InputError(f"{path}: {others}; train it again")
+    where = (args.data_dir, category, detector.config.size, args.workers, storage(args))
+    return detector, load_train(*where, detector.fill_index, detector.white, paths)
+
+
+# Which detector, which density ------------------------------------------------------------------------------------
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> None:
+    """Compare the detectors of several folders by normal images alone, print the table, and write it with all draws."""
+    rows: list[dict] = []
+    for model_dir in args.choose:
+        for category, path in first_detectors(args, model_dir).items():
+            detector, train = load_both(args, path, device)
+            judge = Judge(detector, train.images)
+            for draw in range(args.draws):
+                aurocs = judge.aurocs(draw)
+                common = {"category": category, "model_dir": model_dir, "draw": draw, "chosen": choose(aurocs)}
+                rows += [common | {"density": name, "pasted_auroc": auroc} for name, auroc in aurocs.items()]
+    by_category = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_category[row["category"]][row["model_dir"], row["density"]].append(row)
+    for category, candidates in by_category.items():
+        means = {}
+        for (model_dir, density), draws in candidates.items():
+            values = np.array([row["pasted_auroc"] for row in draws])
+            means[model_dir, density] = values.mean()
+            chosen = sum(row["chosen"] == density for row in draws)
+            figures = f"{100 * values.mean():.1f} ± {100 * values.std():.1f}, chosen in {chosen} of {len(draws)} draws"
+            print_line(f"{category} {model_dir} {density}: {figures}")
+        best = max(means, key=means.get)
+        advice = f"{' '.join(best)} is first" if means[best] > TELLS else "chance: what was pasted cannot be told"
+        print_line(f"{category} choose: {advice}")
+    write_files({Path(args.eval_dir) / "choose.csv": csv_table(rows)})
+    say(f"all draws are in {Path(args.eval_dir) / 'choose.csv'}")
 
 
 # Duplicates -------------------------------------------------------------------------------------------------------

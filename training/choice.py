@@ -19,6 +19,7 @@ MOST_IMAGES = 250  # normal images that are looked at
 HELD_OUT = 5  # one image of so many is held out
 MARGIN = 0.02  # of AUROC: a smaller difference is a matter of chance
 FAINT = 0.3  # opacity of what is pasted: every density would tell what is as strong as in training
+TELLS = 0.6  # AUROC: below, no density tells what was pasted better than chance would
 CROP = 96  # pixels: patches and scars are drawn as for a square of this side
 
 
@@ -37,40 +38,50 @@ def pasted_images(images: Tensor, generator: torch.Generator) -> Tensor:
     return pasted[shown]
 
 
-@torch.inference_mode()
-def judge(detector: Detector, images: Tensor, seed: int = 0) -> dict[str, float]:
-    """Return how well each of CANDIDATES tells pasted from normal images, an image AUROC in [0, 1], as the density of a
-    detector's first network, from normal images (N, 3, H, W) uint8: those that it was or will be fitted to.
+class Judge:
+    """Compare CANDIDATES as the density of a detector's first network, from normal images (N, 3, H, W) uint8 alone:
+    those that it was or will be fitted to. Raises InputError if they are too few or too much alike."""
 
-    Raises InputError if they are too few or too much alike.
-    """
-    from sklearn.metrics import roc_auc_score
+    @torch.inference_mode()
+    def __init__(self, detector: Detector, images: Tensor) -> None:
+        config, self.detector, self.network = detector.config, detector, detector.members[0]
+        numbers = all_but(unseen_by(config, len(images), 0), len(images))
+        numbers = numbers[evenly_spaced(len(numbers), MOST_IMAGES)]
+        known = numbers[all_but(torch.arange(0, len(numbers), HELD_OUT), len(numbers))]
+        if len(known) < 2:
+            raise InputError(f"{config.category}: {len(images)} normal images are too few to choose a density by")
+        fitted = EnsembleMember(config, self.network.network, self.network.hidden, "both").to(detector.device)
+        try:
+            fitted.choose_axes(stream(detector, images, fitted.embed, AXES_IMAGES, known))
+            fitted.fit(stream(detector, images, fitted.embed, numbers=known), len(known), False, detector.batch_size)
+        except DensityError as error:
+            raise InputError(f"{config.category}: no density can be fitted: {error}") from error
+        self.candidates = {density: fitted.with_density(density) for density in CANDIDATES}
+        self.normal = images[numbers[::HELD_OUT]].cpu()  # held out
+        self.normal_scores = self.scores(to_float(self.normal))
 
-    config, first = detector.config, detector.members[0]
-    numbers = all_but(unseen_by(config, len(images), 0), len(images))
-    numbers = numbers[evenly_spaced(len(numbers), MOST_IMAGES)]
-    known = numbers[all_but(torch.arange(0, len(numbers), HELD_OUT), len(numbers))]
-    if len(known) < 2:
-        raise InputError(f"{config.category}: {len(images)} normal images are too few to choose a density by")
-    normal = images[numbers[::HELD_OUT]].cpu()
-    pasted = pasted_images(normal, torch.Generator().manual_seed(category_seed(seed, config.category)))
-    if not len(pasted):
-        raise InputError(f"{config.category}: nothing shows that is pasted into its images; name a --density")
-    new = list(stream(detector, torch.cat([to_float(normal), pasted]), first.embed))
-    labels = [0] * len(normal) + [1] * len(pasted)
+    @torch.inference_mode()
+    def scores(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the scores (n,) that each candidate gives images (n, 3, H, W)."""
+        embeddings = list(stream(self.detector, images, self.network.embed))
+        return {
+            density: torch.cat([candidate.score_embeddings(batch)[0] for batch in embeddings]).cpu()
+            for density, candidate in self.candidates.items()
+        }
 
-    fitted = EnsembleMember(config, first.network, first.hidden, "both").to(detector.device)
-    try:
-        fitted.choose_axes(stream(detector, images, first.embed, AXES_IMAGES, known))
-        fitted.fit(stream(detector, images, first.embed, numbers=known), len(known), False, detector.batch_size)
-    except DensityError as error:
-        raise InputError(f"{config.category}: no density can be fitted: {error}") from error
-    aurocs = {}
-    for density in CANDIDATES:
-        candidate = fitted.with_density(density)
-        scores = torch.cat([candidate.score_embeddings(embeddings)[0] for embeddings in new])
-        aurocs[density] = float(roc_auc_score(labels, scores.cpu().numpy()))
-    return aurocs
+    def aurocs(self, seed: int = 0) -> dict[str, float]:
+        """Return how well each candidate tells pasted from normal images that were both held out, an image AUROC in
+        [0, 1]. seed: of what is pasted, and where. Raises InputError if nothing shows that is pasted."""
+        from sklearn.metrics import roc_auc_score
+
+        category = self.detector.config.category
+        pasted = pasted_images(self.normal, torch.Generator().manual_seed(category_seed(seed, category)))
+        if not len(pasted):
+            raise InputError(f"{category}: nothing shows that is pasted into its images; name a --density")
+        labels, aurocs = [0] * len(self.normal) + [1] * len(pasted), {}
+        for density, scores in self.scores(pasted).items():
+            aurocs[density] = float(roc_auc_score(labels, torch.cat([self.normal_scores[density], scores]).numpy()))
+        return aurocs
 
 
 def choose(aurocs: dict[str, float]) -> str:
@@ -79,9 +90,9 @@ def choose(aurocs: dict[str, float]) -> str:
 
 
 def choose_density(detector: Detector, images: Tensor) -> Detector:
-    """Return a detector of the same networks with the density that ``judge`` prefers, not yet fitted; how it was chosen
-    is in its metadata. Raises InputError as ``judge`` does."""
-    aurocs = judge(detector, images, detector.config.seed)
+    """Return a detector of the same networks with the density that the judge prefers, not yet fitted; how it was chosen
+    is in its metadata. Raises InputError as ``Judge`` does."""
+    aurocs = Judge(detector, images).aurocs(detector.config.seed)
     other = detector.changed(choose(aurocs))
     listed = ", ".join(f"{density} {100 * auroc:.1f}" for density, auroc in aurocs.items())
     other.metadata["density_chosen"] = other.density

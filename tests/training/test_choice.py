@@ -7,7 +7,7 @@ from conftest import SMALL
 from detector import load
 from image_ops import to_float
 from runtime.files import InputError
-from training.choice import CANDIDATES, CROP, FAINT, MARGIN, choose, judge, pasted_images
+from training.choice import CANDIDATES, CROP, FAINT, MARGIN, Judge, choose, pasted_images
 
 PATCHES = ["--patch_size", 32, "--window", 8, "--stride", 8, "--epochs", 0]
 
@@ -69,7 +69,7 @@ def test_images_that_are_too_few_or_too_much_alike(detectors):
     detector = load(detectors / "patch/brick.pt")
     size = detector.config.size
     with pytest.raises(InputError, match="2 normal images are too few"):
-        judge(detector, torch.zeros(2, 3, *size, dtype=torch.uint8))
+        Judge(detector, torch.zeros(2, 3, *size, dtype=torch.uint8))
     flat = torch.arange(8)[:, None, None, None].expand(8, 3, *size).byte() * 9
     with pytest.raises(InputError, match="no density can be fitted: all embeddings are equal"):
-        judge(detector, flat)
+        Judge(detector, flat)
