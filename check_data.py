@@ -63,7 +63,7 @@ from detector import (
     unseen_by,
 )
 from reporting.metrics import image_metrics
-from reporting.overlays import drawn_above
+from reporting.overlays import as_score, drawn_above
 from reporting.tables import normal_table, path_below
 from runtime.cache import iterate
 
@@ -228,16 +228,13 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
     for name, row, number in zip(names[:SHOWN], rows, scored_images(detector, len(train))[order].tolist()):
         image = train.images[number]
         title = f"{name}\nscore {row['score']:.3g}, p {row['p_value']:.2g}"
-        heat, level = unseen_map(detector, image[None], number) if with_maps else None, None
-        if config.patches:
-            level = drawn_above(heat, detector.threshold.item(), row["p_value"] <= detector.guarantee.rate)
-        if with_maps:  # back to distances: each network is standardized by its own fold, and the sheet has one scale
-            member = detector.members[number % len(detector.members)]
-            center, scale = (member.center.item() if config.patches else 0.0), member.scale.item()
-            heat, level = heat * scale + center, None if level is None else level * scale + center
+        heat = level = None
+        if with_maps:
+            heat = unseen_map(detector, image[None], number)
+            heat = heat if config.patches else as_score(heat, row["score"])
+            level = drawn_above(heat, detector.threshold.item(), True)  # the strongest place of each, however weak
         cases.append(figures.Case(title, image.permute(1, 2, 0).numpy() / 255, None, heat, level))
-    threshold = detector.threshold.item() if config.patches and len(detector.members) == 1 else None
-    sheet = figures.heat_sheet(detector, cases, "the most unusual training images", threshold)
+    sheet = figures.heat_sheet(detector, cases, "the most unusual training images", "the most unusual place")
     return {"suspicious.csv": csv_table(rows), "suspicious.png": figures.png(sheet)}
 
 

@@ -17,6 +17,7 @@ from check_data import SubsetScores, curve_rows, find_duplicates, fit_subsets, s
 from config import PatchConfig
 from dataset import load_train
 from detector import Detector, initial_network, load, save, stream
+from reporting import figures
 from runtime.image_files import decode, find_images
 
 
@@ -138,7 +139,9 @@ def checked(data, tmp_path_factory):
     return folder
 
 
-def test_the_script(checked, tmp_path, script):
+def test_the_script(checked, tmp_path, script, monkeypatch):
+    sheets, draw = [], figures.heat_sheet
+    monkeypatch.setattr(figures, "heat_sheet", lambda *args: sheets.append((args, draw(*args))) or sheets[-1][1])
     done = script("check_data", "--data_dir", checked / "Data", "--model_dir", checked / "two", "--eval_dir", tmp_path)
     assert done.code == 0, done.err
     first, second, third = done.out.splitlines()
@@ -160,6 +163,12 @@ def test_the_script(checked, tmp_path, script):
     assert table.score.tolist() == pytest.approx(scores.sort(descending=True).values.tolist())
     assert table.p_value[0] == pytest.approx(1 / len(scores), rel=1e-12)
     assert Image.open(out / "suspicious.png").size[0] > 500
+    (((_, cases, *_), sheet),) = sheets  # heat, colors and scores have one unit, and an outline shows the place
+    for case, score in zip(cases, table.score):
+        assert case.heat.max() == pytest.approx(score, abs=1e-4)
+        assert f"score {score:.3g}" in case.title
+        assert case.level < case.heat.max()
+    assert "blue outline: the most unusual place" in sheet._suptitle.get_text().replace("\n", " ")
     assert pandas.read_csv(out / "enough.csv").columns.tolist() == [
         *("category", "images", "median", "quantile_90", "rise", "image_auroc")
     ]

@@ -386,6 +386,8 @@ def test_the_report_counts_what_results_csv_says(held, call, tmp_path, browser):
         shown = {role: tab.locator(f"[data-role={role}]").inner_text() for role in ("false-alarms", "detections")}
         assert shown["false-alarms"] == f"{row.false_alarms} of {row.test_normal}"
         assert shown["detections"] == f"{row.detections} of {row.test_anomalous}"
+        assert tab.locator("[data-role=threshold]").text_content() == f"{row.threshold:.3g}"  # as in the histogram
+        assert tab.locator("input[type=range]").input_value() != "0"
         tab.close()
     assert row.detections > 0
     assert load(held / "brick.pt").config.false_alarm_rate == 0.25
