@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import add_data_flags, storage
-from runtime.cli import choose_device, folder_name, new_parser, run_script
+from runtime.cli import choose_device, folder_name, new_parser, progress_bar, run_script
 from runtime.files import InputError, csv_table, print_line, say, write_files
 
 
@@ -84,7 +84,9 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"{path}: {others}; train it again")
         train = load_train(*where, paths)
         test = load_test(*where) if has_test_images(args.data_dir, category) else None
+        say(f"{category}: looking for copies")
         files = check_duplicates(args.data_dir, category, train, test)
+        say(f"{category}: drawing the most unusual training images")
         files |= check_suspicious(args.data_dir, detector, train)
         files |= check_count(detector, train, test)
         write_files({out_dir / category / name: content for name, content in files.items()})
@@ -272,8 +274,8 @@ def check_count(detector: Detector, train: TrainSet, test: TestSet | None) -> di
     from reporting import figures
 
     category = detector.config.category
-    if len(detector.members) > 1:
-        say(f"{category}: the curve is of the first of {len(detector.members)} networks, alone")
+    first = f"; the curve is of the first of {len(detector.members)} networks, alone"
+    say(f"{category}: fitting the densities to fewer images{first * (len(detector.members) > 1)}")
     subsets = fit_subsets(detector, train.images, None if test is None else test.images)
     if not subsets:
         print_line(f"{category} enough: {len(train)} images are too few to tell")
@@ -302,8 +304,9 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
     shared = [level.shared for level in member.levels]
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
     total, subsets = len(known_embeddings[0]), []
-    for count in subset_sizes(total):
-        for _ in range(DRAWS if count < total else 1):
+    counts = [count for count in subset_sizes(total) for _ in range(DRAWS if count < total else 1)]
+    with progress_bar(f"{config.category} subsets", 0, len(counts), True, "fit") as bar:
+        for count in counts:
             chosen = torch.randperm(total, generator=generator)[:count].sort().values.to(detector.device)
             try:
                 for level, embeddings, one_for_all in zip(member.levels, known_embeddings, shared):
@@ -312,6 +315,7 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
                 raise InputError(f"{config.category}: no density of {count} images can be fitted: {error}") from error
             scores = [_score(detector, member, embeddings) for embeddings in (new_embeddings, test_embeddings)]
             subsets.append(SubsetScores(count, *scores))
+            bar.update()
     return subsets
 
 
@@ -363,20 +367,20 @@ def curve_rows(subsets: list[SubsetScores], labels: np.ndarray | None) -> list[d
 
 
 def verdict(rows: list[dict]) -> str:
-    """Say in words what the right end of the curve shows. The error of a mean goes with 1 / n: twice as many images
-    bring about half of what the last doubling has brought."""
+    """Say in words whether the images are enough, by the right end of the curve. The error of a mean goes with 1 / n:
+    twice as many images bring about half of what the last doubling has brought."""
     count = rows[-1]["images"]
     half = [row for row in rows if row["images"] == count // 2]
     rises, aurocs = ([row[name] for row in half] for name in ("rise", "image_auroc"))
     rise = float(np.mean(rises))
-    change = f"{abs(rise):.2f} deviations {'higher' if rise >= 0 else 'lower'} ({min(rises):.2f} to {max(rises):.2f})"
-    text = f"with {count // 2} instead of {count} images, new normal ones score {change}"
+    more = f"{'more' if rise >= 0 else 'less'} unusual ({min(rises):.2f} to {max(rises):.2f})"
+    text = f"with only {count // 2} of the {count} images, new good ones look {abs(rise):.2f} deviations {more}"
     if None not in aurocs:
         text += f", AUC {100 * np.mean(aurocs):.1f} instead of {100 * rows[-1]['image_auroc']:.1f}"
     if rise < FLAT:
-        return f"{text}; twice as many would probably bring little"
-    words = "the curve still falls" if rise >= STEEP else "the curve still falls a little"
-    return f"{text}; {words}: twice as many might bring about half of that"
+        return f"yes, probably: {text}; twice as many would bring little"
+    answer = "no" if rise >= STEEP else "nearly"
+    return f"{answer}: {text}; twice as many might bring half of that"
 
 
 if __name__ == "__main__":

@@ -370,17 +370,19 @@ def enough(category: str, rows: Sequence[dict]) -> Figure:
 
 
 def summary(rows: Sequence[dict]) -> Figure:
-    """Draw the image AUROC of each category and their mean, in percent, from rows of results.csv that have one; the
-    untrained baseline's as marks, if all rows have it."""
-    categories, values, untrained = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
-    names = [*map(plain, categories), "average"]
-    percent = 100 * np.append(values, np.mean(values))
+    """Draw the image AUROC of each category and, of several, their mean, in percent, from rows of results.csv that have
+    one; the untrained baseline's as marks, if all rows have it."""
+    categories, *aurocs = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
+    names, (values, untrained) = [*map(plain, categories)], aurocs
+    if len(rows) > 1:
+        names.append("average")
+        values, untrained = ([*x, None if None in x else np.mean(x)] for x in aurocs)
+    percent = 100 * np.array(values)
     figure, (axes,) = _new_axes(6.4, 0.38 * len(names) + 1.3)
     colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]
-    axes.barh(names, percent, color=colors, height=0.65)
+    axes.barh(names, percent, color=colors[: len(names)], height=0.65)
     if None not in untrained:
-        marks = 100 * np.append(untrained, np.mean(untrained))
-        axes.scatter(marks, names, marker="|", s=170, linewidth=3, color="#e8a33d", label=UNTRAINED)
+        axes.scatter(100 * np.array(untrained), names, marker="|", s=170, linewidth=3, color="#e8a33d", label=UNTRAINED)
         figure.legend(loc="outside lower center", frameon=False)
     for row, value in enumerate(percent):
         axes.text(101, row, f"{value:.1f}", va="center", fontsize=10)

@@ -108,11 +108,14 @@ def heat_range(threshold: float) -> tuple[float, float]:
 
 
 def heat_colors() -> np.ndarray:
-    """Return the colors of heat (256, 4) uint8, red, green, blue and opacity, evenly spaced over ``heat_range``. The
-    opacity grows from 0 up to the threshold, at a third of the range, and then stays."""
+    """Return the colors of heat (256, 4) uint8, red, green, blue and opacity, evenly spaced over ``heat_range``.
+
+    The opacity grows up to the threshold, which is at a third of the range, and then stays. It grows late: in textures
+    distances are above half of the threshold everywhere.
+    """
     places = np.linspace(0, 255, len(COLORS))
     channels = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
-    channels.append(255 * OPACITY * np.linspace(0, 3, 256).clip(0, 1))
+    channels.append(255 * OPACITY * np.linspace(0, 3, 256).clip(0, 1) ** 2)
     return np.stack(channels, 1).round().astype(np.uint8)
 
 

@@ -1,6 +1,7 @@
 """check_data.py: duplicates against planted copies, densities of fewer images against refits, the script."""
 
 import io
+import re
 import shutil
 from dataclasses import replace
 
@@ -108,10 +109,17 @@ def test_what_the_curve_says():
     assert [row["rise"] for row in rows] == pytest.approx([2 / scale, 0])
     assert [row["median"] for row in rows] == pytest.approx([2 / scale, 0])
     assert rows[1]["quantile_90"] == pytest.approx((np.quantile(base, 0.9) - 2.5) / scale)
-    assert "with 5 instead of 10 images, new normal ones score 0.64 deviations higher" in verdict(rows)
-    assert "AUC 0.0 instead of 100.0; the curve still falls:" in verdict(rows)
-    rows[0]["rise"] = 0.02
-    assert "would probably bring little" in verdict(rows)
+    assert verdict(rows) == (
+        "no: with only 5 of the 10 images, new good ones look 0.64 deviations more unusual (0.64 to 0.64), "
+        "AUC 0.0 instead of 100.0; twice as many might bring half of that"
+    )
+    rows[0]["rise"] = 0.3
+    assert verdict(rows).startswith("nearly: ")
+    for rise, words in ((0.02, "0.02 deviations more"), (-0.3, "0.30 deviations less")):
+        rows[0]["rise"] = rise
+        assert verdict(rows).startswith("yes, probably: with only 5 of the 10 images, new good ones look ")
+        assert f"look {words} unusual (" in verdict(rows)
+        assert verdict(rows).endswith("; twice as many would bring little")
 
 
 # The script -------------------------------------------------------------------------------------------------------
@@ -147,7 +155,9 @@ def test_the_script(checked, tmp_path, script, monkeypatch):
     first, second, third = done.out.splitlines()
     assert first == "brick duplicates: 1 exact and 0 near within train, 1 exact and 0 near between train and test"
     assert second.startswith("brick suspicious: z_spoiled.png (")
-    assert third.startswith("brick enough: with 3 instead of 6 images, new normal ones score ")
+    assert re.match(r"brick enough: (no|nearly|yes, probably): with only 3 of the 6 images, new good ones look ", third)
+    for step in ("looking for copies", "drawing the most unusual training images", "fitting the densities to fewer"):
+        assert f"brick: {step}" in done.err
     assert "the curve is of the first of 2 networks" in done.err
     out = tmp_path / "two/brick"
     assert sorted(path.name for path in out.iterdir()) == [
