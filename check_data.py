@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import add_data_flags, storage
-from runtime.cli import choose_device, folder_name, int_at_least, new_parser, run_script
+from runtime.cli import choose_device, folder_name, int_at_least, new_parser, progress_bar, run_script
 from runtime.files import InputError, csv_table, print_line, say, write_files
 
 
@@ -73,10 +73,10 @@ from detector import (
     unseen_by,
 )
 from reporting.metrics import image_metrics
-from reporting.overlays import drawn_above
+from reporting.overlays import as_score, drawn_above
 from reporting.tables import normal_table, path_below
 from runtime.cache import iterate
-from training.choice import TELLS, Judge, choose
+from training.choice import CHANCE, Judge, choose
 
 
 def main(args: argparse.Namespace) -> None:
@@ -90,7 +90,9 @@ def main(args: argparse.Namespace) -> None:
         where = (args.data_dir, category, detector.config.size, args.workers, storage(args))
         has_test = has_test_images(args.data_dir, category)
         test = load_test(*where, detector.fill_index, detector.white) if has_test else None
+        say(f"{category}: looking for copies")
         files = check_duplicates(args.data_dir, category, train, test)
+        say(f"{category}: drawing the most unusual training images")
         files |= check_suspicious(args.data_dir, detector, train)
         files |= check_count(detector, train, test)
         write_files({out_dir / category / name: content for name, content in files.items()})
@@ -144,7 +146,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
             figures = f"{100 * values.mean():.1f} ± {100 * values.std():.1f}, chosen in {chosen} of {len(draws)} draws"
             print_line(f"{category} {model_dir} {density}: {figures}")
         best = max(means, key=means.get)
-        advice = f"{' '.join(best)} is first" if means[best] > TELLS else "chance: what was pasted cannot be told"
+        advice = f"{' '.join(best)} is first" if means[best] > CHANCE else "chance: what was pasted cannot be told"
         print_line(f"{category} choose: {advice}")
     write_files({Path(args.eval_dir) / "choose.csv": csv_table(rows)})
     say(f"all draws are in {Path(args.eval_dir) / 'choose.csv'}")
@@ -287,16 +289,13 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
     for name, row, number in zip(names[:SHOWN], rows, scored_images(detector, len(train))[order].tolist()):
         image = train.images[number]
         title = f"{name}\nscore {row['score']:.3g}, p {row['p_value']:.2g}"
-        heat, level = unseen_map(detector, image[None], number) if with_maps else None, None
-        if config.patches:
-            level = drawn_above(heat, detector.threshold.item(), row["p_value"] <= detector.guarantee.rate)
-        if with_maps:  # back to distances: each network is standardized by its own fold, and the sheet has one scale
-            member = detector.members[number % len(detector.members)]
-            center, scale = (member.center.item() if config.patches else 0.0), member.scale.item()
-            heat, level = heat * scale + center, None if level is None else level * scale + center
+        heat = level = None
+        if with_maps:
+            heat = unseen_map(detector, image[None], number)
+            heat = heat if config.patches else as_score(heat, row["score"])
+            level = drawn_above(heat, detector.threshold.item(), True)  # the strongest place of each, however weak
         cases.append(figures.Case(title, image.permute(1, 2, 0).numpy() / 255, None, heat, level))
-    threshold = detector.threshold.item() if config.patches and len(detector.members) == 1 else None
-    sheet = figures.heat_sheet(detector, cases, "the most unusual training images", threshold)
+    sheet = figures.heat_sheet(detector, cases, "the most unusual training images", "the most unusual place")
     return {"suspicious.csv": csv_table(rows), "suspicious.png": figures.png(sheet)}
 
 
@@ -334,8 +333,8 @@ def check_count(detector: Detector, train: TrainSet, test: TestSet | None) -> di
     from reporting import figures
 
     category = detector.config.category
-    if len(detector.members) > 1:
-        say(f"{category}: the curve is of the first of {len(detector.members)} networks, alone")
+    first = f"; the curve is of the first of {len(detector.members)} networks, alone"
+    say(f"{category}: fitting the densities to fewer images{first * (len(detector.members) > 1)}")
     subsets = fit_subsets(detector, train.images, None if test is None else test.images)
     if not subsets:
         print_line(f"{category} enough: {len(train)} images are too few to tell")
@@ -364,8 +363,9 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
     shared = [level.shared for level in member.levels]
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
     total, subsets = len(known_embeddings[0]), []
-    for count in subset_sizes(total):
-        for _ in range(DRAWS if count < total else 1):
+    counts = [count for count in subset_sizes(total) for _ in range(DRAWS if count < total else 1)]
+    with progress_bar(f"{config.category} subsets", 0, len(counts), True, "fit") as bar:
+        for count in counts:
             chosen = torch.randperm(total, generator=generator)[:count].sort().values.to(detector.device)
             try:
                 for level, embeddings, one_for_all in zip(member.levels, known_embeddings, shared):
@@ -374,6 +374,7 @@ def fit_subsets(detector: Detector, images: Tensor, test_images: Tensor | None =
                 raise InputError(f"{config.category}: no density of {count} images can be fitted: {error}") from error
             scores = [_score(detector, member, embeddings) for embeddings in (new_embeddings, test_embeddings)]
             subsets.append(SubsetScores(count, *scores))
+            bar.update()
     return subsets
 
 
@@ -425,20 +426,20 @@ def curve_rows(subsets: list[SubsetScores], labels: np.ndarray | None) -> list[d
 
 
 def verdict(rows: list[dict]) -> str:
-    """Say in words what the right end of the curve shows. The error of a mean goes with 1 / n: twice as many images
-    bring about half of what the last doubling has brought."""
+    """Say in words whether the images are enough, by the right end of the curve. The error of a mean goes with 1 / n:
+    twice as many images bring about half of what the last doubling has brought."""
     count = rows[-1]["images"]
     half = [row for row in rows if row["images"] == count // 2]
     rises, aurocs = ([row[name] for row in half] for name in ("rise", "image_auroc"))
     rise = float(np.mean(rises))
-    change = f"{abs(rise):.2f} deviations {'higher' if rise >= 0 else 'lower'} ({min(rises):.2f} to {max(rises):.2f})"
-    text = f"with {count // 2} instead of {count} images, new normal ones score {change}"
+    more = f"{'more' if rise >= 0 else 'less'} unusual ({min(rises):.2f} to {max(rises):.2f})"
+    text = f"with only {count // 2} of the {count} images, new good ones look {abs(rise):.2f} deviations {more}"
     if None not in aurocs:
         text += f", AUC {100 * np.mean(aurocs):.1f} instead of {100 * rows[-1]['image_auroc']:.1f}"
     if rise < FLAT:
-        return f"{text}; twice as many would probably bring little"
-    words = "the curve still falls" if rise >= STEEP else "the curve still falls a little"
-    return f"{text}; {words}: twice as many might bring about half of that"
+        return f"yes, probably: {text}; twice as many would bring little"
+    answer = "no" if rise >= STEEP else "nearly"
+    return f"{answer}: {text}; twice as many might bring half of that"
 
 
 if __name__ == "__main__":

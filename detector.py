@@ -274,11 +274,18 @@ class Detector(nn.Module):
         """Return the detector of a file, see ``load`` of this module."""
         return load(path, device)
 
-    def fit(self, images: Tensor, threshold: bool = True, numbers: Tensor | None = None) -> "Detector":
+    def fit(
+        self,
+        images: Tensor,
+        threshold: bool = True,
+        numbers: Tensor | None = None,
+        tell: Callable[[], object] = lambda: None,
+    ) -> "Detector":
         """Fit every member to the normal images (N, 3, H, W) uint8 that its network was trained on, and return itself.
 
-        threshold: choose that too, from these images alone. numbers: of the images that are meant; default: all. Raises
-        InputError if no density can be fitted, SettingError for too few images.
+        threshold: choose that too, from these images alone. numbers: of the images that are meant; default: all. tell:
+        called after each of several members. Raises InputError if no density can be fitted, SettingError for too few
+        images.
         """
         numbers = torch.arange(len(images)) if numbers is None else numbers
         config, count = self.config, len(numbers)
@@ -297,6 +304,7 @@ class Detector(nn.Module):
             scale, member.center = torch.std_mean(scores)
             member.scale = scale.clamp(min=1e-9)  # copies of one image have none
             held_out_scores[unseen.to(self.device)] = member.standardized(scores, None)[0]
+            tell()
         if threshold:
             self.calibration_scores = held_out_scores
             self.threshold, _ = conformal_threshold(held_out_scores, config.false_alarm_rate)
@@ -716,6 +724,12 @@ def made_from(path: str | Path) -> tuple[int | None, str]:
     where the file does not tell. Raises InputError as ``load`` does."""
     content = _read(path)[1]
     return content["metadata"].get("train_images"), content.get("train_files", "")
+
+
+def rate_chosen(path: str | Path) -> str:
+    """Return in words how labelled images have chosen a detector file's false-alarm rate; empty if they have not.
+    Raises InputError as ``load`` does."""
+    return _read(path)[1].get("rate_chosen", "")
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:

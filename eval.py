@@ -28,6 +28,7 @@ from runtime.files import InputError, check_replaceable, check_writable, csv_tab
 # Settings that flags may repeat, and settings that flags may change
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "join", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
+MANY_BAD = 0.2  # share of good parts; a rate above it is warned about
 
 
 costs = Rule(
@@ -81,6 +82,7 @@ from reporting.metrics import Evaluation, evaluate
 from reporting.tables import (
     cost_columns,
     decision_line,
+    missed_line,
     missing,
     normal_table,
     print_average,
@@ -140,11 +142,12 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         title = f"CutPaste: {folder_name(args.model_dir)}"
         files[Path(args.report)] = render([result.page for result in results], title).encode()
+    note = replaced(args, paths, out_dir)
     # Only now and all at once: a bad image in the last category leaves earlier files, all but maps, as they were
     write_files(files)
     for path, result in zip(paths, results) if args.set_rate else ():
         set_rate(args, path, result)
-    say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}")
+    say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}{note}")
 
 
 # One category -----------------------------------------------------------------------------------------------------
@@ -205,6 +208,8 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     say(f"{category}: {decision_line(row)}")
     if args.costs:
         row |= cost_columns(evaluation, args.costs)
+    elif not (changed or detector.rate_chosen or args.false_alarm_rate is not None) and (words := missed_line(row)):
+        say(f"{category}: {words}")
     plots = {}
     if args.save_plots:
         from reporting.figures import evaluation_plots  # matplotlib takes a second to import
@@ -239,6 +244,9 @@ def set_rate(args: argparse.Namespace, path: Path, result: Result) -> None:
     chosen = f"The rate was chosen by {count}, at costs of {miss:g} for a miss and {false_alarm:g} for a false alarm"
     save(load(path).set_false_alarm_rate(rate, chosen), path)
     say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on")
+    if rate > MANY_BAD:
+        less = "costs with a cheaper miss, or more good photographs, bring it down"
+        say(f"{result.row['category']}: about {100 * rate:.0f} of 100 good parts will be called bad; {less}")
 
 
 def normal_rows(args: argparse.Namespace, detector: Detector, train: TrainSet | None) -> list[dict]:
@@ -275,6 +283,17 @@ def seed_rows(results: list[Result]) -> list[dict]:
         scores = [result.standardized for result in seeds]
         rows.append(seed_row([result.row for result in seeds], seeds[0].labels, scores))
     return rows
+
+
+def replaced(args: argparse.Namespace, paths: list[Path], out_dir: Path) -> str:
+    """Return in words that earlier tables are replaced by those of other densities than the detectors' own; empty if
+    they are not."""
+    if not changes(args) or not (out_dir / "results.csv").exists():
+        return ""
+    own = [load_config(path).to_dict() for path in paths]
+    if all(Config.from_dict(settings | changes(args)).to_dict() == settings for settings in own):
+        return ""
+    return ", of other densities than the detectors' own, in place of earlier ones; another --eval_dir keeps both"
 
 
 # Flags ------------------------------------------------------------------------------------------------------------

@@ -151,15 +151,12 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
     """Set the backbone to ImageNet weights: those of a file in torchvision's format, or (None) those in ``BACKBONES``.
 
     The file may hold the classifier or not. Other names for tensors of the same kinds in the same order (another
-    implementation, a prefix) are read in that order. Raises WeightsError, and changes nothing, if they do not fit.
+    implementation, a prefix) are read in that order. Raises WeightsError, and changes nothing, if they do not fit; it
+    names the backbone that they fit, if there is one.
     """
-    spec = BACKBONES[backbone]
-    expected, given = (  # without BatchNorm's counts of batches: older files lack them, and nothing here reads them
-        {k: v for k, v in state.items() if not k.startswith(spec.classifier) and not k.endswith("num_batches_tracked")}
-        for state in (network.backbone.state_dict(), _read_weights(backbone, weights))
-    )
-    kinds = [[(name.split(".")[-1], value.shape) for name, value in state.items()] for state in (expected, given)]
-    if expected.keys() != given.keys() and kinds[0] == kinds[1]:
+    spec, state = BACKBONES[backbone], _read_weights(backbone, weights)
+    expected, given = _compared(backbone, network.backbone.state_dict()), _compared(backbone, state)
+    if expected.keys() != given.keys() and _kinds(expected) == _kinds(given):
         given = dict(zip(expected, given.values()))
     differences = []
     for word, state, other in (("missing", expected, given), ("unexpected", given, expected)):
@@ -167,9 +164,32 @@ def load_backbone_weights(network: CutPasteNet, backbone: str, weights: str | Pa
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             differences.append(f"{word} {names[0]} {tuple(state[names[0]].shape)}{more}")
     if differences:
-        source = weights or spec.weights
-        raise WeightsError(f"{source}: not the weights of {backbone}: {', '.join(differences)}")
+        named = f"{weights or spec.weights}: not the weights of {backbone}: {', '.join(differences)}"
+        raise WeightsError(named + "".join(f"; they are those of {other}" for other in _backbones_of(state)))
     network.backbone.load_state_dict(given, strict=False)
+
+
+def _compared(backbone: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file of weights that the backbone needs: without the classifier, and without BatchNorm's
+    counts of batches, which older files lack and nothing here reads."""
+    left_out = BACKBONES[backbone].classifier, "num_batches_tracked"
+    return {k: v for k, v in state.items() if not k.startswith(left_out[0]) and not k.endswith(left_out[1])}
+
+
+def _kinds(state: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
+    """Return what tensors are, in their order, whatever the layers are called."""
+    return [(name.split(".")[-1], value.shape) for name, value in state.items()]
+
+
+def _backbones_of(state: dict[str, Tensor]) -> list[str]:
+    """Return the backbones whose weights these are."""
+    names = []
+    for name, spec in BACKBONES.items():
+        with torch.device("meta"):  # which takes no memory
+            expected = _compared(name, spec.build().state_dict())
+        if _kinds(expected) == _kinds(_compared(name, state)):
+            names.append(name)
+    return names
 
 
 def _read_weights(backbone: str, weights: str | Path | None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ A row for each image, in the order of the command line, folders with their sub-f
     path        as it was given; if it begins with = + - @, after ./ so that no spreadsheet computes it
     score       higher is more anomalous
     p_value     share of normal images that look at least as unusual
-    anomalous   1 if p_value is at most the false-alarm rate, which stderr tells at the start; else 0
+    anomalous   1 if p_value is at most the false-alarm rate; else 0
     x y width height    of what a patch model calls anomalous: the strongest region of its map, in pixels of the file
     error       why the image could not be scored; the columns from score to height are empty then
     time        with --watch: when the image was scored
@@ -24,6 +24,7 @@ done, 1 failed or some image could not be scored, 2 wrong usage, 3 with --fail_o
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ from runtime.cli import (
 from runtime.files import InputError, check_replaceable, check_writable, say, write_file
 
 REPORT_SECONDS = 60  # between two reports while watching
+NAMED_ERRORS = 5  # files that could not be scored, of each detector, that stderr names
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -151,7 +153,9 @@ def main(args: argparse.Namespace) -> None:
         pool = stack.enter_context(ThreadPoolExecutor(args.workers))
         paths = [path for task in tasks for path in task.paths]
         done = sum(path in rows.done and not rows.outdated(path) for path in paths)
-        bar = stack.enter_context(progress_bar("images", done, len(paths), True, "image"))
+        on_screen = args.output is None and sys.stdout.isatty()  # the rows, which show how far it is
+        bar = stack.enter_context(progress_bar("images", done, len(paths), not on_screen, "image"))
+        tells = args.verbose or not rows.done  # what the rate promises: at the start of an output, not each time
 
         def tell(count: int) -> None:
             bar.update(count)
@@ -160,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         watched: list[tuple[Task, Scorer, Drift]] = []  # with --watch all detectors are held, else one at a time
         try:
             for task, region in zip(tasks, ignored):
-                detector = load_detector(args, task, region, device)
+                detector = load_detector(args, task, region, device, tells)
                 scorer, drift = make_scorer(args, task, detector, drawings, galleries, pool)
                 copy_earlier(args, task, rows)
                 scorer.score(task.paths, rows, pool, tell)
@@ -177,6 +181,8 @@ def main(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             if not args.watch:  # which ends so
                 raise
+    if args.explain:
+        tell_of_no_panel(args, rows)
     count, anomalous, errors = rows.counts.values()
     say(f"{count} images, {anomalous} anomalous" + (f"; {errors} could not be scored, see their error" * bool(errors)))
     if errors or (anomalous and args.fail_on_anomaly):
@@ -273,16 +279,19 @@ def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Conf
 # What scores ------------------------------------------------------------------------------------------------------
 
 
-def load_detector(args: argparse.Namespace, task: Task, ignored: Tensor | None, device: torch.device) -> Detector:
+def load_detector(
+    args: argparse.Namespace, task: Task, ignored: Tensor | None, device: torch.device, tells: bool
+) -> Detector:
     """Return a task's detector, with the ignored region (H, W) bool and the rate that were asked for; say what that
-    rate promises."""
+    rate promises, if it ``tells``."""
     detector = load(task.detector, device)
     if ignored is not None:
         detector.ignore_region(ignored)
     if args.false_alarm_rate is not None:
         detector.set_false_alarm_rate(args.false_alarm_rate)
     guarantee = detector.guarantee
-    say(f"{detector.config.category}: {guarantee.words() if args.verbose else guarantee.advice()}")
+    if tells:
+        say(f"{detector.config.category}: {guarantee.words() if args.verbose else guarantee.advice()}")
     return detector
 
 
@@ -313,19 +322,24 @@ def make_scorer(
         draw = partial(drawings.draw, folders=task.folders, **decided)
     first = {"category": task.category} if args.model_dir else {}
     lacks = lambda path, anomalous: bool(args.report) or drawings.lacks(path, task.folders, anomalous)  # noqa: E731
-    on_rows = partial(second_look, args, task, gallery)
+    on_rows = partial(second_look, args, task, gallery, [])
     return Scorer(model, args.workers, draw, [drift.on_batch], first, shows, lacks, args.watch, on_rows), drift
 
 
-def second_look(args: argparse.Namespace, task: Task, gallery: Gallery | None, rows: list[dict]) -> None:
-    """Copy the images of new rows that need a second look, if that is asked for; tell of them while watching, and of
-    errors in the report."""
+def second_look(
+    args: argparse.Namespace, task: Task, gallery: Gallery | None, named: list[str], rows: list[dict]
+) -> None:
+    """Copy the images of new rows that need a second look, if that is asked for. Tell of them while watching, else of
+    the first errors, and of all errors in the report. named: the files whose errors have been told, which grows."""
     if gallery:
         gallery.on_rows(rows)
     for row in rows:
         if row["anomalous"] or row["error"]:
             if args.watch:
                 say(f"{row['time']} {row['path']}: {row['error'] or 'anomalous, p {:.2g}'.format(row['p_value'])}")
+            elif row["error"] and len(named) < NAMED_ERRORS:
+                named.append(row["path"])
+                say(f"{row['path']}: {row['error']}")
             if args.copy_anomalous:
                 copy_below(args.copy_anomalous, row["path"], task.folders)
 
@@ -335,6 +349,16 @@ def copy_earlier(args: argparse.Namespace, task: Task, rows: RowsFile) -> None:
     for path in task.paths if args.copy_anomalous else ():
         if path in rows and rows.told[path][0]:
             copy_below(args.copy_anomalous, path, task.folders)
+
+
+def tell_of_no_panel(args: argparse.Namespace, rows: RowsFile) -> None:
+    """Say that no row is anomalous, if that is so, and how the most unusual image gets a panel nevertheless."""
+    p_values = [(float(p), path) for path, (_, _, p, *_) in rows.told.items() if p]
+    if rows.counts["anomalous"] or not p_values:
+        return
+    p, path = min(p_values)
+    rate = f"--false_alarm_rate {math.ceil(1000 * p - 1e-6) / 1000:g}" + " and another --output" * bool(args.output)
+    say(f"nothing was called anomalous, so there is no panel; {path} has the lowest p, {p:.2g}: {rate} draws it")
 
 
 def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:

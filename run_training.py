@@ -9,7 +9,6 @@ After images were added to train/good, --refit takes them in within seconds, wit
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +35,7 @@ from runtime.cli import (
     int_at_least,
     new_parser,
     number,
+    progress_bar,
     run_script,
     zero_or_one,
 )
@@ -133,8 +133,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def tell_recipe(config: Config, ranks: Ranks) -> None:
-    """Say which settings the recipe has set."""
-    if RECIPES[config.recipe] and ranks.is_main:
+    """Say which settings of the training the recipe has set."""
+    if RECIPES[config.recipe] and config.epochs and ranks.is_main:
         settings = {name: flag_value(config.to_dict()[name]) for name in RECIPES[config.recipe]}
         settings.pop("epochs" if config.minutes else "", None)
         more = "" if config.epochs or config.minutes else " (the network as it is; --recipe finetune trains it)"
@@ -192,8 +192,6 @@ def make_detectors(jobs: list[Job], options: RunOptions, ranks: Ranks) -> None:
 
     ranks: all. With --ddp they train each network together, and are those of ``options``; else they share the networks.
     """
-    from tqdm import tqdm
-
     together, several = options.ranks.world_size > 1, jobs[0].config.folds > 1
     networks = [(job, number) for job in jobs for number in range(job.config.folds)]
     networks = networks if together else ranks.shard(networks)
@@ -201,12 +199,13 @@ def make_detectors(jobs: list[Job], options: RunOptions, ranks: Ranks) -> None:
     divided = several and ranks.world_size > 1 and not together  # the networks of a detector, among ranks
     silent = len(work) < 2 or not ranks.is_main
     cuda = options.device.type == "cuda"
-    with options.ranks.joined(cuda), tqdm(work, "categories", file=sys.stderr, disable=silent) as bar:
-        for job, numbers in bar:
+    with options.ranks.joined(cuda), progress_bar("categories", 0, len(work), not silent, "category") as bar:
+        for job, numbers in work:
             with hints():
                 train_set = train_networks(job, numbers, options)
                 if not divided:
                     write_detector(job, options, train_set)
+            bar.update()
     if divided:
         with ranks.joined(False):
             ranks.all_reduce_max(0)  # wait for the networks of the others
@@ -222,7 +221,7 @@ def hints() -> Iterator[None]:
     try:
         yield
     except WeightsError as error:
-        hint = "give a file with --weights FILE or train from scratch with --no-pretrained"
+        hint = "give a file with --weights FILE, another --backbone, or train from scratch with --no-pretrained"
         raise InputError(f"{error}; {hint}") from error
     except SettingError as error:
         raise InputError(with_flag(error)) from error

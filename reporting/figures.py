@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.colors import to_rgb
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from torch.nn import functional
 
@@ -19,8 +20,9 @@ from cutpaste import VARIANTS, VIEWS, make_views
 from dataset import GOOD
 from detector import Detector, category_seed, stream
 from image_ops import to_float
+from reporting.gallery import BINS, score_axis
 from reporting.metrics import Evaluation
-from reporting.overlays import drawn_above
+from reporting.overlays import as_score, drawn_above, heat_colors, heat_range, overlay
 from runtime.files import MARK, shown
 
 NORMAL_COLOR = VIEWS["image"].color
@@ -53,8 +55,7 @@ def evaluation_plots(evaluation: Evaluation, untrained: Evaluation | None = None
         if len(embeddings) > 3:
             figures["tsne"] = tsne(evaluation.category, embeddings, groups)
     if evaluation.maps is not None:
-        threshold = evaluation.detector.threshold.item() if evaluation.detector.config.patches else None
-        figures["heatmaps"] = heat_sheet(evaluation.detector, choose_cases(evaluation), threshold=threshold)
+        figures["heatmaps"] = heat_sheet(evaluation.detector, choose_cases(evaluation))
     return {f"{evaluation.category}/{name}.png": png(figure) for name, figure in figures.items()}
 
 
@@ -147,8 +148,8 @@ class Case(NamedTuple):
     title: str
     image: np.ndarray  # (H, W, 3) in [0, 1]
     mask: np.ndarray | None  # (H, W) of {0, 1}: ground truth; None if it is missing
-    heat: np.ndarray | None  # (H, W): anomaly map; None for all cases or for none
-    level: float | None  # of a patch model: see overlays.drawn_above
+    heat: np.ndarray | None  # (H, W): anomaly map in the score's unit; None for all cases or for none
+    level: float | None  # what is above it has an outline; None: nothing
 
 
 def choose_cases(evaluation: Evaluation) -> list[Case]:
@@ -168,11 +169,12 @@ def choose_cases(evaluation: Evaluation) -> list[Case]:
         name = _shortened(test.paths[i].name, 1.0, 7.5)
         title = f"{_words(test.defect_types[i])}, {role}\n{name}: score {scores[i]:.3g}"
         mask = evaluation.masks[i] if known[i] else None
-        level = None
+        heat, level = evaluation.maps[i], None
         if detector.config.patches:
-            anomalous = evaluation.p_values[i] <= detector.guarantee.rate
-            level = drawn_above(evaluation.maps[i], detector.threshold.item(), anomalous)
-        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, evaluation.maps[i], level))
+            level = drawn_above(heat, detector.threshold.item(), evaluation.p_values[i] <= detector.guarantee.rate)
+        else:
+            heat = as_score(heat, scores[i])
+        cases.append(Case(title, test.images[i].permute(1, 2, 0).numpy() / 255, mask, heat, level))
     return cases
 
 
@@ -182,15 +184,11 @@ def _words(defect_type: str) -> str:
 
 
 def heat_sheet(
-    detector: Detector, cases: Sequence[Case], shows: str = "image", threshold: float | None = None
+    detector: Detector, cases: Sequence[Case], shows: str = "image", outline: str = "why it is called anomalous"
 ) -> Figure:
-    """Draw images over their masks, if there are any, over their heat maps, up to CASES_ACROSS side by side, in one
-    scale of colors.
-
-    For a patch model an outline shows what makes an image anomalous. shows: what images are on the sheet, in words.
-    threshold: of a patch model's maps, if they have one in common.
-    """
-    category, patches = detector.config.category, detector.config.patches
+    """Draw images over their masks, if there are any, over their heat maps, up to CASES_ACROSS side by side, in the
+    colors of all heat maps. shows, outline: in words, what images are on the sheet, and what an outline is around."""
+    category, threshold = detector.config.category, detector.threshold.item()
     with_masks = any(case.mask is not None and case.mask.any() for case in cases)
     height, width = cases[0].image.shape[:2]
     bands, per_case = -(-len(cases) // CASES_ACROSS), 3 if with_masks else 2
@@ -199,11 +197,7 @@ def heat_sheet(
     size = (side * across + 1.2, bands * (per_case * side * height / width + 0.5) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(per_case * bands, across, squeeze=False)
-    maps = [case.heat for case in cases if case.heat is not None]
-    low, high = np.quantile(np.stack(maps), [0.02, 0.998]) if maps else (0, 1)
-    high = max(high, low + 1e-9)
-    if threshold is not None:  # always within the colors, and not below their middle: faint defects show too
-        high = min(max(high, 1.05 * threshold), max(2 * threshold - low, low + 1e-9))
+    outlined = False
     for axes in grid.flat:
         axes.set_axis_off()
     for number, (title, image, mask, heat, level) in enumerate(cases):
@@ -218,19 +212,18 @@ def heat_sheet(
                 axes.imshow(mask, cmap="gray", vmin=0, vmax=1)
         if heat is None:
             continue
-        bottom.imshow(image.mean(2), cmap="gray", vmin=0, vmax=1)
-        colors = bottom.imshow(heat, cmap="inferno", vmin=low, vmax=high, alpha=0.75)
+        bottom.imshow(overlay((255 * image).round().clip(0, 255).astype(np.uint8), heat, threshold, None))
         if level is not None and heat.min() < level < heat.max():
-            bottom.contour(heat, [level], colors=OUTLINE, linewidths=1)
-    note = "; blue outline: why it is called anomalous" if patches else ""
+            bottom.contour(heat, [level], colors=OUTLINE, linewidths=1, linestyles="solid")
+            outlined = True
+    note = f"; blue outline: {outline}" if outlined else ""
     title = f"{category}: {shows}{', defect as marked' * with_masks}, heat map{note}"
     figure.suptitle(plain(textwrap.fill(title, int(size[0] / (11 * LETTER)))), fontsize=11)
-    if maps:
-        bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="both")
-        bar.solids.set_alpha(1)
-        bar.set_label(UNIT if patches else "Grad-CAM, no unit", fontsize=9)
-        if threshold is not None:
-            bar.ax.axhline(threshold, color=OUTLINE, linewidth=2)
+    if any(case.heat is not None for case in cases):
+        colors = ScalarMappable(Normalize(*heat_range(threshold)), ListedColormap(heat_colors() / 255))
+        bar = figure.colorbar(colors, ax=grid, shrink=0.6, pad=0.01, aspect=30, extend="max")
+        bar.set_label(UNIT, fontsize=9)
+        bar.ax.axhline(threshold, color=OUTLINE, linewidth=2)
     return figure
 
 
@@ -286,11 +279,12 @@ def score_histogram(evaluation: Evaluation) -> Figure:
     threshold = detector.threshold.item()
     kinds = list(dict.fromkeys(evaluation.test.defect_types))
     figure, grid = _new_axes(6.6, 1.05 * len(kinds) + 1.4, len(kinds), "0.92")
-    edges = np.histogram_bin_edges(np.append(scores, threshold), bins=40)
+    low, high = score_axis(scores, threshold)
+    edges = np.linspace(low, high, BINS + 1)
     for axes, kind in zip(grid, kinds):
         values = scores[defect_types == kind]
         color = NORMAL_COLOR if kind == GOOD else ANOMALY_COLOR
-        axes.hist(values, bins=edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
+        axes.hist(values.clip(max=high), edges, color=color, alpha=0.85, edgecolor="white", linewidth=0.4)
         axes.axvline(threshold, color="0.25", linestyle="--", linewidth=1.2)
         title = f"{_words(kind)}: {(values > threshold).sum()} of {len(values)} above"
         axes.set_title(plain(title), loc="left", fontsize=9, pad=3)
@@ -299,10 +293,12 @@ def score_histogram(evaluation: Evaluation) -> Figure:
     if detector.guarantee.holds:
         meaning = f"for {100 * detector.config.false_alarm_rate:g} % false alarms"
     else:
-        meaning = "the largest score of normal images"
-    title = f"{evaluation.category}: scores of the test images\ndashed: threshold, {meaning}"
+        held_out = " held out" * bool(detector.config.holdout)
+        meaning = f"the largest score of the training images{held_out}"
+    title = f"{evaluation.category}: scores of the test images\ndashed: threshold {threshold:.3g}, {meaning}"
     figure.suptitle(plain(title), fontsize=11)
-    grid[-1].set_xlabel(f"{UNIT} (the score)")
+    beyond = (scores > high).sum()
+    grid[-1].set_xlabel(f"{UNIT} (the score)" + f"; the last bars hold {beyond} beyond the end" * bool(beyond))
     figure.supylabel("images", fontsize=10)
     return figure
 
@@ -374,17 +370,19 @@ def enough(category: str, rows: Sequence[dict]) -> Figure:
 
 
 def summary(rows: Sequence[dict]) -> Figure:
-    """Draw the image AUROC of each category and their mean, in percent, from rows of results.csv that have one; the
-    untrained baseline's as marks, if all rows have it."""
-    categories, values, untrained = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
-    names = [*map(plain, categories), "average"]
-    percent = 100 * np.append(values, np.mean(values))
+    """Draw the image AUROC of each category and, of several, their mean, in percent, from rows of results.csv that have
+    one; the untrained baseline's as marks, if all rows have it."""
+    categories, *aurocs = ([row[key] for row in rows] for key in ("category", "image_auroc", "control_auroc"))
+    names, (values, untrained) = [*map(plain, categories)], aurocs
+    if len(rows) > 1:
+        names.append("average")
+        values, untrained = ([*x, None if None in x else np.mean(x)] for x in aurocs)
+    percent = 100 * np.array(values)
     figure, (axes,) = _new_axes(6.4, 0.38 * len(names) + 1.3)
     colors = [NORMAL_COLOR] * len(categories) + ["#1d3f66"]
-    axes.barh(names, percent, color=colors, height=0.65)
+    axes.barh(names, percent, color=colors[: len(names)], height=0.65)
     if None not in untrained:
-        marks = 100 * np.append(untrained, np.mean(untrained))
-        axes.scatter(marks, names, marker="|", s=170, linewidth=3, color="#e8a33d", label=UNTRAINED)
+        axes.scatter(100 * np.array(untrained), names, marker="|", s=170, linewidth=3, color="#e8a33d", label=UNTRAINED)
         figure.legend(loc="outside lower center", frameon=False)
     for row, value in enumerate(percent):
         axes.text(101, row, f"{value:.1f}", va="center", fontsize=10)

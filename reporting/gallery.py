@@ -70,6 +70,7 @@ class Page:
     warnings: Sequence[str] = ()
     unreadable: Sequence[tuple[str, str]] = ()  # files that could not be scored, and why
     costs: tuple[float, float] | None = None  # of a miss and a false alarm, if they are known
+    normal_scores: Sequence[float] = ()  # (n,): the calibration scores, which are the thresholds of all levels
 
 
 def facts_of(detector: Detector, path: str | Path, images: Iterable[str | Path]) -> list[tuple[str, str]]:
@@ -156,8 +157,9 @@ class Gallery:
 
 def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
     guarantee = detector.guarantee
-    advice = guarantee.advice() + note
-    return Page(title, detector.unit, guarantee.rate, guarantee.count, advice, auroc, tiles, guarantee.words())
+    advice, scores = guarantee.advice() + note, detector.calibration_scores.tolist()
+    about = (title, detector.unit, guarantee.rate, guarantee.count, advice, auroc, tiles)
+    return Page(*about, details=guarantee.words(), normal_scores=scores)
 
 
 # Pictures ---------------------------------------------------------------------------------------------------------
@@ -245,6 +247,9 @@ def section(page: Page) -> dict:
     normal, anomalous = ([tile.score for tile in tiles if tile.label == label] for label in (0, 1))
     rank = math.floor(page.rate * (page.count + 1) + 1e-6)
     levels = slider_levels(page.count, rank)
+    highest = sorted(page.normal_scores, reverse=True)
+    thresholds = [highest[k - 1] if 0 < k <= len(highest) else None for k in levels]
+    threshold = thresholds[levels.index(rank)]
     groups = [(name, scores) for name, scores in (("normal", normal), ("anomalous", anomalous)) if scores]
     return {
         "page": page,
@@ -253,21 +258,23 @@ def section(page: Page) -> dict:
         "normal": len(normal),
         "anomalous": len(anomalous),
         "levels": levels,
+        "thresholds": ["" if threshold is None else repr(threshold) for threshold in thresholds],
         "start": levels.index(rank),
         "kinds": sorted(Counter(tile.defect_type for tile in tiles if tile.label is not None).items()),
         "with_maps": any(tile.overlay for tile in tiles),
         "aspect": aspect(tiles),
         "roc": roc_path(normal, anomalous) if normal and anomalous else None,
-        "histogram": histogram(groups or [("images", [tile.score for tile in tiles])]) if tiles else None,
+        "histogram": histogram(groups or [("images", [tile.score for tile in tiles])], threshold) if tiles else None,
         "width": WIDTH,
         "roc_height": ROC_HEIGHT,
     }
 
 
 def slider_levels(count: int, rank: int) -> list[int]:
-    """Return the numerators k of the p-values k / (count + 1) that the slider can be set to, ascending; ``rank``, the
-    level in use, and count + 1 are among them."""
-    levels, k = {rank}, 1
+    """Return the numerators k of the p-values k / (count + 1) that the slider can be set to, ascending; 0, ``rank``,
+    the level in use, and count + 1 are among them. With few normal images ``rank`` is 1: below it nothing is called
+    anomalous, which the slider shows."""
+    levels, k = {0, rank}, 1
     while k <= count:
         levels.add(k)
         k = max(k + 1, round(1.02 * k)) if k >= EVERY_LEVEL else k + 1
@@ -292,20 +299,29 @@ def roc_path(normal: Sequence[float], anomalous: Sequence[float]) -> str:
     return "M" + "L".join(f"{x * WIDTH:.1f},{(1 - y) * ROC_HEIGHT:.1f}" for x, y in zip(false_alarms, detections))
 
 
-def histogram(groups: Sequence[tuple[str, Sequence[float]]]) -> dict:
-    """Return the bars of groups of scores, a strip for each group, above a common axis.
-
-    groups: name and scores, at least one. Returns low and high, the ends of the axis; beyond: how many scores are above
-    it and in the last bars; its ticks as place and text; the
-    strips; and measures of length.
-    """
-    everything = np.concatenate([scores for _, scores in groups])
-    low, high = float(everything.min()), float(everything.max())
-    usual = float(np.quantile(everything, USUAL, method="lower"))
-    high = min(high, low + 2 * (usual - low)) if usual > low else high  # a few far away would squeeze all others
-    beyond = int((everything > high).sum())
+def score_axis(scores: Sequence[float], threshold: float | None = None) -> tuple[float, float]:
+    """Return the ends of a histogram's axis. A few scores far above the others, which would squeeze those, may lie
+    beyond it; the threshold does not."""
+    low, high = float(np.min(scores)), float(np.max(scores))
+    usual = float(np.quantile(scores, USUAL, method="lower"))
+    high = min(high, low + 2 * (usual - low)) if usual > low else high
+    if threshold is not None:
+        low, high = min(low, threshold), max(high, threshold)
     if low == high:
         low, high = low - 0.5 * max(1, abs(low)), high + 0.5 * max(1, abs(high))
+    return low, high
+
+
+def histogram(groups: Sequence[tuple[str, Sequence[float]]], threshold: float | None = None) -> dict:
+    """Return the bars of groups of scores, a strip for each group, above a common axis.
+
+    groups: name and scores, at least one. threshold: see ``score_axis``. Returns low and high, the ends of the axis;
+    beyond: how many scores are above it and in the last bars; its ticks as place and text; the strips; and measures of
+    length.
+    """
+    everything = np.concatenate([scores for _, scores in groups])
+    low, high = score_axis(everything, threshold)
+    beyond = int((everything > high).sum())
     strips = []
     for number, (name, scores) in enumerate(groups):
         counts = np.histogram(np.minimum(scores, high), BINS, (low, high))[0]

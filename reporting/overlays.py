@@ -15,8 +15,8 @@ from runtime.files import MARK, InputError
 from runtime.image_files import decode, encode
 
 SMALLEST_CROP, MARGIN = 0.25, 1.25  # of the image's sides; around the region
-OPACITY = 0.7  # of the strongest heat
-COLORS = ((255, 214, 64), (232, 120, 36), (176, 20, 32))  # of heat, from weak to strong
+OPACITY = 0.65  # of heat from the threshold on
+COLORS = ((255, 120, 0), (255, 30, 0), (255, 0, 110))  # of heat, weak to strong: seen on gray, dark and bright parts
 OUTLINE = (0x3F, 0xD0, 0xFF)  # as on the sheets of heat maps
 SIDE_PER_PIXEL = 400  # an outline is 1 pixel wide for each 400 pixels, or part of them, of the image's longer side
 
@@ -102,20 +102,34 @@ def above(heat: np.ndarray, level: float) -> Image.Image:
     return Image.fromarray((heat > level).astype(np.uint8) * np.uint8(255))
 
 
-def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, level: float | None) -> Image.Image:
-    """Return a picture of an image (H, W, 3) uint8 under its map (H, W).
+def heat_range(threshold: float) -> tuple[float, float]:
+    """Return where the colors of heat begin and end, which depends on the threshold alone: half of it, twice of it."""
+    return threshold - abs(threshold) / 2, threshold + max(abs(threshold), 1e-9)
 
-    Colors depend on the threshold alone: transparent up to half of it, strongest from twice of it. level: what is above
-    it gets a thin line around it, see ``drawn_above``; None: without such a line.
+
+def heat_colors() -> np.ndarray:
+    """Return the colors of heat (256, 4) uint8, red, green, blue and opacity, evenly spaced over ``heat_range``.
+
+    The opacity grows up to the threshold, which is at a third of the range, and then stays. It grows late: in textures
+    distances are above half of the threshold everywhere.
+    """
+    places = np.linspace(0, 255, len(COLORS))
+    channels = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
+    channels.append(255 * OPACITY * np.linspace(0, 3, 256).clip(0, 1) ** 2)
+    return np.stack(channels, 1).round().astype(np.uint8)
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, level: float | None) -> Image.Image:
+    """Return a picture of an image (H, W, 3) uint8 under its map (H, W), in ``heat_colors``.
+
+    level: what is above it gets a thin line around it, see ``drawn_above``; None: without such a line.
     """
     from scipy.ndimage import binary_erosion
 
-    low, high = threshold - abs(threshold) / 2, threshold + max(abs(threshold), 1e-9)
+    low, high = heat_range(threshold)
     strength = (255 * ((heat - low) / (high - low)).clip(0, 1)).astype(np.uint8)
-    places = np.linspace(0, 255, len(COLORS))
-    table = [np.interp(np.arange(256), places, channel) for channel in zip(*COLORS)]
-    colors = Image.fromarray(np.stack(table, 1).astype(np.uint8)[strength])
-    image = Image.composite(colors, Image.fromarray(pixels), Image.fromarray((strength * OPACITY).astype(np.uint8)))
+    heat_image = Image.fromarray(heat_colors()[strength])
+    image = Image.composite(heat_image.convert("RGB"), Image.fromarray(pixels), heat_image.getchannel("A"))
     if level is not None:
         inside = heat > level
         width = -(-max(inside.shape) // SIDE_PER_PIXEL)

@@ -18,6 +18,7 @@ from runtime.cli import command_line
 from runtime.files import print_line, say, spreadsheet_safe
 
 NAMED_FILES = 3  # of those that a line is about
+MANY_MISSED = 0.2  # share of the anomalous images; more are told
 LINES = {  # on stdout, for columns of results.csv
     "image_auroc": "AUC",
     "pixel_auroc": "pixel AUROC",
@@ -38,8 +39,8 @@ def print_lines(row: dict) -> None:
 
 
 def print_average(rows: list[dict]) -> None:
-    """Print the mean of each metric over the categories that have it."""
-    for column, name in LINES.items():
+    """Print the mean of each metric over the categories that have it; nothing of a single category."""
+    for column, name in LINES.items() if len(rows) > 1 else ():
         values = [row[column] for row in rows if row[column] is not None]
         if values:
             print_line(f"average {name}: {float(np.mean(values))}")
@@ -76,6 +77,15 @@ def _first(paths: Sequence[Path]) -> str:
     """Name the first of some files, with their folders."""
     named = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:NAMED_FILES])
     return named + (", ..." if len(paths) > NAMED_FILES else "")
+
+
+def missed_line(row: dict) -> str:
+    """Return what to do if many of the anomalous images are called normal, from a row of results.csv; else nothing."""
+    missed, total = row["test_anomalous"] - row["detections"], row["test_anomalous"]
+    if not row["test_normal"] or missed <= MANY_MISSED * total:
+        return ""
+    costs = "--costs 10:1, if a miss costs as much as 10 false alarms, says which rate costs least on the test images"
+    return f"{missed} of {total} anomalous images are called normal: {costs}; --set_rate writes it into the detector"
 
 
 def decision_line(row: dict) -> str:

@@ -308,12 +308,25 @@ def folder_name(path: str) -> str:
 # Progress ---------------------------------------------------------------------------------------------------------
 
 
+class WholeLines:
+    """A file for a bar where nobody sees it move, such as a log: on stderr, each of its states is a line of its own."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress_bar(category: str, step: int, steps: int, shown: bool, unit: str = "step") -> "tqdm":
+    """Return a bar on stderr; where that is no terminal, a line every half a minute."""
     from tqdm import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds
-    pace = {"mininterval": interval, "maxinterval": max(10, interval)}
-    return tqdm(total=steps, initial=step, desc=category, unit=unit, file=sys.stderr, disable=not shown, **pace)
+    pace = {"file": sys.stderr, "mininterval": 0.1}
+    if not sys.stderr.isatty():
+        pace = {"file": WholeLines(), "mininterval": 30, "maxinterval": 30, "delay": 30}
+    return tqdm(total=steps, initial=step, desc=category, unit=unit, disable=not shown, **pace)
 
 
 @contextmanager

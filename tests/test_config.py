@@ -198,3 +198,18 @@ def test_what_is_resumed_is_what_was_asked_for():
     assert resume({"a": 1}, {}) == {"a": 1}
     with pytest.raises(SettingError, match="b: made with b 2, now 3"):
         resume({"a": 1, "b": 3}, {"a": 1, "b": 2})
+
+
+def test_a_forgotten_flag_is_named_before_what_follows_from_it():
+    def settings(*flags):
+        return config_of(run_training.get_parser().parse_args(flags), "lid").to_dict()
+
+    made = ("--backbone", "mobilenet_v2", "--patch_size", "64", "--epochs", "0")
+    for forgotten, words in (
+        (made[:2] + made[4:], "made with patch_size 64, now None"),
+        (made[2:], "made with backbone mobilenet_v2, now resnet18"),
+        ((*made, "--no-pretrained"), "made with pretrained 1, now 0"),
+        ((*made, "--recipe", "fast"), "made with recipe finetune, now fast"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            resume(settings(*forgotten), settings(*made))

@@ -412,6 +412,7 @@ def test_files_that_hold_no_weights(tmp_path):
         ("resnet18", "layer3.1.bn2.running_var", "missing layer3.1.bn2.running_var (256,)"),
         ("resnet34", None, "unexpected layer1.2.conv1.weight (64, 64, 3, 3) and 79 more"),
         ("mobilenet_v2", None, "missing conv1.weight (64, 3, 7, 7) and 99 more, unexpected features.0.0.weight (32, "),
+        ("wide_resnet50_2", None, "missing layer1.0.conv1.weight (64, 64, 3, 3) and 94 more, unexpected layer1"),
         ("resnet50", "conv1.weight", "missing conv1.weight (64, 3, 7, 7) and 23 more, unexpected layer1.0.conv1.w"),
     ],
 )
@@ -420,4 +421,5 @@ def test_weights_of_another_architecture(tmp_path, architecture, without, messag
         state = torchvision.models.get_model(architecture).state_dict()
     state = {name: torch.zeros(value.shape) for name, value in state.items() if name != without}
     torch.save(state, tmp_path / "weights.pth")
-    assert_refused(tmp_path / "weights.pth", re.escape(f"not the weights of resnet18: {message}"))
+    told = f"; they are those of {architecture}" if without is None else ""
+    assert_refused(tmp_path / "weights.pth", re.escape(f"not the weights of resnet18: {message}") + f".*{told}$")

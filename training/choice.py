@@ -18,8 +18,8 @@ CANDIDATES = ("both", "nearest", "torch")  # densities that are compared; "both"
 MOST_IMAGES = 250  # normal images that are looked at
 HELD_OUT = 5  # one image of so many is held out
 MARGIN = 0.02  # of AUROC: a smaller difference is a matter of chance
+CHANCE = 0.6  # AUROC up to which a density tells next to nothing: 0.5 is chance
 FAINT = 0.3  # opacity of what is pasted: every density would tell what is as strong as in training
-TELLS = 0.6  # AUROC: below, no density tells what was pasted better than chance would
 CROP = 96  # pixels: patches and scars are drawn as for a square of this side
 
 
@@ -85,8 +85,11 @@ class Judge:
 
 
 def choose(aurocs: dict[str, float]) -> str:
-    """Return the density with the highest AUROC; the first of those that are less than MARGIN behind it."""
-    return next(density for density in CANDIDATES if aurocs[density] >= max(aurocs.values()) - MARGIN)
+    """Return the density with the highest AUROC; the first of those that are less than MARGIN behind it, and the first
+    of all where none is better than CHANCE."""
+    best = max(aurocs.values())
+    margin = MARGIN if best > CHANCE else 1.0
+    return next(density for density in CANDIDATES if aurocs[density] >= best - margin)
 
 
 def choose_density(detector: Detector, images: Tensor) -> Detector:
@@ -95,6 +98,9 @@ def choose_density(detector: Detector, images: Tensor) -> Detector:
     aurocs = Judge(detector, images).aurocs(detector.config.seed)
     other = detector.changed(choose(aurocs))
     listed = ", ".join(f"{density} {100 * auroc:.1f}" for density, auroc in aurocs.items())
+    told = f"{listed} % AUROC of pasted against held-out normal images"
+    if max(aurocs.values()) <= CHANCE:
+        told += "; none could tell them much better than chance, 50 %, so the sum of the others was taken"
     other.metadata["density_chosen"] = other.density
-    other.metadata["density_aurocs"] = f"{listed} % AUROC of pasted against held-out normal images"
+    other.metadata["density_aurocs"] = told
     return other

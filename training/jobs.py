@@ -14,10 +14,20 @@ from torch import Tensor
 
 from config import Config, SettingError, resume
 from dataset import TestSet, TrainSet, files_digest, has_test_images, load_fill_index, load_test, load_train
-from detector import Detector, build_network, check_enough, detector_path, load, load_config, made_from, save
+from detector import (
+    Detector,
+    build_network,
+    check_enough,
+    detector_path,
+    load,
+    load_config,
+    made_from,
+    rate_chosen,
+    save,
+)
 from normals import normals_path, save_normals
 from runtime import cache
-from runtime.cli import command_line, device_name, suitable_precision
+from runtime.cli import command_line, device_name, progress_bar, suitable_precision
 from runtime.distributed import Ranks
 from runtime.files import KILLED_AFTER, InputError, check_writable, damage_named, locked_folder, remove_abandoned, say
 from runtime.image_files import FULL_RANGE
@@ -78,9 +88,9 @@ def train_networks(job: Job, numbers: list[int], options: RunOptions) -> TrainSe
             say(f"{category}: {job.path} is finished; skipped{what_to_do(job)}")
         return None
     train_set = load_normal(job, options)
-    if len(train_set) < config.batch_size and ranks.is_main:
+    if config.epochs and len(train_set) < config.batch_size and ranks.is_main:
         say(f"{category}: {len(train_set)} training images, so {len(train_set)} per step (--batch_size)")
-    watches = options.test_epochs > 0 and ranks.is_main
+    watches = config.epochs and options.test_epochs > 0 and ranks.is_main
     test_set = load_watched(config, options, train_set) if watches else None
     if options.overwrite:
         ranks.broadcast(lambda: remove_states(job, numbers))
@@ -88,7 +98,8 @@ def train_networks(job: Job, numbers: list[int], options: RunOptions) -> TrainSe
         path = job.states[number]
         state = ranks.broadcast(lambda path=path: load_state(path, train_set, job, options) if path.exists() else None)
         precision = precision_of(path, state, options)
-        if state is None and number == numbers[0] and ranks.is_main and "amp" not in options.asked_precision:
+        tells = config.epochs and ranks.is_main and "amp" not in options.asked_precision
+        if tells and state is None and number == numbers[0]:
             amp, reason = suitable_precision(options.device)
             say(f"{category}: precision {amp.replace('off', 'float32')} ({reason})")
         torch.set_num_threads(precision.threads)
@@ -175,8 +186,9 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
             network.load_state_dict(state["network"])
     detector = Detector(config, networks, train_set.fill_index.to(options.device), train_set.white)
     if config.density == "auto":
+        say(f"{category}: choosing the density by defects pasted into normal images")
         detector = choose_density(detector, train_set.images)
-    detector.fit(train_set.images)
+    fit_densities(detector, train_set, options)
     detector.train_files = files_digest(train_set.paths)
     detector.metadata |= {
         "command": command_line(),
@@ -192,6 +204,13 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     save_with_normals(detector, train_set, job.path, options)
     remove_checkpoints(job.folder, category)
     say(f"{category}: wrote {job.path}")
+
+
+def fit_densities(detector: Detector, train_set: TrainSet, options: RunOptions) -> None:
+    """Fit a detector; of several networks a bar shows how many are done."""
+    count = len(detector.members)
+    with progress_bar(f"{detector.config.category} densities", 0, count, options.bar and count > 1, "network") as bar:
+        detector.fit(train_set.images, tell=bar.update)
 
 
 def save_with_normals(detector: Detector, train_set: TrainSet, path: Path, options: RunOptions) -> None:
@@ -225,7 +244,8 @@ def refit_detector(job: Job, options: RunOptions) -> None:
     where = (options.data_dir, category, config.size, options.workers, options.storage)
     train_set = load_train(*where, detector.fill_index, detector.white, job.paths)
     check_enough(config, len(train_set))
-    before, refitted = detector.metadata.get("train_images"), detector.refit(train_set.images)
+    before, refitted = detector.metadata.get("train_images"), detector.changed()
+    fit_densities(refitted, train_set, options)
     refitted.metadata["train_images"] = len(train_set)
     refitted.train_files = files_digest(train_set.paths)
     save_with_normals(refitted, train_set, job.path, options)
@@ -286,6 +306,8 @@ def check_settings(job: Job) -> None:
     asked = config.to_dict()
     if config.minutes:
         del asked["epochs"]  # the number of steps that the minutes came to is the saved one
+    if path == job.path and rate_chosen(path):
+        del asked["false_alarm_rate"]  # of the detector labelled images have chosen another one since
     try:
         resume(asked, saved.to_dict())
     except SettingError as error:

@@ -15,6 +15,7 @@ from dataset import load_masks, load_test
 from detector import load
 from reporting import figures
 from reporting.metrics import Evaluation, evaluate
+from reporting.overlays import overlay
 
 
 def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data, models):
@@ -31,6 +32,50 @@ def test_a_sheet_shows_every_kind_and_the_worst_mistakes(data, models):
     assert len({case.title for case in cases}) == len(cases)
     (highest,) = (case for case in cases if "highest\n000" in case.title)
     assert np.allclose(highest.image, test.images[0].permute(1, 2, 0) / 255)
+
+
+def drawn_pixels(figure):
+    """The pictures on a sheet, as they were handed to matplotlib."""
+    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes if axes.images]
+
+
+def test_a_sheet_has_the_colors_of_all_heat_maps_and_tells_of_an_outline_only_if_one_is_drawn(detectors):
+    """Of dark, gray and bright parts; heat at the threshold is seen on each."""
+    detector = load(detectors / "patch/brick.pt")
+    threshold = detector.threshold.item()
+    heat = np.linspace(0, 3 * threshold, 32 * 48, dtype=np.float32).reshape(32, 48)
+    grays = (20, 128, 240)
+    images = [np.full((32, 48, 3), gray / 255) for gray in grays]
+    for level, words in ((np.inf, "heat map"), (2 * threshold, "heat map; blue outline: why it is called anomalous")):
+        cases = [figures.Case("a", image, None, heat, level) for image in images]
+        figure = figures.heat_sheet(detector, cases)
+        assert figure._suptitle.get_text().replace("\n", " ") == f"brick: image, {words}"
+        for gray, picture in zip(grays, drawn_pixels(figure)[3:]):
+            pixels = np.full((32, 48, 3), gray, np.uint8)
+            assert (picture == np.asarray(overlay(pixels, heat, threshold, None))).all()
+            at_threshold = picture[np.abs(heat - threshold) < threshold / 50].astype(float)
+            assert np.abs(at_threshold - gray).max(1).min() > 60
+        scale = figure.axes[-1].get_ylim()
+        assert scale == pytest.approx((threshold / 2, 2 * threshold))
+    assert "why" not in figures.heat_sheet(detector, cases, outline="x")._suptitle.get_text()
+
+
+def test_a_histogram_shows_the_threshold_and_is_not_squeezed_by_an_outlier(data, models):
+    test, detector = load_test(data, "brick", (32, 32), 0), load(models / "brick.pt")
+    evaluation = evaluate(detector, test)
+    threshold = detector.threshold.item()
+    scores = np.linspace(0.5, 1.5, len(test.labels)) * threshold
+    scores[-1] = 1000 * threshold
+    figure = figures.score_histogram(replace(evaluation, scores=scores))
+    assert figure.axes[-1].get_xlim()[1] < 4 * threshold
+    assert "the last bars hold 1 beyond the end" in figure.axes[-1].get_xlabel()
+    assert sum(patch.get_height() for axes in figure.axes for patch in axes.patches) == len(scores)
+    assert f"threshold {threshold:.3g}, the largest score of the training images" in figure._suptitle.get_text()
+    assert "beyond" not in figures.score_histogram(evaluation).axes[-1].get_xlabel()
+    low = figures.score_histogram(replace(evaluation, scores=scores.clip(max=0.9 * threshold)))
+    assert low.axes[0].get_xlim()[1] >= threshold
+    (line,) = low.axes[0].lines
+    assert line.get_xdata()[0] == threshold
 
 
 def test_a_view_that_is_added_to_the_table_is_drawn(models, data, monkeypatch):

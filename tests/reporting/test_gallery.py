@@ -47,7 +47,8 @@ def some_page(labelled=True, maps=True) -> Page:
         name = NAMES[number - 40] if 40 <= number < 40 + len(NAMES) else f"{kind}/{number:03d}.png"
         truth = (kind, label) if labelled else ("", None)
         tiles.append(Tile(name, *truth, score, p, picture, picture if maps else None))
-    return Page("<b>lid</b> & co", "Mahalanobis distance", 3 / 61, COUNT, "Holds & <i>so</i>.", 0.9123, tiles)
+    about = ("<b>lid</b> & co", "Mahalanobis distance", 3 / 61, COUNT, "Holds & <i>so</i>.", 0.9123, tiles)
+    return Page(*about, normal_scores=known.tolist())
 
 
 def decided(page: Page, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -113,6 +114,8 @@ def test_bars_hold_every_score():
     assert len(chart["strips"][0]["bars"]) >= gallery.BINS / 2
     height = sum(bar[2] for bar in chart["strips"][0]["bars"]) * chart["strips"][0]["highest"] / gallery.STRIP_HEIGHT
     assert height == pytest.approx(41)
+    assert gallery.histogram([("images", [1.0, 2.0])], 5.0)["high"] == 5
+    assert gallery.histogram([("images", [1.0, 2.0])], 0.5)["low"] == 0.5
     alone = gallery.histogram([("images", [7.0])])
     assert alone["low"] < 7 < alone["high"]
 
@@ -129,7 +132,8 @@ def test_the_slider_has_the_level_in_use_and_all_small_ones(count, chosen):
     levels = gallery.slider_levels(count, chosen)
     assert levels == sorted({*levels})
     assert {chosen, count + 1, *range(1, min(count, 50) + 1)} <= {*levels}
-    assert levels[0] == 1
+    assert levels[0] == 0  # so that the level in use is never at the left end
+    assert levels.index(chosen) > 0
     assert len(levels) < 400
 
 
@@ -186,6 +190,15 @@ def test_counts_and_marks_follow_the_slider(visit, width):
         assert text(tab, "detections") == f"{(called & (labels == 1)).sum()} of 50"
         assert tab.locator(".tile.called").count() == called.sum()
         assert tab.locator(".tile.mistake").count() == (called != labels).sum()
+        threshold = sorted(page.normal_scores)[-k] if 0 < k <= COUNT else None
+        assert tab.locator("[data-role=threshold]").text_content() == (
+            "none" if threshold is None else f"{float(f'{threshold:.3g}'):g}"
+        )
+        if threshold is not None:
+            low, high = (float(tab.locator("section").get_attribute(f"data-{end}")) for end in ("low", "high"))
+            place = gallery.WIDTH * (np.clip(threshold, low, high) - low) / (high - low)
+            assert float(tab.locator(".cut").get_attribute("d")[1:].split(",")[0]) == pytest.approx(place)
+        assert text(tab, "in-use") == "the level in use" * (k == 3)
         point = tab.locator(".point").evaluate("e => [e.cx.baseVal.value, e.cy.baseVal.value]")
         shares = called[labels == 0].mean(), called[labels == 1].mean()
         assert np.allclose(point, [gallery.WIDTH * shares[0], gallery.ROC_HEIGHT * (1 - shares[1])], atol=1e-3)

@@ -49,5 +49,10 @@ def test_the_scale_of_an_overlay_is_the_threshold():
     assert np.array_equal(strong, overlays.overlay(gray, np.full_like(heat, 9), 2.0, 2.0))
     expected = 100 + overlays.OPACITY * (np.array(overlays.COLORS[-1]) - 100.0)
     assert np.abs(strong[0, 0] - expected).max() <= 1
+    at_threshold = np.array(overlays.overlay(gray, np.full_like(heat, 2), 2.0, None))[0, 0].astype(int)
+    red, green, blue, opacity = overlays.heat_colors()[85].astype(int)
+    assert opacity == round(255 * overlays.OPACITY)
+    assert np.abs(at_threshold - 100 - overlays.OPACITY * (np.array([red, green, blue]) - 100)).max() <= 2
+    assert overlays.heat_range(2.0) == (1.0, 4.0)
     for threshold in (0.0, -1.0):
         assert np.array(overlays.overlay(gray, heat, threshold, threshold)).shape == gray.shape

@@ -3,7 +3,9 @@
 import argparse
 import io
 import os
+import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,15 @@ import torch
 from conftest import run
 
 from runtime import cli as script
-from runtime.cli import Interrupts, choose_device, device_name, folder_name, run_script, suitable_precision
+from runtime.cli import (
+    Interrupts,
+    choose_device,
+    device_name,
+    folder_name,
+    progress_bar,
+    run_script,
+    suitable_precision,
+)
 from runtime.distributed import RankError
 from runtime.files import InputError, print_line, say, shown
 
@@ -203,3 +213,33 @@ def test_wrong_usage_is_one_line_that_helps(tmp_path, command, code, words):
     assert len(done.err.splitlines()) == 1
     assert "error: " in done.err
     assert words.format(**names) in done.err
+
+
+# Progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_where_stderr_is_no_terminal_bars_and_messages_are_lines(capsys):
+    with progress_bar("bottle", 0, 4, True) as bar:
+        for number in range(4):
+            say(f"message {number}")
+            bar.update()
+            if number == 2:
+                bar.refresh()
+    lines = capsys.readouterr().err.split("\n")
+    assert lines[:3] == ["message 0", "message 1", "message 2"]
+    assert re.match(r"bottle:  75%.*\| 3/4 ", lines[3])
+    assert lines[4:] == ["message 3", ""]  # a run of seconds shows no bar of its own accord
+    assert not any("\r" in line for line in lines)
+
+
+def test_on_a_terminal_a_message_is_never_behind_a_bar(monkeypatch):
+    """The bar is cleared before, and drawn again after it."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_bar("bottle", 0, 4, True) as bar:
+        bar.update(2)
+        say("message")
+    before, _, after = terminal.getvalue().partition("message\n")
+    assert re.search(r"bottle: .*\r +\r$", before, re.S)
+    assert "bottle: " in after

@@ -1,6 +1,7 @@
 """check_data.py: duplicates against planted copies, densities of fewer images against refits, the script."""
 
 import io
+import re
 import shutil
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from check_data import SubsetScores, curve_rows, find_duplicates, fit_subsets, s
 from config import PatchConfig
 from dataset import load_train
 from detector import Detector, initial_network, load, save, stream
+from reporting import figures
 from runtime.image_files import decode, find_images
 
 
@@ -107,10 +109,17 @@ def test_what_the_curve_says():
     assert [row["rise"] for row in rows] == pytest.approx([2 / scale, 0])
     assert [row["median"] for row in rows] == pytest.approx([2 / scale, 0])
     assert rows[1]["quantile_90"] == pytest.approx((np.quantile(base, 0.9) - 2.5) / scale)
-    assert "with 5 instead of 10 images, new normal ones score 0.64 deviations higher" in verdict(rows)
-    assert "AUC 0.0 instead of 100.0; the curve still falls:" in verdict(rows)
-    rows[0]["rise"] = 0.02
-    assert "would probably bring little" in verdict(rows)
+    assert verdict(rows) == (
+        "no: with only 5 of the 10 images, new good ones look 0.64 deviations more unusual (0.64 to 0.64), "
+        "AUC 0.0 instead of 100.0; twice as many might bring half of that"
+    )
+    rows[0]["rise"] = 0.3
+    assert verdict(rows).startswith("nearly: ")
+    for rise, words in ((0.02, "0.02 deviations more"), (-0.3, "0.30 deviations less")):
+        rows[0]["rise"] = rise
+        assert verdict(rows).startswith("yes, probably: with only 5 of the 10 images, new good ones look ")
+        assert f"look {words} unusual (" in verdict(rows)
+        assert verdict(rows).endswith("; twice as many would bring little")
 
 
 # The script -------------------------------------------------------------------------------------------------------
@@ -138,13 +147,17 @@ def checked(data, tmp_path_factory):
     return folder
 
 
-def test_the_script(checked, tmp_path, script):
+def test_the_script(checked, tmp_path, script, monkeypatch):
+    sheets, draw = [], figures.heat_sheet
+    monkeypatch.setattr(figures, "heat_sheet", lambda *args: sheets.append((args, draw(*args))) or sheets[-1][1])
     done = script("check_data", "--data_dir", checked / "Data", "--model_dir", checked / "two", "--eval_dir", tmp_path)
     assert done.code == 0, done.err
     first, second, third = done.out.splitlines()
     assert first == "brick duplicates: 1 exact and 0 near within train, 1 exact and 0 near between train and test"
     assert second.startswith("brick suspicious: z_spoiled.png (")
-    assert third.startswith("brick enough: with 3 instead of 6 images, new normal ones score ")
+    assert re.match(r"brick enough: (no|nearly|yes, probably): with only 3 of the 6 images, new good ones look ", third)
+    for step in ("looking for copies", "drawing the most unusual training images", "fitting the densities to fewer"):
+        assert f"brick: {step}" in done.err
     assert "the curve is of the first of 2 networks" in done.err
     out = tmp_path / "two/brick"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -160,6 +173,12 @@ def test_the_script(checked, tmp_path, script):
     assert table.score.tolist() == pytest.approx(scores.sort(descending=True).values.tolist())
     assert table.p_value[0] == pytest.approx(1 / len(scores), rel=1e-12)
     assert Image.open(out / "suspicious.png").size[0] > 500
+    (((_, cases, *_), sheet),) = sheets  # heat, colors and scores have one unit, and an outline shows the place
+    for case, score in zip(cases, table.score):
+        assert case.heat.max() == pytest.approx(score, abs=1e-4)
+        assert f"score {score:.3g}" in case.title
+        assert case.level < case.heat.max()
+    assert "blue outline: the most unusual place" in sheet._suptitle.get_text().replace("\n", " ")
     assert pandas.read_csv(out / "enough.csv").columns.tolist() == [
         *("category", "images", "median", "quantile_90", "rise", "image_auroc")
     ]

@@ -196,7 +196,7 @@ def test_folders_of_seeds_are_told_from_all_else(seeds, call, data, tmp_path):
     for name in ("brick.pt", "seedling.pt"):
         shutil.copy(seeds / "seed2/brick.pt", folder / name)
     where = ("--data_dir", tmp_path / "Data", "--type", "all")
-    assert list(lines(call(folder, *where))) == [("brick", "AUC"), ("average", "AUC")]
+    assert list(lines(call(folder, *where))) == [("brick", "AUC")]
     (folder / "seed3").mkdir()
     one_line(call(folder, *where), "of its own and of several seeds", "seed3")
 
@@ -351,7 +351,7 @@ def test_broken_files_get_one_line_and_leave_earlier_results_as_they_were(evalua
 def test_tables_have_p_values_and_what_deciding_by_them_comes_to(held, call, tmp_path):
     page = tmp_path / "some report.html"
     done = call(held, "--report", page)
-    assert list(lines(done)) == [("brick", "AUC"), ("average", "AUC")]
+    assert list(lines(done)) == [("brick", "AUC")]
     row, scores = table(tmp_path / "models").iloc[0], table(tmp_path / "models", "scores.csv")
     normal = load(held / "brick.pt").calibration_scores.numpy()
     assert len(normal) == 3
@@ -386,6 +386,8 @@ def test_the_report_counts_what_results_csv_says(held, call, tmp_path, browser):
         shown = {role: tab.locator(f"[data-role={role}]").inner_text() for role in ("false-alarms", "detections")}
         assert shown["false-alarms"] == f"{row.false_alarms} of {row.test_normal}"
         assert shown["detections"] == f"{row.detections} of {row.test_anomalous}"
+        assert tab.locator("[data-role=threshold]").text_content() == f"{row.threshold:.3g}"  # as in the histogram
+        assert tab.locator("input[type=range]").input_value() != "0"
         tab.close()
     assert row.detections > 0
     assert load(held / "brick.pt").config.false_alarm_rate == 0.25
@@ -417,6 +419,7 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
     changed, original = load(path), load(held / "brick.pt")
     assert changed.config == replace(original.config, false_alarm_rate=chosen)
     assert changed.threshold == original.set_false_alarm_rate(chosen).threshold
+    assert f"brick: about {100 * chosen:.0f} of 100 good parts will be called bad" in done.err
     words = "The rate was chosen by 3 normal and 9 anomalous labelled images, at costs of 1000 for a miss and 1 for a"
     assert words in changed.guarantee.words()
     assert words in call(path.parent).err
@@ -424,6 +427,37 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
     for wrong in (["--costs", "5"], ["--costs", "0:0"], ["--costs", "nan:1"], ["--costs", "1:2:3"], ["--set_rate"]):
         assert call(path.parent, *wrong).code == 2
     assert call(path.parent, "--costs", "1:1", "--set_rate", "--false_alarm_rate", 0.1).code == 2
+
+
+def test_many_missed_defects_come_with_advice_that_works(models, data, call, tmp_path):
+    """The rate that it leads to is set, fewer are missed then, a low one is not warned about, and the same training
+    command still finds its detector."""
+    shutil.copytree(models, tmp_path / "models")
+    words = "anomalous images are called normal: --costs 10:1"
+    before = call(tmp_path / "models")
+    row = table(tmp_path / "models").iloc[0]
+    assert row.detections < 0.8 * row.test_anomalous
+    assert f"brick: {row.test_anomalous - row.detections} of {row.test_anomalous} {words}" in before.err
+    for flags in (["--costs", "10:1"], ["--false_alarm_rate", 0.1], ["--density", "kde"]):
+        assert words not in call(tmp_path / "models", *flags).err
+    low = call(tmp_path / "models", "--costs", "1:1000", "--set_rate")
+    assert "decides at 0.111 from now on" in low.err
+    assert "good parts will be called bad" not in low.err
+    assert call(tmp_path / "models", "--costs", "10:1", "--set_rate").code == 0
+    after = call(tmp_path / "models")
+    assert words not in after.err
+    assert table(tmp_path / "models").detections[0] > row.detections
+    again = train(data, tmp_path / "models", "--type", "brick")
+    assert again.code == 0, again.err
+    assert "is finished; skipped" in again.err
+
+
+def test_tables_of_another_density_say_what_they_replace(models, call, tmp_path):
+    words = "of other densities than the detectors' own, in place of earlier ones; another --eval_dir keeps both"
+    assert words not in call(models, "--density", "kde").err  # nothing is there yet
+    assert words in call(models, "--density", "kde").err
+    for flags in ((), ("--density", "torch")):
+        assert words not in call(models, *flags).err
 
 
 # Maps -------------------------------------------------------------------------------------------------------------
@@ -479,7 +513,7 @@ def test_masks_under_other_names_are_told(data, patch_models, tmp_path, call, na
     done = call(patch_models, "--data_dir", tmp_path / "Data")
     assert f"brick: {note}; looked for: ground_truth/hole/000_mask.png" in done.err
     assert "brick: no such mask in ground_truth, so image metrics only" in done.err
-    assert list(lines(done)) == [("brick", "AUC"), ("average", "AUC")]
+    assert list(lines(done)) == [("brick", "AUC")]
 
 
 def test_a_folder_of_masks_for_each_image_gives_the_same_metrics(mapped, data, patch_models, tmp_path, call):
@@ -532,7 +566,7 @@ def test_where_masks_are_missing_or_mark_all_or_nothing(mapped, data, patch_mode
     values, complete = lines(done), lines(mapped[0])
     assert note in done.err
     metrics = ("AUC", "pixel AUROC", "AUPRO") if change.startswith("one") else () if change == "white" else ("AUC",)
-    assert list(values) == [(name, metric) for name in ("brick", "average") for metric in metrics]
+    assert list(values) == [("brick", metric) for metric in metrics]
     assert values.get(("brick", "AUC")) == (None if change == "white" else complete["brick", "AUC"])
     assert values.get(("brick", "pixel AUROC")) != complete["brick", "pixel AUROC"]
     assert (tmp_path / "patch_models/brick/heatmaps.png").is_file() == (change == "none")

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 
@@ -131,6 +133,56 @@ def test_names_come_out_as_they_are(detectors, here, script, monkeypatch, kind):
         assert sorted(row["path"] for row in rows) == sorted(f"./{n}" if n[0] in "=-@" else n for n in names)
         assert [row["path"] for row in rows if row["error"]] == ["./=1+1.png"]
         assert not any(row["error"].startswith(("=", "./")) for row in rows if row["error"])
+
+
+def test_a_terminal_has_rows_without_a_bar_and_a_promise_comes_once_for_an_output(detectors, here, script):
+    path, advice = detectors / "patch/brick.pt", load(detectors / "patch/brick.pt").guarantee.advice()
+    assert advice in script("predict", path, "photos", "--output", "a.csv").err
+    shutil.copy("photos/b.png", "photos/new.png")
+    again = script("predict", path, "photos", "--output", "a.csv")
+    assert advice not in again.err
+    assert "7 images" in again.err
+    words = load(path).guarantee.words()
+    assert words in script("predict", path, "photos", "--output", "a.csv", "--verbose").err
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, ROOT / "predict.py", path, "photos"], stdin=subprocess.DEVNULL, stdout=end, stderr=end
+    ):
+        os.close(end)
+        told = b""
+        with suppress(OSError):  # which is how a terminal ends
+            while part := os.read(terminal, 4096):
+                told += part
+    os.close(terminal)
+    lines = told.decode().splitlines()
+    assert sum(line.startswith("photos/") for line in lines) == 7
+    assert "image/s" not in told.decode()
+
+
+def test_files_that_cannot_be_read_are_named_the_first_of_them(detectors, here, script):
+    path = detectors / "patch/brick.pt"
+    for number in range(7):
+        (here / f"photos/broken{number}.png").write_text("no image")
+    done = script("predict", path, "photos", "--output", "a.csv")
+    assert done.code == 1
+    named = [line for line in done.err.splitlines() if "not a readable image" in line]
+    assert [line.partition(": ")[0] for line in named] == [f"photos/broken{number}.png" for number in range(5)]
+    assert done.err.splitlines()[-1].endswith("; 7 could not be scored, see their error")
+
+
+def test_without_anomalous_images_it_says_how_to_get_panels(detectors, here, data, script):
+    """As told, it works."""
+    detector, path = load(detectors / "patch/brick.pt"), here / "brick.pt"
+    detector.calibration_scores[:2] = 1e6  # which no image reaches
+    save(detector, path)
+    save_normals(detector, load_train(data, "brick", (32, 48), 0), normals_path(path))
+    flags = ["--explain", "why", "--false_alarm_rate"]
+    done = script("predict", path, "photos", *flags, 0.2, "--output", "a.csv")
+    assert not list((here / "why").rglob("*.png"))
+    advice = re.search(r"nothing was called .*; (\S+) has the lowest p, .*(--false_alarm_rate) (\S+) and ano", done.err)
+    assert script("predict", path, "photos", *flags, advice[3], "--output", "b.csv").code == 0
+    assert (here / "why" / os.path.relpath(advice[1], "photos")).with_suffix(".png").is_file()
+    assert "nothing was called" not in script("predict", path, "photos", *flags, advice[3], "--output", "b.csv").err
 
 
 def test_a_folder_of_detectors(detectors, here, script):

@@ -7,7 +7,7 @@ from conftest import SMALL
 from detector import load
 from image_ops import to_float
 from runtime.files import InputError
-from training.choice import CANDIDATES, CROP, FAINT, MARGIN, Judge, choose, pasted_images
+from training.choice import CANDIDATES, CHANCE, CROP, FAINT, MARGIN, Judge, choose, choose_density, pasted_images
 
 PATCHES = ["--patch_size", 32, "--window", 8, "--stride", 8, "--epochs", 0]
 
@@ -40,6 +40,8 @@ def test_pasted_images_differ_faintly_in_one_small_place():
         ((0.9, 0.9 + 2 * MARGIN, 0.8), "nearest"),
         ((0.7, 0.8, 0.8 + MARGIN / 2), "nearest"),
         ((0.5, 0.6, 0.9), "torch"),
+        ((0.42, CHANCE, 0.5), "both"),
+        ((0.42, CHANCE + 0.01, 0.5), "nearest"),
     ],
 )
 def test_the_best_is_chosen_or_the_first_that_is_nearly_as_good(aurocs, expected):
@@ -63,6 +65,15 @@ def test_a_detector_says_which_density_it_has_and_why(data, tmp_path, train_bric
     assert done.code == 0, done.err
     assert "was chosen" in done.err
     assert "is finished; skipped" in train_brick(*SMALL, *PATCHES, "--density", "auto", "--join", 1).err
+
+
+def test_a_choice_by_chance_says_so(detectors):
+    """In noise nothing that is pasted faintly can be told."""
+    detector = load(detectors / "patch/brick.pt").changed(density="auto")
+    chosen = choose_density(detector, noise(60, 48)[..., :32, :].contiguous())
+    (note,) = [note for note in chosen.notes() if "was chosen" in note]
+    assert note.startswith("density both was chosen: both ")
+    assert note.endswith("; none could tell them much better than chance, 50 %, so the sum of the others was taken")
 
 
 def test_images_that_are_too_few_or_too_much_alike(detectors):

@@ -102,7 +102,10 @@ def test_seeds_have_folders_of_their_own(seeds, data, tmp_path, train_brick):
 
 def test_the_network_as_it_is(data, tmp_path, script, train_brick):
     """--epochs 0: the untrained baseline as a detector."""
-    assert train_brick(*SMALL, "--epochs", 0).code == 0
+    done = train_brick(*SMALL, "--epochs", 0, "--amp", "auto", "--test_epochs", 1, "--batch_size", 32)
+    assert done.code == 0, done.err
+    assert [line.partition(": ")[0] for line in done.err.splitlines()[:-1]] == ["brick"] * 2  # nothing of training
+    assert "needs 99 normal images" in done.err
     made = load(tmp_path / "models/brick.pt")
     initial = network_of(made.untrained()).state_dict()
     assert all(torch.equal(value, initial[name]) for name, value in network_of(made).state_dict().items())
