@@ -36,8 +36,8 @@ def p_values(scores: Tensor, normal: Sequence[Tensor]) -> Tensor:
     """
     at_least = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device)
     for member_scores, calibration in zip(scores, normal, strict=True):
-        ordered = calibration.to(member_scores).sort().values
-        at_least += len(calibration) - torch.searchsorted(ordered, member_scores.contiguous())
+        # Each compared with each, not searched in order: ONNX knows no such search, and they are few
+        at_least += (calibration.to(member_scores)[:, None] >= member_scores).sum(0)
     return (1 + at_least).double() / (1 + sum(map(len, normal)))
 
 

@@ -48,7 +48,7 @@ RULES: dict[str, Callable[[object], bool]] = {
     "white": lambda x: type(x) is int and x in [2**bits - 1 for bits in range(8, 17)],  # in 16-bit files
     "has_maps": lambda x: type(x) is bool,
     "precision": lambda x: x in [*PRECISIONS],
-    "calibration_scores": lambda x: _numbers(x) and x == sorted(x),
+    "calibration_scores": lambda x: _numbers(x) and bool(x) and x == sorted(x),
     "guarantee": lambda x: isinstance(x, dict) and {*x} == {"kind", "asked", "chosen"} and _number(x["asked"]),
     "appearance": lambda x: isinstance(x, list) and all(_numbers(row) and len(row) == 3 for row in x),
     # Where pixels are ignored: numbers of those, row by row, and of the pixel that each is filled from
@@ -83,6 +83,8 @@ class Exported:
         self.rate: float = facts["rate"]
         self.white: int = facts["white"]
         self.has_maps: bool = facts["has_maps"]
+        # What differences are relative to where a score is smaller: sums of standardized distances may be near 0
+        self.scale = max(abs(self.threshold), float(np.std(facts["calibration_scores"])), 1e-12)
 
     @classmethod
     def open(cls, path: str | Path, threads: int = 0) -> "Exported":
@@ -116,20 +118,22 @@ class Exported:
         answers = self.session.run(None, {INPUT: np.ascontiguousarray(images)})
         return Answers(*answers[:2], answers[2] if self.has_maps else None)
 
+    def probe(self) -> Answers:
+        """Return what the graph says of ``probe_images``."""
+        return self.run(probe_images(self.size))
+
     def probe_difference(self) -> float:
         """Return how far, relatively, this machine's scores of ``probe_images`` are from those when the file was
         written; infinity if one is not finite."""
-        scores, expected = self.run(probe_images(self.size)).scores, np.array(self.facts["probe"]["scores"])
-        return largest_difference(scores, expected, spread(self.facts["calibration_scores"]))
+        expected = np.array(self.facts["probe"]["scores"])
+        return largest_difference(self.probe().scores, expected, self.scale)
 
 
 def read_facts(path: Path) -> dict:
     """Return what the .json file beside a graph holds. Raises InputError if it is missing, damaged, or of another
     version."""
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; export.py writes it beside the {SUFFIX} file, and both belong together"
-        )
+        raise InputError(f"{path}: no such file; export.py writes it beside the {SUFFIX} file, both are needed")
     facts = None
     with suppress(ValueError):  # no JSON, or no UTF-8
         facts = json.loads(path.read_bytes())
@@ -176,13 +180,7 @@ def probe_images(size: tuple[int, int]) -> np.ndarray:
     return np.stack(images).astype(np.uint8)
 
 
-def spread(calibration_scores: np.ndarray | list[float]) -> float:
-    """Return the standard deviation of normal scores: what differences are relative to where a score is near 0, as sums
-    of standardized distances may be."""
-    return float(np.std(calibration_scores)) if len(calibration_scores) else 0.0
-
-
 def largest_difference(values: np.ndarray, expected: np.ndarray, least: float) -> float:
     """Return the largest of |values - expected| / max(|expected|, least); infinity for values that are not finite."""
-    relative = np.abs(values - expected) / np.maximum(np.abs(expected), max(least, 1e-12))
+    relative = np.abs(values - expected) / np.maximum(np.abs(expected), least)
     return float(np.max(relative, initial=0.0)) if np.isfinite(values).all() else np.inf
