@@ -23,12 +23,13 @@ from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
 from dataset import choose_categories
 from density import DENSITIES, DensityError, group_by_density
-from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
+from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
 from runtime.files import InputError, damage_named, load_tensors, save_tensors, say
 from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import FULL_RANGE, decode, resized
+from runtime.looks import image_statistics
 from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of, standardization
 
 FORMAT = "cutpaste-detector"
@@ -85,7 +86,7 @@ class Detector(nn.Module):
         are by densities that have not seen the image, though the network has; with ``--holdout`` they are those of the
         images held out; of several members, each is by a network that has not seen the image either.
     fill_index (H, W): where each pixel is taken from, see image_ops.fill_ignored; empty if every pixel counts.
-    appearance (n, 3): how normal images look, see image_ops.image_statistics; (0, 3) if it is not known.
+    appearance (n, 3): how normal images look, see looks.image_statistics; (0, 3) if it is not known.
     """
 
     def __init__(
