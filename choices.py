@@ -16,6 +16,7 @@ DENSITY_NAMES = ["torch", "sklearn", "kde", "nearest"]  # of density.DENSITIES
 DENSITY_SUMS = {"both": ("torch", "nearest")}  # densities whose standardized distances are added
 LOCATIONS = ("auto", "shared", "each")  # which Gaussians a patch model has
 NORMALIZATIONS = ("imagenet", "image")
+SUFFIXES = (".pt", ".onnx")  # of a detector's file: of torch, and exported for ONNX Runtime
 FORMATS = ("csv", "jsonl")  # of predict.py's rows
 
 

@@ -1,6 +1,6 @@
 """Decisions from the scores of normal images alone: p-values, the threshold, and what a false-alarm rate guarantees.
 
-Tensors and numbers in and out; knows nothing of images, networks or files.
+Tensors and numbers in and out; knows nothing of images, networks or files. Imports torch only where tensors come in.
 Sources: Vovk, "Cross-conformal predictors", Ann. Math. Artif. Intell. 74 (2015); Barber, Candes, Ramdas, Tibshirani,
 "Predictive inference with the jackknife+", Ann. Statist. 49 (2021) (CV+ and its bound); Vovk, "Conditional validity of
 inductive conformal predictors", ACML 2012 (the Beta distribution of split conformal prediction).
@@ -9,9 +9,11 @@ inductive conformal predictors", ACML 2012 (the Beta distribution of split confo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
 
 KINDS = {  # where the calibration scores come from: what the rate is worth
     "split": "no network has seen the normal images that it is compared with: the rate holds on average",
@@ -26,7 +28,7 @@ ROUNDING = 1e-9  # tolerance of rate * (n + 1): nearly a whole number means that
 # p-values ---------------------------------------------------------------------------------------------------------
 
 
-def p_values(scores: Tensor, normal: Sequence[Tensor]) -> Tensor:
+def p_values(scores: "Tensor", normal: "Sequence[Tensor]") -> "Tensor":
     """Return conformal p-values (B,) of new images, float64 in [1 / (n + 1), 1]: the share of normal images, the new
     one counted among them, that score at least as high as the new image under the same ensemble member.
 
@@ -34,27 +36,31 @@ def p_values(scores: Tensor, normal: Sequence[Tensor]) -> Tensor:
     its scores are compared with. One member: split conformal prediction; K members, a fold each: cross-conformal.
     A small p-value means that few normal images look as unusual. It is not the probability of a defect.
     """
+    import torch
+
     at_least = torch.zeros(scores.shape[1], dtype=torch.int64, device=scores.device)
     for member_scores, calibration in zip(scores, normal, strict=True):
-        ordered = calibration.to(member_scores).sort().values
-        at_least += len(calibration) - torch.searchsorted(ordered, member_scores.contiguous())
+        # Each compared with each, not searched in order: ONNX knows no such search, and they are few
+        at_least += (calibration.to(member_scores)[:, None] >= member_scores).sum(0)
     return (1 + at_least).double() / (1 + sum(map(len, normal)))
 
 
-def leave_one_out_p_values(scores: Tensor) -> Tensor:
+def leave_one_out_p_values(scores: "Tensor") -> "Tensor":
     """Return leave-one-out p-values of the calibration scores (n,), float64 in [1 / n, 1]:
     (1 + number of others at least as high) / n."""
+    import torch
+
     return (len(scores) - torch.searchsorted(scores.sort().values, scores.contiguous())).double() / len(scores)
 
 
-def conformal_threshold(scores: Tensor, rate: float) -> tuple[Tensor, bool]:
+def conformal_threshold(scores: "Tensor | np.ndarray", rate: float) -> "tuple[Tensor | np.floating, bool]":
     """Return the ceil((1 - rate)(n + 1))-th smallest of n calibration scores (n,), as in split conformal prediction,
     and whether n >= 1 / rate - 1, which the rate needs. If n is smaller, return the largest score and False.
 
     A new score, exchangeable with them, lies above the threshold with a probability of at most ``rate``.
     """
     rank = max(1, math.ceil((1 - rate) * (len(scores) + 1) - ROUNDING))
-    return scores.sort().values[min(rank, len(scores)) - 1], rank <= len(scores)
+    return scores[scores.argsort()][min(rank, len(scores)) - 1], rank <= len(scores)
 
 
 # What is guaranteed -----------------------------------------------------------------------------------------------
@@ -153,8 +159,19 @@ def proportion_interval(count: int, total: int) -> tuple[float | None, float | N
     return float(interval.low), float(interval.high)
 
 
-def beta_quantile(q: float, a: float, b: float) -> float:
-    """Return the quantile ``q`` of Beta(a, b): 0 where a is 0, 1 where b is 0."""
-    from scipy.special import betaincinv  # scipy.stats takes a second to import
+def beta_quantile(q: float, a: int, b: int) -> float:
+    """Return the quantile ``q`` of Beta(a, b), of whole numbers: 0 where a is 0, 1 where b is 0.
 
-    return float(betaincinv(a, b, q)) if a and b else float(b == 0)
+    It is at most x as often as a or more of a + b - 1 throws hit, each with probability x. scipy takes half a second to
+    import.
+    """
+    if not (a and b):
+        return float(b == 0)
+    throws, low, high = a + b - 1, 0.0, 1.0
+    ways = [math.lgamma(throws + 1) - math.lgamma(k + 1) - math.lgamma(throws - k + 1) for k in range(a)]
+    for _ in range(60):  # bits
+        x = (low + high) / 2
+        hit, miss = math.log(x), math.log1p(-x)
+        fewer = math.fsum(math.exp(way + k * hit + (throws - k) * miss) for k, way in enumerate(ways))
+        low, high = (x, high) if 1 - fewer < q else (low, x)
+    return x

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.onnx import is_in_onnx_export
 
 from runtime.tensors import FLOATS, TINY, TensorRule
 
@@ -166,11 +167,21 @@ class KernelDensity(Density):
     def score(self, embeddings: Tensor) -> Tensor:
         """Return negative log densities (..., N) float64 (natural logarithm, may be below 0) of embeddings
         (..., N, D)."""
+        if is_in_onnx_export():
+            return self.score_in_torch(embeddings)
         from sklearn.neighbors import KernelDensity as SklearnKernelDensity
 
         estimator = SklearnKernelDensity(bandwidth=self.bandwidth.item()).fit(self.points.cpu().numpy())
         x = embeddings.detach().double().reshape(-1, embeddings.shape[-1]).cpu().numpy()
         return -torch.from_numpy(estimator.score_samples(x)).to(embeddings.device).view(embeddings.shape[:-1])
+
+    def score_in_torch(self, embeddings: Tensor) -> Tensor:
+        """Return what ``score`` does, up to rounding, by operations that ONNX knows: each embedding against each
+        point, (..., N, number of points) at once."""
+        x, (count, dims) = embeddings.double(), self.points.shape
+        squares = x.square().sum(-1, keepdim=True) + self.points.square().sum(-1) - 2 * x @ self.points.T
+        kernels = (squares / (-2 * self.bandwidth.square())).logsumexp(-1)
+        return math.log(count) + dims * (self.bandwidth.log() + math.log(2 * math.pi) / 2) - kernels
 
     def log_likelihood(self, scores: Tensor) -> float:
         """Return the mean log likelihood of embeddings with these scores."""

@@ -23,12 +23,13 @@ from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from cutpaste import VARIANTS
 from dataset import choose_categories
 from density import DENSITIES, DensityError, group_by_density
-from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, image_statistics, to_float
+from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
 from runtime.files import InputError, damage_named, load_tensors, save_tensors, say
 from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import FULL_RANGE, decode, resized
+from runtime.looks import image_statistics
 from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of, standardization
 
 FORMAT = "cutpaste-detector"
@@ -85,7 +86,7 @@ class Detector(nn.Module):
         are by densities that have not seen the image, though the network has; with ``--holdout`` they are those of the
         images held out; of several members, each is by a network that has not seen the image either.
     fill_index (H, W): where each pixel is taken from, see image_ops.fill_ignored; empty if every pixel counts.
-    appearance (n, 3): how normal images look, see image_ops.image_statistics; (0, 3) if it is not known.
+    appearance (n, 3): how normal images look, see looks.image_statistics; (0, 3) if it is not known.
     """
 
     def __init__(
@@ -162,8 +163,23 @@ class Detector(nn.Module):
 
     def score_prepared(self, prepared: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return what ``forward`` does of images as ``prepare`` gives them."""
-        scores, maps = zip(*(member(prepared) for member in self.members))
-        return torch.stack(scores).mean(0), self._mean_map(maps)
+        scores, maps = self.score_by_member(prepared)
+        return scores.mean(0), maps
+
+    def score_by_member(
+        self, prepared: Tensor, features: Sequence[dict[int, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the scores (K, B) float64 by each of K members, and the maps (B, H, W) float32 or None of all.
+
+        features: what EnsembleMember.features gives of ``prepared``, of each member, if it is there already."""
+        members = zip(self.members, features or [None] * len(self.members))
+        scores, maps = zip(*(member(prepared, computed) for member, computed in members))
+        return torch.stack(scores), self._mean_map(maps)
+
+    def p_values(self, scores: Tensor) -> Tensor:
+        """Return p-values (B,) float64 of scores (K, B) by each of its K members, see conformal.p_values."""
+        folds = len(self.members)
+        return p_values(scores, [self.calibration_scores[fold::folds] for fold in range(folds)])
 
     def predict_batch(self, images: Tensor, explain: bool = False) -> BatchPrediction:
         """Return scores, p-values and maps of images as ``forward`` takes them.
@@ -179,11 +195,8 @@ class Detector(nn.Module):
             levels = {*self.config.levels} if self.config.dense else set()
             features = [member.features(prepared, levels) for member in self.members[1:]]
             features.insert(0, self.members[0].features(prepared, {*levels, self.comparison_level}))
-        members = zip(self.members, features or [None] * len(self.members))
-        scores, maps = zip(*(member(prepared, computed) for member, computed in members))
-        scores, folds = torch.stack(scores), len(self.members)
-        p = p_values(scores, [self.calibration_scores[fold::folds] for fold in range(folds)])
-        return BatchPrediction(scores.mean(0), p, self._mean_map(maps), tuple(features))
+        scores, maps = self.score_by_member(prepared, features)
+        return BatchPrediction(scores.mean(0), self.p_values(scores), maps, tuple(features))
 
     def heat(self, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Return the maps (n, H, W) float32 of the ``chosen`` images of a batch: those of a patch model, else Grad-CAM

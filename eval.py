@@ -232,7 +232,8 @@ def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, pat
     detector, folder = evaluation.detector, Path(args.data_dir, evaluation.category, "test")
     warnings = [f"{note[0].upper()}{note[1:]}." for note in missing(evaluation)]
     page = gallery_page(evaluation, seed, args.costs, args.workers)
-    return replace(page, facts=facts_of(detector, path, [folder]), warnings=warnings)
+    made = detector.config.to_dict(), detector.metadata, f"torch {torch.__version__}"
+    return replace(page, facts=facts_of(*made, path, [folder]), warnings=warnings)
 
 
 def set_rate(args: argparse.Namespace, path: Path, result: Result) -> None:

@@ -1,4 +1,4 @@
-"""Pure operations on batches of pixels, on any device: color jitter, translation, pasting, filling, statistics.
+"""Pure operations on batches of pixels, on any device: color jitter, translation, pasting, filling.
 
 Every random number is drawn beforehand, in cutpaste.py; nothing here is random, and no input is changed unless the name
 ends in ``_``. The color jitter is torchvision's ColorJitter, batched.
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GRAY = (0.2989, 0.587, 0.114)  # luma weights of torchvision's rgb_to_grayscale
+from runtime.looks import GRAY
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of JitterParams.factors, values of .order
 
 
@@ -314,23 +315,3 @@ def fill_ignored(images: Tensor, fill_index: Tensor) -> Tensor:
     if not fill_index.numel():
         return images
     return images.flatten(2).index_select(2, fill_index.flatten()).unflatten(2, tuple(fill_index.shape))
-
-
-STATISTICS = (  # columns of ``image_statistics``: the word for less of it, the word for more, what is measured
-    ("darker", "brighter", "mean gray"),
-    ("lower in contrast", "higher in contrast", "deviation of gray"),
-    ("less sharp", "sharper", "strength of edges"),
-)
-
-
-@torch.inference_mode()
-def image_statistics(images: Tensor) -> Tensor:
-    """Return how images (B, 3, H, W) uint8 look: (B, 3) float32, the columns of STATISTICS. Mean and standard deviation
-    of gray, in 0 to 255; the root of the mean squared Laplacian over that deviation (of at least 1), which stays the
-    same in a picture that is only darker or lower in contrast."""
-    gray = sum(weight * plane.float() for weight, plane in zip(GRAY, images.unbind(1)))  # (B, H, W)
-    mean = gray.mean((1, 2))
-    deviation = (gray - mean[:, None, None]).square().mean((1, 2)).sqrt()
-    edges = gray[:, 1:-1, :-2] + gray[:, 1:-1, 2:]
-    edges.add_(gray[:, :-2, 1:-1]).add_(gray[:, 2:, 1:-1]).sub_(gray[:, 1:-1, 1:-1], alpha=4)
-    return torch.stack([mean, deviation, edges.square().mean((1, 2)).sqrt() / deviation.clamp(min=1)], 1)

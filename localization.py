@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.onnx import is_in_onnx_export
 
 from density import DENSITIES, NotFiniteError, fit_density, group_by_density, held_out
 from model import CutPasteNet
@@ -130,9 +131,10 @@ def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], g
     """
     if dense:
         return [grid.pool(features).float() for grid, features in zip(grids, network.features(images, levels))]
+    windows = grids[0].cut(images)  # a graph of another number of images has no other number of parts
     parts = [
         [x.mean((2, 3)) for x in network.features(part.contiguous(memory_format=torch.channels_last), levels)]
-        for part in grids[0].cut(images).split(WINDOWS_AT_ONCE)
+        for part in ([windows] if is_in_onnx_export() else windows.split(WINDOWS_AT_ONCE))
     ]
     return [torch.cat(stage).unflatten(0, (len(images), -1)).float() for stage in zip(*parts)]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.onnx import is_in_onnx_export
 
 from choices import BACKBONES, NORMALIZATIONS
 from runtime.files import InputError, check_regular
@@ -45,7 +46,7 @@ class SmallMapConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
-        if x.device.type != "cpu" or height * width > SMALL_MAP:
+        if x.device.type != "cpu" or height * width > SMALL_MAP or is_in_onnx_export():
             return super().forward(x)
         padded = functional.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h + 2, w + 2, C)
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (B, h, w, 3, 3, C)
@@ -119,6 +120,11 @@ class CutPasteNet(nn.Module):
         """Return the mean and deviation to normalize images (B, 3, H, W) by: (3, 1, 1), under "image" (B, 1, 1, 1)."""
         if self.normalize == "imagenet":
             return self.mean, self.std
+        if is_in_onnx_export():
+            # ONNX Runtime adds up value by value, in float32: over a whole image that costs four digits
+            mean = images.mean(3, keepdim=True).mean(2, keepdim=True).mean(1, keepdim=True)
+            variance = (images - mean).square().mean(3, keepdim=True).mean(2, keepdim=True).mean(1, keepdim=True)
+            return mean, variance.sqrt().clamp(min=1e-3)
         std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
         return mean, std.clamp(min=1e-3)  # a quarter of a gray level: less is noise
 

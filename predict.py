@@ -5,6 +5,7 @@
     find photos -name '*.jpg' | python predict.py models/bottle.pt - --output scores.csv
     python predict.py models/bottle.pt inbox --watch --output scores.csv --heatmaps heat
     python predict.py --model_dir models photos        (photos/bottle, photos/screw, ...)
+    python predict.py bottle.onnx photos               (what export.py has written; torch is not needed)
 
 A row for each image, in the order of the command line, folders with their sub-folders by name:
 
@@ -34,9 +35,9 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from choices import FORMATS
-from config import Config
+from choices import FORMATS, SUFFIXES
 from runtime.cli import (
     Interrupts,
     check_usage,
@@ -53,14 +54,22 @@ from runtime.cli import (
 )
 from runtime.files import InputError, check_replaceable, check_writable, say, write_file
 
+if TYPE_CHECKING:  # torch takes seconds to import, and an exported detector needs none
+    import torch
+
+    from config import Config
+    from detector import Detector
+    from reporting.gallery import Gallery
+
 REPORT_SECONDS = 60  # between two reports while watching
 NAMED_ERRORS = 5  # files that could not be scored, of each detector, that stderr names
+FILES = (*SUFFIXES, ".json", ".normals")  # of a detector
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     parser.usage = "%(prog)s DETECTOR IMAGE_OR_FOLDER ... [flags]\n       %(prog)s --model_dir DIR FOLDER [flags]"
-    words = "a detector file (not with --model_dir); then images, folders, or - for a list of paths on stdin"
+    words = "a detector file, .pt or .onnx (not with --model_dir); then images, folders, or - for paths on stdin"
     parser.add_argument("paths", nargs="+", metavar="PATH", help=words)
     add = parser.add_argument_group("detector").add_argument
     add("--model_dir", metavar="DIR", help="folder of detectors; each scores the sub-folder with its name")
@@ -97,8 +106,8 @@ def check_words(args: argparse.Namespace) -> None:
     one that does not exist."""
     if args.model_dir is None:
         detector, *words = args.paths
-        later = [word for word in words if word.endswith(".pt")]
-        if os.path.isdir(detector) or (later and not detector.endswith(".pt")):
+        later = [word for word in words if word.endswith(SUFFIXES)]
+        if os.path.isdir(detector) or (later and not detector.endswith(SUFFIXES)):
             what = "a folder" if os.path.isdir(detector) else "no detector"
             example = f"here {later[0]}" if later else "or --model_dir DIR for a folder of them"
             raise argparse.ArgumentTypeError(f"{detector}: is {what}; a detector file comes first, {example}")
@@ -116,34 +125,26 @@ def check_words(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    check_usage(check_words, get_parser())  # at once: what is imported below takes seconds
-    print("loading torch and the detector", file=sys.stderr, flush=True)
+    check_usage(check_words, get_parser())  # at once: what is imported below takes a while, torch seconds
 
-import torch
-from torch import Tensor
-
-from dataset import ignored_path, load_ignored
-from detector import Detector, load, load_config
-from normals import load_normals, normals_path
 from prediction.drift import Drift
-from prediction.explain import Explainer
+from prediction.exported import Exported
 from prediction.inputs import Task, list_paths, pair_folders, watch
 from prediction.outputs import COLUMNS, Drawings, RowsFile, check_written, copy_below
 from prediction.scorer import Model, Scorer
-from reporting.gallery import Gallery, facts_of, render
 from runtime.image_files import read_size
 
 
 def main(args: argparse.Namespace) -> None:
-    tasks, device = find_tasks(args), choose_device(args.cuda)
-    configs = [check_detector(args, task.detector) for task in tasks]  # all, before any hour is spent
+    tasks = find_tasks(args)
+    checked = [check_detector(args, task.detector) for task in tasks]  # all, before any hour is spent
     drawings = Drawings(args.heatmaps, args.masks, args.explain)
     written = [*drawings.folders, *filter(None, [args.copy_anomalous])]  # those may lie within what is scored
     for task in tasks:
         task.paths = list_paths(task.words, written)
     check_files(args, tasks)
     drawings.prepare((path, task.folders) for task in tasks for path in task.paths)
-    ignored = find_ignored(args, tasks, configs)
+    ignored = find_ignored(args, tasks, checked)
     columns = (*(["category"] if args.model_dir else []), *COLUMNS)
     with ExitStack() as stack:
         stop = stack.enter_context(Interrupts())
@@ -164,8 +165,8 @@ def main(args: argparse.Namespace) -> None:
         watched: list[tuple[Task, Scorer, Drift]] = []  # with --watch all detectors are held, else one at a time
         try:
             for task, region in zip(tasks, ignored):
-                detector = load_detector(args, task, region, device, tells)
-                scorer, drift = make_scorer(args, task, detector, drawings, galleries, pool)
+                model, detector = load_model(args, task, region, checked.pop(0), tells)
+                scorer, drift = make_scorer(args, task, model, detector, drawings, galleries, pool)
                 copy_earlier(args, task, rows)
                 scorer.score(task.paths, rows, pool, tell)
                 if args.watch:
@@ -204,7 +205,7 @@ def watch_folders(
     rows: RowsFile,
     written: list[str],
     stop: Interrupts,
-    galleries: list[Gallery],
+    galleries: "list[Gallery]",
 ) -> Iterator[list[str]]:
     """Yield what comes to the folders until a signal; write the report every REPORT_SECONDS if it has changed."""
     folders = [folder for task in tasks for folder in task.words]
@@ -228,12 +229,47 @@ def find_tasks(args: argparse.Namespace) -> list[Task]:
     return pair_folders(args.model_dir, args.paths[0])
 
 
-def check_detector(args: argparse.Namespace, path: Path) -> Config:
-    """Return the settings of a detector file. Raises InputError if they contradict the flags, or if the file is bad."""
-    config = load_config(path)
-    if args.size not in (None, config.size):
-        asked, actual = (f"{width}x{height}" for height, width in (args.size, config.size))
+def torch_device(args: argparse.Namespace) -> "torch.device":
+    """Import torch, say so since it takes seconds, and return the device that was asked for."""
+    if "torch" not in sys.modules:
+        print("loading torch and the detector", file=sys.stderr, flush=True)
+    return choose_device(args.cuda)
+
+
+def check_detector(args: argparse.Namespace, path: Path) -> "Config | Exported":
+    """Return the settings of a detector file, or an exported detector. Raises InputError if they contradict the flags,
+    or if the file is bad."""
+    detector = check_exported(args, path) if path.suffix == SUFFIXES[1] else check_trained(args, path)
+    if args.size not in (None, detector.size):
+        asked, actual = (f"{width}x{height}" for height, width in (args.size, detector.size))
         raise InputError(f"--size: {asked} was asked for, but {path} has {actual}; leave the flag out")
+    return detector
+
+
+def check_exported(args: argparse.Namespace, path: Path) -> Exported:
+    """Return an exported detector. Raises InputError for flags that need more than it holds, or if a file is bad."""
+    exported = Exported.open(path)
+    for flag, reason in {
+        "explain": "which holds no features to find the nearest normal image by",
+        "ignore": "which ignores what its detector ignored when it was exported",
+        "cuda": "which is run on the CPU",
+    }.items():
+        if getattr(args, flag):
+            raise InputError(f"--{flag}: {path} is an exported detector, {reason}; take {path.stem}.pt")
+    for flag in ("masks", "heatmaps"):
+        if getattr(args, flag) and not exported.has_maps:
+            raise InputError(f"--{flag}: {path} is no patch model, it has no map; {path.stem}.pt draws --heatmaps")
+    return exported
+
+
+def check_trained(args: argparse.Namespace, path: Path) -> "Config":
+    """Return the settings of a detector file. Raises InputError if they contradict the flags, or if the file is bad."""
+    torch_device(args)
+    from dataset import ignored_path
+    from detector import load, load_config
+    from normals import load_normals, normals_path
+
+    config = load_config(path)
     if args.masks and config.patches is None:
         raise InputError(f"--masks: {path} is no patch model, it has no map; --heatmaps draws where its score is from")
     if args.heatmaps and config.patches is None and not config.has_gradient:
@@ -251,26 +287,32 @@ def check_files(args: argparse.Namespace, tasks: list[Task]) -> None:
     paths = [path for task in tasks for path in task.paths]
     if not paths and not args.watch:
         raise InputError(f"{', '.join(args.paths[args.model_dir is None :])}: no image found")
-    detectors = [path for task in tasks for path in (task.detector, normals_path(task.detector))]
+    detectors = [task.detector.with_suffix(suffix) for task in tasks for suffix in FILES]
     check_written((args.output, args.report), (*detectors, *paths))
     if args.report:
         check_replaceable(args.report, "take another --report")
         check_writable(Path(args.report).parent)
 
 
-def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Config]) -> list[Tensor | None]:
+def find_ignored(
+    args: argparse.Namespace, tasks: list[Task], configs: "list[Config | Exported]"
+) -> "list[torch.Tensor | None]":
     """Return what each detector ignores beside its own, (H, W) bool, from a file of its size or of its first image's.
     Raises InputError if --ignore has nothing for any of them."""
+    if not args.ignore:
+        return [None] * len(tasks)
+    from dataset import ignored_path, load_ignored
+
     ignored = []
     for task, config in zip(tasks, configs):
-        path = ignored_path(args.ignore, config.category) if args.ignore else None
+        path = ignored_path(args.ignore, config.category)
         file_size = None  # unknown where no image is readable: their rows say so
         for image in filter(os.path.isfile, task.paths if path else ()):
             with suppress(InputError):
                 file_size = read_size(image)
                 break
         ignored.append(load_ignored(path, config.size, file_size) if path else None)
-    if args.ignore and all(region is None for region in ignored):
+    if all(region is None for region in ignored):
         names = ", ".join(config.category for config in configs)
         raise InputError(f"--ignore: {args.ignore} has no <category>.png for any of {names}")
     return ignored
@@ -279,41 +321,53 @@ def find_ignored(args: argparse.Namespace, tasks: list[Task], configs: list[Conf
 # What scores ------------------------------------------------------------------------------------------------------
 
 
-def load_detector(
-    args: argparse.Namespace, task: Task, ignored: Tensor | None, device: torch.device, tells: bool
-) -> Detector:
-    """Return a task's detector, with the ignored region (H, W) bool and the rate that were asked for; say what that
-    rate promises, if it ``tells``."""
-    detector = load(task.detector, device)
-    if ignored is not None:
-        detector.ignore_region(ignored)
-    if args.false_alarm_rate is not None:
-        detector.set_false_alarm_rate(args.false_alarm_rate)
-    guarantee = detector.guarantee
+def load_model(
+    args: argparse.Namespace, task: Task, ignored: "torch.Tensor | None", checked: "Config | Exported", tells: bool
+) -> "tuple[Model, Detector | None]":
+    """Return a task's model, with the ignored region (H, W) bool and the rate that were asked for, and the detector
+    that it stands for, None of an exported one; say what that rate promises, if it ``tells``. checked: what
+    ``check_detector`` gave."""
+    if isinstance(checked, Exported):
+        model, detector = Model.of_exported(checked, args.false_alarm_rate), None
+    else:
+        from detector import load
+
+        detector = load(task.detector, torch_device(args))
+        if ignored is not None:
+            detector.ignore_region(ignored)
+        if args.false_alarm_rate is not None:
+            detector.set_false_alarm_rate(args.false_alarm_rate)
+        model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
+    guarantee = model.guarantee
     if tells:
-        say(f"{detector.config.category}: {guarantee.words() if args.verbose else guarantee.advice()}")
-    return detector
+        say(f"{model.category}: {guarantee.words() if args.verbose else guarantee.advice()}")
+    return model, detector
 
 
 def make_scorer(
     args: argparse.Namespace,
     task: Task,
-    detector: Detector,
+    model: Model,
+    detector: "Detector | None",
     drawings: Drawings,
-    galleries: list[Gallery],
+    galleries: "list[Gallery]",
     pool: Executor,
 ) -> tuple[Scorer, Drift]:
     """Return what scores a task's images, and what compares them with normal ones and must be told when they end. Adds
-    to the galleries that the report is made of."""
-    model = Model.of(detector, explain=bool(args.explain or (args.heatmaps and detector.config.patches is None)))
+    to the galleries that the report is made of. model, detector: of ``load_model``."""
     gallery, shows = None, []
     if args.report:
-        gallery = Gallery(detector, facts_of(detector, task.detector, task.words))
+        from reporting.gallery import Gallery, facts_of
+
+        gallery = Gallery(model.category, model, facts_of(*model.made, task.detector, task.words))
         galleries.append(gallery)
         shows.append(gallery.on_batch)
     warn = gallery.warnings.append if gallery else lambda words: None
-    drift = Drift(detector.config.category, detector.appearance, detector.guarantee, warn)
+    drift = Drift(model.category, model.appearance, model.guarantee, warn)
     if args.explain:
+        from normals import load_normals, normals_path
+        from prediction.explain import Explainer
+
         normals = load_normals(normals_path(task.detector), detector)
         shows.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
     draw = None
@@ -327,7 +381,7 @@ def make_scorer(
 
 
 def second_look(
-    args: argparse.Namespace, task: Task, gallery: Gallery | None, named: list[str], rows: list[dict]
+    args: argparse.Namespace, task: Task, gallery: "Gallery | None", named: list[str], rows: list[dict]
 ) -> None:
     """Copy the images of new rows that need a second look, if that is asked for. Tell of them while watching, else of
     the first errors, and of all errors in the report. named: the files whose errors have been told, which grows."""
@@ -361,9 +415,11 @@ def tell_of_no_panel(args: argparse.Namespace, rows: RowsFile) -> None:
     say(f"nothing was called anomalous, so there is no panel; {path} has the lowest p, {p:.2g}: {rate} draws it")
 
 
-def write_report(args: argparse.Namespace, galleries: list[Gallery]) -> None:
+def write_report(args: argparse.Namespace, galleries: "list[Gallery]") -> None:
     """Write the HTML file of the images that have a score; leave it as it is if there is none."""
     if pages := [gallery.page() for gallery in galleries if gallery.count or gallery.unreadable]:
+        from reporting.gallery import render
+
         title = f"CutPaste: {args.model_dir or Path(args.paths[0]).stem}"
         write_file(render(pages, title).encode(), args.report)
     elif args.report:

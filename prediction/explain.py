@@ -10,11 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
-from detector import BatchPrediction, Detector
+from detector import Detector
 from normals import Normals, compared
-from prediction.scorer import heat_maps
+from prediction.scorer import BatchScores, heat_maps
 from reporting import overlays
 from reporting.overlays import crop, rescaled
 from runtime.files import InputError, say, shown, write_file
@@ -56,19 +55,19 @@ class Explainer:
         self,
         paths: Sequence[str],
         sizes: Sequence[tuple[int, int]],
-        pixels: Tensor,
-        prediction: BatchPrediction,
+        pixels: np.ndarray,
+        prediction: BatchScores,
     ) -> None:
         """Draw the anomalous ones of a batch; see ``scorer.Callback``."""
-        anomalous = (prediction.p_values <= self.rate).nonzero()[:, 0]
+        anomalous = np.flatnonzero(prediction.p_values <= self.rate)
         if not len(anomalous):
             return
-        features = prediction.features[0][self.detector.comparison_level][anomalous]
+        features = prediction.source.features[0][self.detector.comparison_level][anomalous]
         heats = heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous)
         arguments = (
             [paths[i] for i in anomalous.tolist()],
             [sizes[i] for i in anomalous.tolist()],
-            pixels[anomalous].permute(0, 2, 3, 1).cpu().numpy(),
+            pixels[anomalous],
             prediction.scores[anomalous].tolist(),
             prediction.p_values[anomalous].tolist(),
             heats,
@@ -77,7 +76,7 @@ class Explainer:
         list(self.pool.map(self.draw, *arguments))  # which waits for all of them
 
     def compare(
-        self, prediction: BatchPrediction, anomalous: Tensor, heats: Sequence[np.ndarray], nearest: list[int]
+        self, prediction: BatchScores, anomalous: np.ndarray, heats: Sequence[np.ndarray], nearest: list[int]
     ) -> list[Comparison]:
         """Return what each image is compared with: the normal window nearest to the one where its map is highest, if
         the density knows it and its image is kept; else the nearest of the normal images, by number."""
@@ -85,7 +84,7 @@ class Explainer:
         if not self.has_maps:
             return whole
         points = [tuple(map(int, np.unravel_index(heat.argmax(), heat.shape))) for heat in heats]
-        windows = self.detector.nearest_windows(prediction, anomalous, points) or []
+        windows = self.detector.nearest_windows(prediction.source, anomalous, points) or []
         kept = {number: index for index, number in enumerate(self.normals.numbers)}
         for row, (number, shift) in enumerate(windows):
             if (index := kept.get(number)) is not None:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detector import detector_path, detectors_in
+from choices import SUFFIXES
 from runtime.files import InputError, say, spreadsheet_safe
-from runtime.image_files import find_folders, list_folder
+from runtime.image_files import find_folders, is_hidden, list_folder
 
 LOOK_EVERY = 0.5  # seconds between two looks at files that are being written
 SETTLED = 1.0  # seconds without a change after which a file counts as written
@@ -43,19 +43,18 @@ class Task:
 
 def pair_folders(model_dir: str, root: str) -> list[Task]:
     """Return a task for each sub-folder of ``root`` that has the name of a detector in ``model_dir``; say what is left
-    out. Raises InputError if nothing is left, or if a folder is missing."""
+    out. Of a detector and its export the detector is taken. Raises InputError if nothing is left, or if a folder is
+    missing."""
     for folder in (model_dir, root):
         if not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder")
     names = [path.name for path in find_folders(Path(root))]
-    trained = detectors_in(Path(model_dir))
+    trained: dict[str, Path] = {}
+    for suffix in reversed(SUFFIXES):
+        trained |= {path.stem: path for path in Path(model_dir).glob("*" + suffix) if not is_hidden(path.name)}
     for name in sorted({*names} ^ {*trained}):
         say(f"{name}: has {'images but no detector' if name in names else 'a detector but no images'}; left out")
-    tasks = [
-        Task(name, detector_path(model_dir, name), [os.path.join(root, name)], root)
-        for name in names
-        if name in trained
-    ]
+    tasks = [Task(name, trained[name], [os.path.join(root, name)], root) for name in names if name in trained]
     if not tasks:
         raise InputError(f"{root}: no sub-folder that is named like a detector in {model_dir}")
     return tasks

@@ -1,6 +1,7 @@
 """Score image files: threads decode some while the network scores others, so that any number needs little memory.
 
-Owns what becomes of one image: its row, and when it is drawn. Knows no flag, and not which files are meant.
+Owns what becomes of one image: its row, and when it is drawn; and ``Model``, which stands for a detector in any form.
+Knows no flag, and not which files are meant. Works on arrays; imports torch only for a detector of torch.
 """
 
 import math
@@ -9,27 +10,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from detector import BatchPrediction, Detector
+from conformal import FalseAlarmGuarantee, conformal_threshold
+from prediction.exported import Exported
 from prediction.outputs import COLUMNS, STATE, RowsFile, file_state
 from reporting import overlays
 from runtime.files import InputError, say
-from runtime.gpu import issued_ahead, to_device
 from runtime.image_files import FULL_RANGE, decode_with_size
 
+if TYPE_CHECKING:
+    from detector import BatchPrediction, Detector
+
 T, R = TypeVar("T"), TypeVar("R")
-# What is called with each batch: paths, sizes (H, W) of the files, pixels (B, 3, H, W) uint8 as the detector sees them
-# and on its device, what it says of them
-Callback = Callable[[Sequence[str], Sequence[tuple[int, int]], Tensor, BatchPrediction], object]
+EXPORTED_BATCH = 4  # images that go through an exported graph together: as fast as more, or faster
 ROWS_COMPARED = 3  # earlier rows whose images are scored again
 SAME_SCORE = 0.01  # relative difference; devices and batches round otherwise, in bfloat16 by a few thousandths
 
@@ -45,51 +45,146 @@ class ImageFile(NamedTuple):
     state: tuple[str, str] | None = None  # see outputs.file_state
 
 
-@dataclass(frozen=True)
-class Model:
-    """Hold what a Scorer needs to know of a trained model, in whatever form that is.
+class BatchScores(NamedTuple):
+    """Hold what a model says of B images, as arrays.
 
-    view: images (B, 3, H, W) uint8 on the CPU, at most ``batch_size`` of ``size`` (H, W) -> the same as the model sees
-    them, on its device. predict: those -> what the model says of them. heat: that -> maps (B, H, W) float32 in the
-    score's unit. has_maps: True if the score is the maximum of the map. rate: an image with a p-value <= rate is
-    anomalous. device: where the model is. white: of 16-bit images, see image_files.decode.
+    scores, p_values: (B,) float64, see detector.BatchPrediction. maps: (B, H, W) float32 of a patch model, else None.
+    source: what a detector of torch has said, for Grad-CAM and panels; None of other forms.
     """
 
-    view: Callable[[Tensor], Tensor]
-    predict: Callable[[Tensor], BatchPrediction]
-    heat: Callable[[BatchPrediction], np.ndarray]
+    scores: np.ndarray
+    p_values: np.ndarray
+    maps: np.ndarray | None
+    source: "BatchPrediction | None" = None
+
+
+# What is called with each batch: paths, sizes (H, W) of the files, pixels (B, H, W, 3) uint8 as the detector sees them,
+# what it says of them
+Callback = Callable[[Sequence[str], Sequence[tuple[int, int]], np.ndarray, BatchScores], object]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Hold what a Scorer, a report and a warning need to know of a trained model, in whatever form that is.
+
+    begin: images (B, H, W, 3) uint8, at most ``batch_size`` of ``size`` (H, W) -> what ``end`` takes; a GPU is not
+    waited for. end: that -> the images as the model sees them, and what it says of them. ahead: takes an iterator of
+    what ``begin`` gives, and gives it on when it should be waited for. heat: what the model says -> maps (B, H, W)
+    float32 in the score's unit. has_maps: True if the score is the maximum of the map. An image with a p-value <=
+    guarantee.rate is anomalous. white: of 16-bit images, see image_files.decode. category, unit: of the scores, in
+    words. appearance (n, 3): how normal images look, see looks.image_statistics; n is 0 if that is not known. made: for
+    gallery.facts_of: settings, metadata, what runs it.
+    """
+
+    begin: Callable[[np.ndarray], T]
+    end: Callable[[T], tuple[np.ndarray, BatchScores]]
+    heat: Callable[[BatchScores], np.ndarray]
     size: tuple[int, int]
     batch_size: int
     threshold: float
-    rate: float
+    guarantee: FalseAlarmGuarantee
     has_maps: bool
-    device: torch.device
     white: int = FULL_RANGE
+    category: str = ""
+    unit: str = ""
+    appearance: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.float32))
+    made: tuple[dict, dict, str] = ({}, {}, "")
+    ahead: Callable[[Iterator[T]], Iterator[T]] = iter
 
     @classmethod
-    def of(cls, detector: Detector, explain: bool) -> "Model":
-        """Return a detector as a Model. explain: keep the features that Grad-CAM and panels need."""
+    def of(cls, detector: "Detector", explain: bool) -> "Model":
+        """Return a detector of torch as a Model. explain: keep the features that Grad-CAM and panels need."""
+        import torch
+
+        from runtime.gpu import issued_ahead, to_device
+
+        @torch.inference_mode()
+        def begin(images: np.ndarray) -> tuple:
+            on_device = to_device(torch.from_numpy(images).permute(0, 3, 1, 2), detector.device)
+            filled = detector.fill(on_device)
+            return images if filled is on_device else filled, detector.predict_batch(filled, explain)
+
+        def end(work: tuple) -> tuple[np.ndarray, BatchScores]:
+            pixels, prediction = work
+            if not isinstance(pixels, np.ndarray):
+                pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+            return pixels, as_arrays(prediction)
+
         return cls(
-            view=lambda images: detector.fill(to_device(images, detector.device)),
-            predict=partial(detector.predict_batch, explain=explain),
-            heat=partial(heat_maps, detector),
+            begin=begin,
+            end=end,
+            heat=torch.inference_mode()(partial(heat_maps, detector)),
             size=detector.config.size,
             batch_size=detector.batch_size,
             threshold=detector.threshold.item(),
-            rate=detector.guarantee.rate,
+            guarantee=detector.guarantee,
             has_maps=detector.config.patches is not None,
-            device=detector.device,
             white=detector.white,
+            category=detector.config.category,
+            unit=detector.unit,
+            appearance=detector.appearance.cpu().numpy(),
+            made=(detector.config.to_dict(), detector.metadata, f"torch {torch.__version__}"),
+            ahead=partial(issued_ahead, device=detector.device),
+        )
+
+    @classmethod
+    def of_exported(cls, exported: Exported, rate: float | None = None) -> "Model":
+        """Return an exported detector as a Model; torch is not needed. rate: the false-alarm rate that is asked for;
+        default: the detector's."""
+        import onnxruntime
+
+        facts, threshold = exported.facts, exported.threshold
+        calibration_scores = np.array(facts["calibration_scores"])
+        guarantee = FalseAlarmGuarantee(count=len(calibration_scores), **facts["guarantee"])
+        if rate is not None:
+            guarantee = replace(guarantee, asked=rate, chosen="")
+            threshold = conformal_threshold(calibration_scores, rate)[0].item()
+
+        def end(images: np.ndarray) -> tuple[np.ndarray, BatchScores]:
+            scores, p_values, maps = exported.run(images)
+            ranks = np.rint(p_values.astype(np.float64) * (guarantee.count + 1))
+            p_values = ranks / (guarantee.count + 1)  # in float32 one could be above the rate that it is equal to
+            return filled(images, facts["ignore"]), BatchScores(scores.astype(np.float64), p_values, maps)
+
+        return cls(
+            begin=lambda images: images,
+            end=end,
+            heat=lambda prediction: prediction.maps,
+            size=exported.size,
+            batch_size=EXPORTED_BATCH,
+            threshold=threshold,
+            guarantee=guarantee,
+            has_maps=exported.has_maps,
+            white=exported.white,
+            category=exported.category,
+            unit=facts["score_unit"],
+            appearance=np.array(facts["appearance"], np.float32).reshape(-1, 3),
+            made=(facts["config"], facts["metadata"], f"onnxruntime {onnxruntime.__version__}"),
         )
 
 
-def heat_maps(detector: Detector, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> np.ndarray:
+def as_arrays(prediction: "BatchPrediction") -> BatchScores:
+    """Return what a detector of torch says of a batch as arrays; waits for a GPU."""
+    return BatchScores(*(None if part is None else part.cpu().numpy() for part in prediction[:3]), prediction)
+
+
+def heat_maps(detector: "Detector", prediction: BatchScores, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:
     """Return the maps (n, H, W) float32 of the chosen images of a batch, those of Grad-CAM in the score's unit. Raises
     InputError where a density has no gradient."""
-    maps = detector.heat(prediction, chosen).cpu().numpy()
     if prediction.maps is not None:
-        return maps
+        return prediction.maps[chosen]
+    maps = detector.heat(prediction.source, chosen).cpu().numpy()
     return np.stack([overlays.as_score(heat, score) for heat, score in zip(maps, prediction.scores[chosen].tolist())])
+
+
+def filled(images: np.ndarray, ignore: dict | None) -> np.ndarray:
+    """Return images (B, H, W, 3) with ignored pixels filled, as an exported detector sees them. ignore: see
+    exported.RULES."""
+    if ignore is None:
+        return images
+    pixels = images.reshape(len(images), -1, 3).copy()
+    pixels[:, ignore["pixels"]] = pixels[:, ignore["sources"]]
+    return pixels.reshape(images.shape)
 
 
 class Scorer:
@@ -141,12 +236,13 @@ class Scorer:
             tell(len(batch))
 
     def predictions(self, paths: Iterable[str], pool: Executor) -> Iterator[tuple]:
-        """Yield what ``predict`` returns, batch by batch."""
+        """Yield the files of each batch; of those that could be read pixels and what the model says of them, as a
+        Callback takes them, None if there are none."""
         with closing(in_order(pool, self.read, paths, self.ahead)) as files:
             batches = iter(lambda: list(islice(files, self.model.batch_size)), [])
-            yield from issued_ahead(map(self.predict, batches), self.model.device)
+            for batch, work in self.model.ahead(map(self.begin, batches)):
+                yield batch, *((None, None) if work is None else self.model.end(work))
 
-    @torch.inference_mode()
     def check_earlier(self, paths: list[str], rows: RowsFile) -> None:
         """Raise InputError if earlier rows, by path, are another detector's or were decided at another rate.
 
@@ -156,20 +252,20 @@ class Scorer:
         instead = "another --output, or --overwrite"
         files = [file for file in map(self.read, paths[:ROWS_COMPARED]) if file.error is None]
         if files:
-            scores = self.model.predict(self.view(files)).scores.cpu()
-            earlier = torch.tensor([rows.done[file.path] for file in files], dtype=scores.dtype)
-            same = torch.isclose(scores, earlier, rtol=SAME_SCORE)
-            certain = torch.tensor([bool(rows.told[file.path][-1]) for file in files])
+            scores = self.model.end(self.begin(files)[1])[1].scores
+            earlier = np.array([rows.done[file.path] for file in files])
+            same = np.isclose(scores, earlier, rtol=SAME_SCORE)
+            certain = np.array([bool(rows.told[file.path][-1]) for file in files])
             if not (same[certain].all() if certain.any() else same.any()):
-                first = int((~same).nonzero()[0])
+                first = int(np.flatnonzero(~same)[0])
                 differ = f"has the score {earlier[first]:.4g} there, this detector gives {scores[first]:.4g}"
                 other = f"is another detector's ({files[first].path} {differ}), or of before a --refit"
                 raise InputError(f"{rows.path}: {other}; {instead}")
         for path in paths:
             anomalous, _, p_value, *_ = rows.told[path]
-            if p_value and anomalous != (float(p_value) <= self.model.rate):
+            if p_value and anomalous != (float(p_value) <= self.model.guarantee.rate):
                 there = f"{path} has p {float(p_value):.3g} and anomalous {int(anomalous)} there"
-                other = f"was decided at another rate than {self.model.rate:.3g} ({there})"
+                other = f"was decided at another rate than {self.model.guarantee.rate:.3g} ({there})"
                 raise InputError(f"{rows.path}: {other}; {instead}")
 
     def read(self, path: str) -> ImageFile:
@@ -182,24 +278,17 @@ class Scorer:
         except InputError as error:
             return ImageFile(path, error=reason(error, path), state=state)
 
-    def view(self, files: list[ImageFile]) -> Tensor:
-        """Return files as the model sees them, (B, 3, H, W)."""
-        return self.model.view(torch.from_numpy(np.stack([file.pixels for file in files])).permute(0, 3, 1, 2))
+    def begin(self, batch: list[ImageFile]) -> tuple[list[ImageFile], object]:
+        """Return a batch of files, and what the model has begun with of those that could be read; None if there are
+        none."""
+        pixels = [file.pixels for file in batch if file.error is None]
+        return batch, self.model.begin(np.stack(pixels)) if pixels else None
 
-    @torch.inference_mode()
-    def predict(self, batch: list[ImageFile]) -> tuple[list[ImageFile], Tensor | None, BatchPrediction | None]:
-        """Return a batch of files, those that could be read as the model sees them, and what it says of them; None if
-        there are none. A GPU is not waited for."""
-        files = [file for file in batch if file.error is None]
-        pixels = self.view(files) if files else None
-        return batch, pixels, self.model.predict(pixels) if files else None
-
-    @torch.inference_mode()
     def rows(
         self,
         batch: list[ImageFile],
-        pixels: Tensor | None,
-        prediction: BatchPrediction | None,
+        pixels: np.ndarray | None,
+        prediction: BatchScores | None,
         pool: Executor,
         callbacks: Iterable[Callback],
     ) -> list[dict]:
@@ -216,15 +305,15 @@ class Scorer:
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
         levels = [None] * len(files)
         if self.model.has_maps:
-            decisions = zip(maps, p_values)
-            levels = [overlays.drawn_above(heat, self.model.threshold, p <= self.model.rate) for heat, p in decisions]
+            decided = [p <= self.model.guarantee.rate for p in p_values]
+            levels = [overlays.drawn_above(heat, self.model.threshold, p) for heat, p in zip(maps, decided)]
         errors = pool.map(self.draw_one, files, maps, levels) if self.draw else [None] * len(files)
         for file, score, p, heat, level, error in zip(files, scores, p_values, maps, levels, errors):
             error = error or (None if math.isfinite(score) else "its score is not finite; train the detector again")
             if error:
                 rows[file.path]["error"] = error
                 continue
-            rows[file.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.model.rate)}
+            rows[file.path] |= {"score": score, "p_value": p, "anomalous": int(p <= self.model.guarantee.rate)}
             if self.model.has_maps and (box := overlays.region(heat, level, file.size)):
                 rows[file.path] |= dict(zip(("x", "y", "width", "height"), box))
         for callback in callbacks:

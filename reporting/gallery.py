@@ -14,21 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
-from torch import Tensor
 
 from config import flag_value
-from detector import BatchPrediction, Detector
-from reporting.metrics import Evaluation
+from conformal import FalseAlarmGuarantee
 from reporting.overlays import crop, drawn_above, overlay, own_pixels, rescaled
 from runtime.cli import command_line
 from runtime.files import MARK
 from runtime.image_files import encode
+
+if TYPE_CHECKING:  # torch is not imported for the reports of an exported detector
+    from torch import Tensor
+
+    from reporting.metrics import Evaluation
 
 MAX_TILES = 1000  # images without labels on a page: with heat maps that is 30 MB at most
 # At most: 500 images with their maps and regions are then below 15 MB
@@ -38,6 +41,23 @@ LOWEST_QUALITY = 20
 EVERY_LEVEL = 50  # p-values k / (n + 1) up to this k are all on the slider, larger ones in steps of two percent
 USUAL = 0.95  # share of the scores that take at least half of the histogram's axis
 WIDTH, ROC_HEIGHT, STRIP_HEIGHT, STRIP_GAP, BINS = 280, 200, 82, 26, 40  # of the charts, in units of their SVG
+
+
+class Decides(Protocol):
+    """Name what a page needs of a detector, in whatever form that is."""
+
+    unit: str
+    guarantee: FalseAlarmGuarantee
+    threshold: "float | Tensor"
+    white: int
+
+
+class HasScores(Protocol):
+    """Name what a page needs of what a model says of B images."""
+
+    scores: np.ndarray  # (B,)
+    p_values: np.ndarray  # (B,)
+    maps: np.ndarray | None  # (B, H, W) of a patch model
 
 
 @dataclass(frozen=True)
@@ -73,19 +93,21 @@ class Page:
     normal_scores: Sequence[float] = ()  # (n,): the calibration scores, which are the thresholds of all levels
 
 
-def facts_of(detector: Detector, path: str | Path, images: Iterable[str | Path]) -> list[tuple[str, str]]:
-    """Return how a page was made, by name. path: of the detector's file. images: where the images are."""
-    settings = {name: value for name, value in detector.config.to_dict().items() if value is not None}
-    trained = detector.metadata.get("torch")
+def facts_of(
+    settings: dict, metadata: dict, runtime: str, path: str | Path, images: Iterable[str | Path]
+) -> list[tuple[str, str]]:
+    """Return how a page was made, by name. settings, metadata: of the detector, by name. runtime: what has run it, with
+    its version. path: of the detector's file. images: where the images are."""
+    settings = {name: value for name, value in settings.items() if value is not None}
     return [
         ("date", datetime.now().astimezone().isoformat(" ", "seconds")),
         ("detector", str(path)),
         ("images", ", ".join(map(str, images))),
         ("command", command_line()),
-        ("trained by", detector.metadata.get("command", "unknown")),
-        ("training images", str(detector.metadata.get("train_images", "unknown"))),
+        ("trained by", metadata.get("command", "unknown")),
+        ("training images", str(metadata.get("train_images", "unknown"))),
         ("settings", ", ".join(f"{name} {flag_value(value)}" for name, value in settings.items())),
-        ("versions", f"torch {torch.__version__}, trained with {trained}; Python {platform.python_version()}"),
+        ("versions", f"{runtime}, trained with {metadata.get('torch')}; Python {platform.python_version()}"),
     ]
 
 
@@ -93,40 +115,42 @@ def facts_of(detector: Detector, path: str | Path, images: Iterable[str | Path])
 
 
 def gallery_page(
-    evaluation: Evaluation, seed: str = "", costs: tuple[float, float] | None = None, workers: int = 1
+    evaluation: "Evaluation", seed: str = "", costs: tuple[float, float] | None = None, workers: int = 1
 ) -> Page:
     """Return the page of a category's test images. seed: the name of the seed's folder, if there are several. costs: of
     a miss and of a false alarm. workers: threads that open the images once more."""
-    test = evaluation.test
+    test, detector = evaluation.test, evaluation.detector
+    maps = None if detector.config.patches is None else evaluation.maps  # of the others by Grad-CAM, for the plots
 
     def tile(i: int) -> Tile:
-        path, heat = test.paths[i], None if evaluation.maps is None else evaluation.maps[i]
+        path, heat = test.paths[i], None if maps is None else maps[i]
         score, p_value = evaluation.scores[i].item(), evaluation.p_values[i].item()
         label = int(test.labels[i])
-        pictures = _pictures(evaluation.detector, path, test.images[i], heat, p_value, closer=bool(label))
+        pixels = test.images[i].permute(1, 2, 0).numpy()
+        pictures = _pictures(detector, path, pixels, heat, p_value, closer=bool(label))
         return Tile(f"{path.parent.name}/{path.name}", test.defect_types[i], label, score, p_value, *pictures)
 
     with ThreadPoolExecutor(workers or 1) as pool:
         tiles = list(pool.map(tile, range(len(test.paths))))
     title = " ".join(filter(None, (evaluation.category, seed)))
-    return replace(_page(evaluation.detector, tiles, title, evaluation.metrics.get("image_auroc")), costs=costs)
+    return replace(_page(detector, tiles, title, evaluation.metrics.get("image_auroc")), costs=costs)
 
 
 class Gallery:
     """Collect tiles of images without labels while they are scored; of more than MAX_TILES those with the highest
     scores."""
 
-    def __init__(self, detector: Detector, facts: Sequence[tuple[str, str]] = ()) -> None:
-        self.detector, self.facts, self.count, self.names = detector, facts, 0, set()
+    def __init__(self, category: str, detector: Decides, facts: Sequence[tuple[str, str]] = ()) -> None:
+        self.category, self.detector, self.facts, self.count, self.names = category, detector, facts, 0, set()
         self.warnings: list[str] = []
         self.unreadable: dict[str, str] = {}  # why, by path
         self.heap: list[tuple[float, int, Tile]] = []  # the lowest score first, of equal scores the latest image
 
     def on_batch(
-        self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], pixels: Tensor, prediction: BatchPrediction
+        self, paths: Sequence[str], sizes: Sequence[tuple[int, int]], pixels: np.ndarray, prediction: HasScores
     ) -> None:
-        """Add images, by path and as (B, 3, H, W) uint8, with what the detector says of them. sizes: of their files."""
-        maps = [None] * len(paths) if prediction.maps is None else prediction.maps.cpu().numpy()
+        """Add images, by path and as (B, H, W, 3) uint8, with what the detector says of them. sizes: of their files."""
+        maps = [None] * len(paths) if prediction.maps is None else prediction.maps
         scores, p_values = prediction.scores.tolist(), prediction.p_values.tolist()
         for path, image, heat, score, p_value in zip(paths, pixels, maps, scores, p_values):
             self.count += 1
@@ -150,12 +174,12 @@ class Gallery:
         tiles = list(latest.values())  # an image that has changed may have been scored again
         note = f". The {len(tiles)} images with the highest scores, of {len(self.names)}"
         note *= len(self.names) > len(tiles)
-        page = _page(self.detector, tiles, self.detector.config.category, None, note)
+        page = _page(self.detector, tiles, self.category, None, note)
         unreadable = [*self.unreadable.items()]
         return replace(page, facts=self.facts, warnings=self.warnings, unreadable=unreadable)
 
 
-def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
+def _page(detector: Decides, tiles: list[Tile], title: str, auroc: float | None, note: str = "") -> Page:
     guarantee = detector.guarantee
     advice, scores = guarantee.advice() + note, detector.calibration_scores.tolist()
     about = (title, detector.unit, guarantee.rate, guarantee.count, advice, auroc, tiles)
@@ -166,15 +190,19 @@ def _page(detector: Detector, tiles: list[Tile], title: str, auroc: float | None
 
 
 def _pictures(
-    detector: Detector, path: str | Path, image: Tensor, heat: np.ndarray | None, p_value: float, closer: bool = False
+    detector: Decides,
+    path: str | Path,
+    pixels: np.ndarray,
+    heat: np.ndarray | None,
+    p_value: float,
+    closer: bool = False,
 ) -> tuple[bytes, bytes | None, bytes | None]:
-    """Return the JPEG files of a tile: of an image (3, H, W) uint8; with its map (H, W) if that is a patch model's,
-    whose scale the threshold gives, and whose outline the decision by its p-value; and, if it is called anomalous or
-    ``closer``, of its most unusual region as it is in the file."""
-    pixels = image.permute(1, 2, 0).cpu().numpy()
-    if heat is None or detector.config.patches is None:
+    """Return the JPEG files of a tile: of an image (H, W, 3) uint8; with its map (H, W) if it has one, whose scale the
+    threshold gives, and whose outline the decision by its p-value; and, if it is called anomalous or ``closer``, of its
+    most unusual region as it is in the file."""
+    if heat is None:
         return thumbnail(pixels), None, None
-    threshold, anomalous = detector.threshold.item(), p_value <= detector.guarantee.rate
+    threshold, anomalous = float(detector.threshold), p_value <= detector.guarantee.rate
     level = drawn_above(heat, threshold, anomalous)
     drawn = thumbnail(np.asarray(overlay(pixels, heat, threshold, level)))
     if not (anomalous or closer):

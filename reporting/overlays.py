@@ -1,15 +1,14 @@
 """Say and show where an image is anomalous, from its map: the strongest region, and heat drawn over the image.
 
-Maps and images in; boxes, pictures and the content of their files out. Owns how heat is colored.
+Maps and images in; boxes, pictures and the content of their files out. Owns how heat is colored. Needs NumPy and Pillow
+alone, for computers on the line.
 """
 
 import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, PngImagePlugin
-from torch.nn import functional
 
 from runtime.files import MARK, InputError
 from runtime.image_files import decode, encode
@@ -27,18 +26,33 @@ def region(heat: np.ndarray, threshold: float, size: tuple[int, int]) -> tuple[i
     heat: the map (h, w). size: (H, W) of the image. The region is connected by 4 neighbors; the box is the smallest
     that covers it. None if nothing is above the threshold.
     """
-    from scipy.ndimage import find_objects, label
-
     above = heat.astype(np.float64) > threshold
     if not above.any():
         return None
-    regions, _ = label(above)
-    strongest = regions[np.unravel_index(heat.argmax(), heat.shape)]
-    box = find_objects(regions)[strongest - 1]
+    places = connected(above, np.unravel_index(heat.argmax(), heat.shape)).nonzero()
     (top, bottom), (left, right) = (
-        (part.start * side // cells, -(-part.stop * side // cells)) for part, side, cells in zip(box, size, heat.shape)
+        (int(part.min()) * side // cells, -(-int(part.max() + 1) * side // cells))
+        for part, side, cells in zip(places, size, heat.shape)
     )
     return left, top, right - left, bottom - top
+
+
+def connected(marked: np.ndarray, place: tuple[int, int]) -> np.ndarray:
+    """Return the part (H, W) bool of what is marked (H, W) that is connected with a marked place by 4 neighbors."""
+    begins = marked.copy()
+    begins[:, 1:] &= ~marked[:, :-1]
+    rows = begins.cumsum().reshape(marked.shape)  # the number of the run of marks along its row that a mark is in
+    begins = marked.copy()
+    begins[1:] &= ~marked[:-1]
+    columns = begins.T.cumsum().reshape(marked.T.shape).T
+    part, before = np.zeros_like(marked), 0
+    part[place] = True
+    while before != (before := np.count_nonzero(part)):
+        for runs in (rows, columns):
+            reached = np.zeros(runs.max() + 1, dtype=bool)
+            reached[runs[part]] = True
+            part = reached[runs] & marked
+    return part
 
 
 def drawn_above(heat: np.ndarray, threshold: float, anomalous: bool) -> float:
@@ -93,8 +107,17 @@ def as_score(heat: np.ndarray, score: float) -> np.ndarray:
 
 
 def enlarged(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a map (h, w) at the size (H, W) of its image, bilinear, as eval.py saves maps."""
-    return functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+    """Return a map (h, w) float32 at the size (H, W) of its image, bilinear, as eval.py saves maps: to the same bits,
+    where torch multiplies and adds in one step, rounded once."""
+    for axis in (1, 0):
+        length, side = heat.shape[axis], size[axis]
+        scale = np.float64(np.float32(length) / np.float32(side))
+        places = (scale * (np.arange(side) + 0.5) - 0.5).astype(np.float32).clip(0)
+        lower = places.astype(int)
+        share = (places - lower.astype(np.float32)).reshape([-1, 1][: 2 - axis])  # of the next one
+        upper = heat.take(np.minimum(lower + 1, length - 1), axis) * share
+        heat = (heat.take(lower, axis) * (1 - share).astype(np.float64) + upper).astype(np.float32)
+    return heat
 
 
 def above(heat: np.ndarray, level: float) -> Image.Image:
@@ -124,8 +147,6 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, level: float
 
     level: what is above it gets a thin line around it, see ``drawn_above``; None: without such a line.
     """
-    from scipy.ndimage import binary_erosion
-
     low, high = heat_range(threshold)
     strength = (255 * ((heat - low) / (high - low)).clip(0, 1)).astype(np.uint8)
     heat_image = Image.fromarray(heat_colors()[strength])
@@ -133,9 +154,21 @@ def overlay(pixels: np.ndarray, heat: np.ndarray, threshold: float, level: float
     if level is not None:
         inside = heat > level
         width = -(-max(inside.shape) // SIDE_PER_PIXEL)
-        line = inside & ~binary_erosion(inside, iterations=width, border_value=1)
-        image.paste(OUTLINE, mask=Image.fromarray(line))
+        image.paste(OUTLINE, mask=Image.fromarray(inside & ~eroded(inside, width)))
     return image
+
+
+def eroded(inside: np.ndarray, steps: int) -> np.ndarray:
+    """Return what of a region (H, W) bool is more than so many steps from what lies outside it, each to one of 4
+    neighbors. Beyond the edges of the image all is inside."""
+    for _ in range(steps):
+        rest = inside.copy()
+        rest[1:] &= inside[:-1]
+        rest[:-1] &= inside[1:]
+        rest[:, 1:] &= inside[:, :-1]
+        rest[:, :-1] &= inside[:, 1:]
+        inside = rest
+    return inside
 
 
 def encoded(image: Image.Image, target: str) -> bytes:

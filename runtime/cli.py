@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -148,7 +148,11 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
             stream.reconfigure(errors="backslashreplace")  # of cp1252 or ASCII, which lack letters of names
     os.environ["MPLBACKEND"] = "agg"  # figures go to files: no window, no notebook that has started this process
     args = parser.parse_args()
-    from runtime.distributed import ending
+    ending = nullcontext
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # of torchrun; without, there are no ranks, and torch takes seconds to import
+        from runtime.distributed import ending
 
     keep_memory()
     with ending(), one_line_errors(parser):

@@ -5,9 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import beta, binom
 
-from conformal import FalseAlarmGuarantee, conformal_threshold, leave_one_out_p_values, p_values, proportion_interval
+from conformal import (
+    FalseAlarmGuarantee,
+    beta_quantile,
+    conformal_threshold,
+    leave_one_out_p_values,
+    p_values,
+    proportion_interval,
+)
 
 
 def seeded(seed):
@@ -73,7 +80,7 @@ def test_of_one_member_the_p_value_decides_as_the_threshold(count, rate):
 )
 def test_threshold_and_rate_are_whole_numbers_of_ranks(count, asked, rank, holds, rate, needed):
     scores = torch.arange(1.0, count + 1)[torch.randperm(count, generator=seeded(0))]
-    assert conformal_threshold(scores, asked) == (rank, holds)
+    assert conformal_threshold(scores, asked) == conformal_threshold(scores.numpy(), asked) == (rank, holds)
     guarantee = FalseAlarmGuarantee("split", count, asked)
     assert (guarantee.rate, guarantee.holds, guarantee.needed) == (rate, holds, needed)
     assert guarantee.finest == 1 / (count + 1)
@@ -96,6 +103,12 @@ def test_the_interval_holds_nine_of_ten_calibration_sets():
     assert rates.mean() == pytest.approx(guarantee.rate, abs=1e-3)
     assert [(rates < low).double().mean(), (rates > high).double().mean()] == pytest.approx([0.05, 0.05], abs=5e-3)
     assert FalseAlarmGuarantee("split", 9, 1).interval == (1, 1)
+
+
+@pytest.mark.parametrize("q", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (1, 99), (99, 1), (3, 207), (2000, 8000), (9999, 1)])
+def test_quantiles_are_those_of_the_beta_distribution(q, a, b):
+    assert beta_quantile(q, a, b) == pytest.approx(beta.ppf(q, a, b), rel=1e-9)
 
 
 def test_what_is_proven_and_its_words():

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import ks_2samp, mannwhitneyu
+from scipy.stats import ks_2samp, kstwobign, mannwhitneyu
 
 from config import Config
 from conformal import FalseAlarmGuarantee, p_values
 from dataset import load_train
 from detector import Detector, initial_network, load, save
-from image_ops import image_statistics
 from prediction.drift import REMEMBERED, Drift, difference, same_probability
 from runtime.files import load_tensors, save_tensors
 from runtime.image_files import find_images
+from runtime.looks import image_statistics
 
 GUARANTEE = FalseAlarmGuarantee("split", 99, 0.05)
 CHANGED = "brick: the pictures have changed ("
@@ -38,8 +38,14 @@ def pictures(count, generator, bright=128.0):
 
 
 def feed(drift, pixels, p):
-    """A batch of images, with p-values (B,) or one for all of them."""
-    drift.on_batch([], [], pixels, SimpleNamespace(p_values=torch.as_tensor(p).expand(len(pixels))))
+    """A batch of images (B, 3, H, W), with p-values (B,) or one for all of them."""
+    p_values = np.broadcast_to(np.asarray(p), len(pixels))
+    drift.on_batch([], [], pixels.permute(0, 2, 3, 1).numpy(), SimpleNamespace(p_values=p_values))
+
+
+def looks_of(pixels):
+    """How images (B, 3, H, W) look, as a Drift knows it."""
+    return image_statistics(pixels).numpy()
 
 
 def p_values_of(scores, normal):
@@ -60,7 +66,8 @@ def test_how_images_look_is_what_a_slow_loop_finds():
         ]
         strength = math.sqrt(sum(edge**2 for edge in edges) / 36)
         expected[number] = gray.mean(), gray.std(), strength / max(gray.std(), 1)
-    assert np.allclose(image_statistics(images), expected, rtol=1e-5, atol=1e-4)
+    for looks in (image_statistics(images), image_statistics(images.numpy())):  # of a tensor and of an array
+        assert np.allclose(looks, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(
         image_statistics(images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), image_statistics(images)
     )
@@ -73,7 +80,7 @@ def test_images_like_the_normal_ones_are_seldom_warned_about(capsys):
     """Of 150 streams of 256 images at most 5: with a probability of 1 % it would be more once in 250 times."""
     generator, warned = torch.Generator().manual_seed(1), 0
     for _ in range(150):
-        drift = Drift("brick", image_statistics(pictures(60, generator)), GUARANTEE)
+        drift = Drift("brick", looks_of(pictures(60, generator)), GUARANTEE)
         normal = torch.randn(99, generator=generator)
         for _ in range(4):
             feed(drift, pictures(64, generator), p_values_of(torch.randn(64, generator=generator), normal))
@@ -90,6 +97,8 @@ def test_looks_are_tested_like_kolmogorov_and_smirnov_test():
         pair = generator.normal(size=new).round(2) + shift, generator.normal(size=known).round(2)  # with equal ones
         exact = ks_2samp(*pair, method="exact").pvalue
         assert exact * 0.99 < same_probability(*pair) < exact * 1.35 + 0.01
+        limit = kstwobign.sf(ks_2samp(*pair).statistic * math.sqrt(new * known / (new + known)))
+        assert same_probability(*pair) == pytest.approx(limit, rel=1e-9)
 
 
 def test_p_values_are_tested_like_mann_and_whitney_test_scores():
@@ -99,7 +108,7 @@ def test_p_values_are_tested_like_mann_and_whitney_test_scores():
     normal = torch.randn(99, generator=generator)
     scores = torch.randn(50, generator=generator) + 0.3
     p = p_values_of(scores, normal).numpy()
-    drift = Drift("brick", torch.empty(0, 3), GUARANTEE)
+    drift = Drift("brick", np.empty((0, 3)), GUARANTEE)
     below, limit = normal.sort().values[:94], normal.sort().values[94]
     kept = scores[scores <= limit]
     assert 0 < (p > GUARANTEE.rate).sum() == len(kept) < 50
@@ -115,7 +124,7 @@ def test_p_values_are_tested_like_mann_and_whitney_test_scores():
 
 def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(capsys):
     for kind, warns in (("split", True), ("cross", True), ("seen", False)):
-        drift = Drift("brick", torch.empty(0, 3), FalseAlarmGuarantee(kind, 99, 0.01))
+        drift = Drift("brick", np.empty((0, 3)), FalseAlarmGuarantee(kind, 99, 0.01))
         feed(drift, torch.zeros(64, 3, 8, 8, dtype=torch.uint8), 0.1)
         assert drift.warned == warns
         words = "p-values of the 64 called normal show it (mean 0.10, expected 0.51); the false-alarm rate is not to be"
@@ -124,14 +133,14 @@ def test_p_values_count_only_where_the_network_has_not_seen_the_normal_images(ca
 
 def test_a_change_is_told_once_with_its_size(capsys):
     generator = torch.Generator().manual_seed(3)
-    known, normal = image_statistics(pictures(100, generator)), torch.randn(99, generator=generator)
+    known, normal = looks_of(pictures(100, generator)), torch.randn(99, generator=generator)
     drift = Drift("brick", known, GUARANTEE)
     for _ in range(8):
         feed(drift, pictures(16, generator, bright=100.0), p_values_of(torch.full((16,), 9.0), normal))  # all anomalous
     drift.on_end()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{CHANGED}32 images): darker (mean gray 9")
-    assert f"in training {known[:, 0].mean():.4g} ± {known[:, 0].std(correction=0):.2g})" in line
+    assert f"in training {known[:, 0].mean():.4g} ± {known[:, 0].std():.2g})" in line
     assert "contrast" not in line
     assert "p-values" not in line
     assert line.endswith("; the false-alarm rate is not to be relied on; see docs/decisions.md")
@@ -144,7 +153,7 @@ def test_a_change_is_told_once_with_its_size(capsys):
 def test_of_a_long_stream_only_the_latest_images_are_compared():
     """A change that comes late is seen among as many images as are remembered."""
     generator = torch.Generator().manual_seed(4)
-    drift = Drift("brick", image_statistics(pictures(300, generator)), FalseAlarmGuarantee("seen", 99, 0.05))
+    drift = Drift("brick", looks_of(pictures(300, generator)), FalseAlarmGuarantee("seen", 99, 0.05))
     for count in range(512, 4 * REMEMBERED + 1, 512):
         feed(drift, pictures(512, generator), 1.0)
         assert drift.count == count

@@ -19,6 +19,7 @@ from image_ops import NOTHING_IGNORED
 from normals import compared, load_normals, save_normals
 from prediction.explain import Explainer, crop
 from prediction.outputs import RowsFile
+from prediction.scorer import as_arrays
 from reporting.overlays import region
 from runtime.files import InputError, load_tensors, save_tensors
 
@@ -124,7 +125,8 @@ def explain(detector, normals, images, paths, target):
     """Draw panels of images (B, 3, H, W) in the files that ``target`` names; returns what the detector says of them."""
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         prediction = detector.predict_batch(images, explain=True)
-        Explainer(detector, normals, target, pool).on_batch(paths, [(64, 64)] * len(paths), images, prediction)
+        pixels, said = images.permute(0, 2, 3, 1).numpy(), as_arrays(prediction)
+        Explainer(detector, normals, target, pool).on_batch(paths, [(64, 64)] * len(paths), pixels, said)
     return prediction
 
 

@@ -10,10 +10,11 @@ import torch
 from conftest import contents
 from PIL import Image
 
-from detector import BatchPrediction, load
+from conformal import FalseAlarmGuarantee
+from detector import load
 from prediction.inputs import list_paths
 from prediction.outputs import COLUMNS, STATE, RowsFile, file_state
-from prediction.scorer import Model, Scorer
+from prediction.scorer import BatchScores, Model, Scorer
 from reporting.overlays import drawn_above, region
 from runtime.files import InputError
 from runtime.image_files import decode, find_images, read_size
@@ -84,14 +85,14 @@ def test_any_function_of_a_batch_can_score(here):
     """Here the score is the mean of the red channel, above 100 the image is anomalous."""
 
     def predict(pixels):
-        maps = pixels[:, 0].float()
-        scores = maps.mean((1, 2)).double()
-        return BatchPrediction(scores, 1 / (1 + (scores - 100).clamp(0)), maps)
+        maps = pixels[..., 0].astype(np.float32)
+        scores = maps.mean((1, 2), dtype=np.float64)
+        return pixels, BatchScores(scores, 1 / (1 + (scores - 100).clip(0)), maps)
 
-    heat = lambda prediction: prediction.maps.numpy()  # noqa: E731
-    model = Model(
-        lambda x: x, predict, heat, (20, 30), 4, threshold=120.0, rate=0.5, has_maps=True, device=torch.device("cpu")
-    )
+    at_half = FalseAlarmGuarantee("split", 1, 0.5)
+    assert at_half.rate == 0.5
+    heat = lambda said: said.maps  # noqa: E731
+    model = Model(lambda x: x, predict, heat, (20, 30), 4, threshold=120.0, guarantee=at_half, has_maps=True)
     batches, drawn = [], {}
     paths = [*list_paths(["photos"]), "none.png"]
 
@@ -117,7 +118,7 @@ def test_any_function_of_a_batch_can_score(here):
     assert [path for batch, *_ in batches for path in batch] == paths[:-1]
     for batch, sizes, pixels, prediction in batches:
         assert sizes == [read_size(path) for path in batch]
-        assert np.array_equal(pixels.permute(0, 2, 3, 1), [decode(path, (20, 30)) for path in batch])
+        assert np.array_equal(pixels, [decode(path, (20, 30)) for path in batch])
         assert len(prediction.scores) == len(batch)
     some = {row["path"]: row["score"] for row in rows[:3]}
     assert scored(model, paths, draw=draw, done=some) == rows[3:]

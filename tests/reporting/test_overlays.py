@@ -1,6 +1,10 @@
 """Test where an image is anomalous, and how heat is drawn over it."""
 
 import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_erosion, gaussian_filter, label
+from torch.nn import functional
 
 from reporting import overlays
 
@@ -32,6 +36,30 @@ def test_the_region_of_a_planted_maximum():
         assert overlays.region(heat, 0.6, (26, 90)) == (10 * left, 2 * top, 10 * (right - left), 2 * (bottom - top))
     assert overlays.region(heat, 2.0, (13, 9)) is None  # above, not at
     assert overlays.region(heat, 0.6, (1, 1)) == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.6, 3])
+def test_regions_and_what_is_inside_them_are_scipys(sigma):
+    generator = np.random.default_rng(1)
+    for _ in range(30):
+        heat = gaussian_filter(generator.random(generator.integers(1, 90, 2)), sigma)
+        marked = heat > np.quantile(heat, generator.random())
+        marked.flat[heat.argmax()] = True
+        place = np.unravel_index(heat.argmax(), heat.shape)
+        regions, _ = label(marked)
+        assert np.array_equal(overlays.connected(marked, place), regions == regions[place])
+        for steps in (1, 4):
+            expected = binary_erosion(marked, iterations=steps, border_value=1)
+            assert np.array_equal(overlays.eroded(marked, steps), expected)
+
+
+@pytest.mark.parametrize("size", [(900, 900), (700, 1000), (120, 90), (256, 512), (256, 300), (1, 77)])
+def test_maps_are_enlarged_as_torch_does(size):
+    heat = np.random.default_rng(2).normal(size=(256, 256)).astype(np.float32)
+    expected = functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
+    enlarged = overlays.enlarged(heat, size)
+    assert (enlarged.dtype, enlarged.shape) == (np.float32, size)
+    assert np.allclose(enlarged, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_scale_of_an_overlay_is_the_threshold():

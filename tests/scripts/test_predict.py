@@ -208,7 +208,7 @@ def test_the_first_message_comes_before_torch_is_imported(detectors, here):
     command = [sys.executable, "-X", "importtime", ROOT / "predict.py", detectors / "patch/brick.pt", "photos"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
     names = [line.rpartition("|")[2].strip() for line in told]
-    assert names.index("loading torch and the detector") < names.index("torch") < names.index("prediction.scorer")
+    assert names.index("loading torch and the detector") < names.index("torch") < names.index("detector")
 
 
 # Files of rows ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,243 @@
+"""Write a finished detector as an ONNX graph, for computers without torch, and check that it decides the same.
+
+    python export.py models/bottle.pt                        models/bottle.onnx and models/bottle.json
+    python export.py models/bottle.pt --output line/bottle.onnx --int8
+    python export.py --check line/bottle.onnx                the file, and what this machine makes of it; without torch
+    python export.py --check line/bottle.onnx models/bottle.pt photos
+
+The graph goes from pixels, images (B, H, W, 3) uint8 at the detector's --size, to the decision: scores, p_values and,
+of a patch model, maps in the score's unit. An image is anomalous where p_value <= rate, which the .json says with all
+else that a reader needs: how to resize, threshold, unit, calibration scores, versions. Grad-CAM is not in the graph.
+
+Both score real images before anything is written: the normal training images in --data_dir, those in the .normals file
+beside the detector, or the IMAGES that are named. If a score or a map differs by more than 1e-4, relative to the score
+or to the threshold where that is larger, or if a decision differs, nothing is written and the exit code is 1. --half
+and --int8 change scores: differences, time, and AUROC where --data_dir has labelled images are told, and --accept is
+needed where a decision changes.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from runtime.cli import check_usage, int_at_least, int_within, new_parser, progress_bar, run_script
+from runtime.files import InputError, print_line, say, write_files
+
+OPSETS = 18, 25  # of ONNX, that torch's exporter writes
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    parser.usage = (
+        "%(prog)s DETECTOR [IMAGES ...] [flags]\n       %(prog)s --check FILE.onnx [DETECTOR [IMAGES ...]] [flags]"
+    )
+    words = "a detector file; then images or folders that are compared (default: the training images)"
+    parser.add_argument("paths", nargs="*", metavar="PATH", help=words)
+    add = parser.add_argument_group("output").add_argument
+    add("--output", metavar="FILE", help="the .onnx file; the .json lies beside it (default: beside the detector)")
+    add("--opset", type=int_within(*OPSETS), default=18, metavar="N", help="version of ONNX's operators (default: 18)")
+    add("--half", action="store_true", help="compute the networks in float16: half the size, for GPUs and ARM")
+    add("--int8", action="store_true", help="compute the networks in int8, in the ranges that normal images show")
+    add("--accept", action="store_true", help="with --half or --int8: write the file although decisions change")
+    add = parser.add_argument_group("check").add_argument
+    add("--check", metavar="FILE", help="an .onnx file that is checked instead, against DETECTOR if it is given")
+    add = parser.add_argument_group("data").add_argument
+    add("--data_dir", default="Data", metavar="DIR", help="folder of the categories (default: Data)")
+    workers = "threads that decode images (default: one per core, 16 at most)"
+    add("--workers", type=int_at_least(0), default=min(16, os.cpu_count() or 1), metavar="N", help=workers)
+    threads = "threads of torch and of ONNX Runtime (default: 0, as many as there are cores)"
+    add("--threads", type=int_at_least(0), default=0, metavar="N", help=threads)
+    return parser
+
+
+def check_words(args: argparse.Namespace) -> None:
+    """Raise ArgumentTypeError for words and flags that do not go together."""
+    if not args.paths and not args.check:
+        raise argparse.ArgumentTypeError("a detector file is needed, or --check FILE.onnx")
+    if args.paths and not args.paths[0].endswith(".pt"):
+        raise argparse.ArgumentTypeError(f"{args.paths[0]}: a detector file (.pt) comes first, which images go through")
+    if args.half and args.int8:
+        raise argparse.ArgumentTypeError("--half or --int8, not both")
+    if args.accept and not (args.half or args.int8):
+        raise argparse.ArgumentTypeError("--accept goes with --half or --int8: float32 must decide the same")
+    if args.check and (args.output or args.half or args.int8):
+        raise argparse.ArgumentTypeError("--check writes nothing: no --output, --half, --int8")
+    for path in filter(None, (args.output, args.check)):
+        if not path.endswith(".onnx"):
+            raise argparse.ArgumentTypeError(f"{path}: the name of an .onnx file is needed")
+
+
+if __name__ == "__main__":
+    check_usage(check_words, get_parser())
+
+
+def main(args: argparse.Namespace) -> None:
+    check_words(args)
+    if args.check:
+        check(args)
+    else:
+        export(args)
+
+
+# Checking ---------------------------------------------------------------------------------------------------------
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check an exported file, against its detector if that is named. Raises InputError if something is wrong."""
+    from prediction.exported import PRECISIONS, Exported
+
+    exported = Exported.open(args.check, args.threads)
+    facts, allowed = exported.facts, PRECISIONS[exported.facts["precision"]]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print_line(f"{args.check}: {exported.category}, {facts['precision']}, digests agree; written by {versions}")
+    difference = exported.probe_difference()
+    if not difference <= allowed:
+        what = f"its scores of test patterns are off by {difference:.2g} on this machine, relatively"
+        raise InputError(f"{args.check}: {what}; allowed: {allowed:g}; take another version of onnxruntime")
+    print_line(f"{args.check}: scores of test patterns are those of the exporting machine, but for {difference:.2g}")
+    if not args.paths:
+        return
+    detector, images = load_both(args)
+    check_same(exported, detector, args.paths[0])
+    comparison = compared(args, detector, exported, images)
+    if facts["precision"] == "float32" and not comparison.fits:
+        raise InputError(f"{args.check}: does not say what {args.paths[0]} says: {comparison.words()}")
+
+
+def check_same(exported, detector, path: str) -> None:
+    """Raise InputError if a file was exported from another detector than that of a path."""
+    from prediction.exported import digest
+
+    for name, own, other in (
+        ("category", exported.category, detector.config.category),
+        ("size", "{1}x{0}".format(*exported.size), "{1}x{0}".format(*detector.config.size)),
+        ("sha256", exported.facts["detector"], digest(Path(path).read_bytes())),
+    ):
+        if own != other:
+            differ = f"was exported from another detector than {path}: {name} {own}, not {other}"
+            raise InputError(f"{exported.path}: {differ}; export that one, or name the right one")
+
+
+# Exporting --------------------------------------------------------------------------------------------------------
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the files of a detector, if they decide as it does."""
+    path = Path(args.output or Path(args.paths[0]).with_suffix(".onnx"))
+    check_replaced(path)
+    detector, images = load_both(args)
+    from prediction.exported import Exported, open_session
+    from prediction.exporting import described, facts_of, graph_of, in_half_precision, in_int8
+
+    precision = "float16" if args.half else "int8" if args.int8 else "float32"
+    facts = facts_of(detector, Path(args.paths[0]).read_bytes(), precision)
+
+    def opened(graph: bytes) -> Exported:
+        return Exported(path, open_session(path, graph, args.threads), facts)
+
+    say(f"{detector.config.category}: tracing the graph")
+    graph = graph_of(detector, args.opset)
+    exported = opened(graph)
+    exported.check()
+    comparison = compared(args, detector, exported, images)
+    if not comparison.fits:
+        raise InputError(f"{path}: not written: the graph does not say what {args.paths[0]} says: {comparison.words()}")
+    if precision != "float32":
+        say(f"{detector.config.category}: {precision}")
+        graph = in_half_precision(graph) if args.half else in_int8(graph, images, detector.batch_size)
+        smaller = opened(graph)
+        comparison = compared(args, detector, smaller, images)
+        changed = comparison.changed + tell_labelled(args, detector, smaller)
+        if changed and not args.accept:
+            raise InputError(f"{path}: not written: {precision} changes {changed} decisions; --accept writes it anyway")
+        exported = smaller
+    write_files({path: graph, path.with_suffix(".json"): described(facts, graph, exported)})
+    Exported.open(path, args.threads)
+    say(f"{path}, {path.with_suffix('.json').name}: {len(graph) / 1e6:.1f} MB; Grad-CAM is not in the graph")
+
+
+def check_replaced(path: Path) -> None:
+    """Raise InputError if what would be replaced was not written by this script."""
+    from prediction.exported import read_facts
+
+    facts = path.with_suffix(".json")
+    if facts.exists():
+        try:
+            read_facts(facts)
+        except InputError as error:
+            raise InputError(f"{error}; it would be replaced: move it away, or take another --output") from error
+    elif path.exists():
+        raise InputError(f"{path}: is there already, without the .json of this script; take another --output")
+
+
+# Both -------------------------------------------------------------------------------------------------------------
+
+
+def load_both(args: argparse.Namespace) -> tuple:
+    """Return the detector and the images (N, 3, H, W) uint8 that both score. Raises InputError if there are none."""
+    import torch
+
+    from dataset import load_images, train_paths
+    from detector import load
+    from normals import load_normals, normals_path
+    from prediction.inputs import list_paths
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    detector = load(args.paths[0])
+    config, beside = detector.config, normals_path(args.paths[0])
+    if not len(detector.calibration_scores):
+        raise InputError(f"{args.paths[0]}: has no threshold, and so decides nothing; train it again")
+    for word in args.paths[1:]:
+        if word != "-" and not os.path.lexists(word):
+            raise InputError(f"{word}: no such file or folder")
+    if len(args.paths) > 1:
+        paths = list(map(Path, list_paths(args.paths[1:])))
+        if not paths:
+            raise InputError(f"{', '.join(args.paths[1:])}: no image found")
+    elif (Path(args.data_dir) / config.category / "train").is_dir():
+        paths = train_paths(args.data_dir, config.category)
+    elif beside.is_file():
+        normals = load_normals(beside, detector)
+        arrays = [torch.from_numpy(normals.image(number)) for number in range(len(normals.names))]
+        return detector, torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
+    else:
+        nowhere = f"no training images in {Path(args.data_dir) / config.category} nor in {beside}"
+        raise InputError(f"{nowhere}; name --data_dir, or images to compare")
+    return detector, load_images(paths, config.size, args.workers, white=detector.white)
+
+
+def compared(args: argparse.Namespace, detector, exported, images):
+    """Return how graph and detector differ on images, and print it, with the time that they take."""
+    from prediction.exporting import compare, speeds
+
+    category = detector.config.category
+    with progress_bar(category, 0, len(images), True, "image") as bar:
+        comparison = compare(detector, exported, images, bar.update)
+    ours, theirs = speeds(detector, exported, images[0])
+    print_line(f"{category}: {exported.facts['precision']}: {comparison.words()}")
+    print_line(f"{category}: {ours:.1f} ms an image in ONNX Runtime, {theirs:.1f} ms in torch, one at a time")
+    return comparison
+
+
+def tell_labelled(args: argparse.Namespace, detector, smaller) -> int:
+    """Print the AUROC of a detector and of a graph with smaller weights, if there are labelled images, and return how
+    many decisions differ on those."""
+    from dataset import has_test_images, load_test
+    from prediction.exporting import compare
+    from reporting.metrics import auroc
+
+    config = detector.config
+    if not has_test_images(args.data_dir, config.category):
+        return 0
+    test = load_test(args.data_dir, config.category, config.size, args.workers, white=detector.white)
+    comparison = compare(detector, smaller, test.images, lambda count: None)
+    print_line(f"{config.category}: labelled images: {comparison.words()}")
+    if len({*test.labels.tolist()}) > 1:
+        before, after = (auroc(test.labels, scores) for scores in comparison.all_scores())
+        print_line(f"{config.category}: image AUROC {before:.4f}, in {smaller.facts['precision']} {after:.4f}")
+    return comparison.changed
+
+
+if __name__ == "__main__":
+    run_script(main, get_parser())

@@ -1,0 +1,272 @@
+"""Bring a detector out of torch: its graph, the facts beside it, smaller weights, and the comparison with the detector.
+
+Owns what goes into the .onnx and .json files that prediction/exported.py reads. The graph takes pixels and gives the
+decision: filling, normalization, networks, densities, maps, scores, p-values. Grad-CAM is not in it.
+"""
+
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detector import Detector
+from image_ops import ignored_pixels
+from prediction.exported import FORMAT, INPUT, OUTPUTS, RESIZE, VERSION, Exported, digest, largest_difference
+from runtime.files import InputError
+
+TOLERANCE = 1e-4  # largest relative difference of scores and maps in float32
+SEEN_AT_ONCE = 2  # images that the graph is traced with: one would be taken for the only number there is
+CALIBRATED = 128  # normal images that activations are measured on for int8
+TIMED = 20  # repeats, of which the median counts
+# What is computed in int8: the convolutions and what lies between them. Densities stay in floating point
+QUANTIZED = ["Conv", "Add", "Relu", "Clip", "MaxPool"]
+
+
+class Decision(nn.Module):
+    """All that a detector says, as a graph gives it: images (B, H, W, 3) uint8 -> scores, p_values, maps float32."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        prediction = self.detector.predict_batch(images.permute(0, 3, 1, 2))
+        answers = prediction.scores.float(), prediction.p_values.float()
+        return answers if prediction.maps is None else (*answers, prediction.maps)
+
+
+def graph_of(detector: Detector, opset: int) -> bytes:
+    """Return the content of an .onnx file of a detector on the CPU. Raises InputError if onnx is not installed, or if
+    a graph cannot hold the detector."""
+    config = detector.config
+    if "kde" in detector.members[0].densities and config.patches is not None:
+        raise InputError(f"{config.category}: a kernel density (kde) of windows is not exported; --refit another one")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"export needs {error.name}; pip install -r requirements-export.txt") from error
+    images = torch.zeros(SEEN_AT_ONCE, *config.size, 3, dtype=torch.uint8)
+    names = [*OUTPUTS[: 2 + (config.patches is not None)]]
+    with quiet():
+        program = torch.onnx.export(
+            Decision(detector).eval().requires_grad_(False),
+            (images,),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=names,
+            dynamic_shapes=({0: torch.export.Dim("B")},),
+        )
+    graph = program.model_proto
+    del graph.metadata_props[:]
+    for node in graph.graph.node:  # where in the code it comes from, with paths of this machine
+        del node.metadata_props[:]
+        node.doc_string = ""
+    return graph.SerializeToString()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's exporter from telling what no user can change."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)
+
+
+def facts_of(detector: Detector, source: bytes, precision: str = "float32") -> dict:
+    """Return what a .json file says of a detector; ``described`` adds what it says of a graph. source: the content of
+    the detector's file."""
+    import onnx
+    import onnxruntime
+
+    guarantee, hidden = detector.guarantee, ignored_pixels(detector.fill_index).flatten()
+    pixels = hidden.nonzero()[:, 0]
+    filled = {"pixels": pixels.tolist(), "sources": detector.fill_index.flatten()[pixels].tolist()}
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "category": detector.config.category,
+        "size": [*detector.config.size],
+        "resize": RESIZE,
+        "white": detector.white,
+        "has_maps": detector.config.patches is not None,
+        "score_unit": detector.unit,
+        "threshold": detector.threshold.item(),
+        "rate": float(np.float32(guarantee.rate)),  # as the graph's p-values are rounded, so that p <= rate is safe
+        "precision": precision,
+        "guarantee": {"kind": guarantee.kind, "asked": guarantee.asked, "chosen": guarantee.chosen},
+        "calibration_scores": detector.calibration_scores.sort().values.tolist(),
+        "appearance": detector.appearance.tolist(),
+        "ignore": filled if len(pixels) else None,
+        "metadata": detector.metadata,
+        "config": detector.config.to_dict(),
+        "detector": digest(source),
+        "versions": {
+            "torch": str(torch.__version__),
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def described(facts: dict, graph: bytes, exported: Exported) -> bytes:
+    """Return the content of the .json file of a graph, with what it says of the probe images here."""
+    answers = exported.probe()
+    probe = {"scores": answers.scores.tolist(), "p_values": answers.p_values.tolist()}
+    return json.dumps(facts | {"sha256": digest(graph), "probe": probe}, indent=1, allow_nan=False).encode()
+
+
+# Smaller weights --------------------------------------------------------------------------------------------------
+
+
+def in_half_precision(graph: bytes) -> bytes:
+    """Return a graph that computes its networks in float16 and all else as before."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = onnx.load_from_string(graph)
+    convolved = {node.name for node in model.graph.node if node.op_type in QUANTIZED}
+    others = [node.name for node in model.graph.node if node.name not in convolved]
+    with quiet():
+        return convert_float_to_float16(model, keep_io_types=True, node_block_list=others).SerializeToString()
+
+
+def in_int8(graph: bytes, images: Tensor, batch_size: int) -> bytes:
+    """Return a graph that computes its networks in int8: weights channel by channel, activations in the ranges that
+    they have on normal images (N, 3, H, W) uint8."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        """The images, batch by batch, as the graph takes them."""
+
+        def __init__(self) -> None:
+            self.batches = iter(images[:CALIBRATED].split(batch_size))
+
+        def get_next(self) -> dict | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch.permute(0, 2, 3, 1).contiguous().numpy()}
+
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        path = Path(folder) / "int8.onnx"
+        quantize_static(
+            onnx.load_from_string(graph),
+            path,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=QUANTIZED,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return path.read_bytes()
+
+
+# Comparing --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Comparison:
+    """Hold how a graph differs from its detector, over the images that ``add`` was called with.
+
+    scores, maps: the largest differences, relative to the size of the image's score, or of the threshold where that is
+    larger. p_values: the largest difference. changed: decisions that
+    differ. rounded: those of them that a difference of TOLERANCE in the scores would explain.
+    """
+
+    detector: Detector
+    exported: Exported
+    count: int = 0
+    scores: float = 0.0
+    maps: float = 0.0
+    p_values: float = 0.0
+    changed: int = 0
+    rounded: int = 0
+    graph_scores: list[np.ndarray] = field(default_factory=list)
+    detector_scores: list[np.ndarray] = field(default_factory=list)
+
+    @torch.inference_mode()
+    def add(self, images: Tensor) -> None:
+        """Let both score images (B, 3, H, W) uint8."""
+        detector, rate, scale = self.detector, self.exported.rate, self.exported.scale
+        answers = self.exported.run(images.permute(0, 2, 3, 1).contiguous().numpy())
+        by_member, maps = detector.score_by_member(detector.prepare(images))
+        scores = by_member.mean(0).numpy()
+        # What p-values may be where a score is nearly that of a normal image
+        margin = TOLERANCE * by_member.abs().clamp(min=scale)
+        p, low, high = (detector.p_values(by_member + sign * margin).float().numpy() for sign in (0, 1, -1))
+        self.count += len(images)
+        self.scores = max(self.scores, largest_difference(answers.scores, scores, scale))
+        if maps is not None:
+            size = np.maximum(np.abs(scores), scale)[:, None, None]
+            self.maps = max(self.maps, largest_difference(answers.maps / size, maps.numpy() / size, 1.0))
+        self.p_values = max(self.p_values, float(np.abs(answers.p_values - p).max()))
+        changed = (answers.p_values <= rate) != (p <= rate)
+        self.changed += int(changed.sum())
+        self.rounded += int((changed & ((low <= rate) != (high <= rate))).sum())
+        self.graph_scores.append(answers.scores)
+        self.detector_scores.append(scores)
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the graph says what the detector says, up to rounding."""
+        return max(self.scores, self.maps) <= TOLERANCE and self.changed == self.rounded
+
+    def all_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the scores (N,) by the detector and by the graph."""
+        return np.concatenate(self.detector_scores), np.concatenate(self.graph_scores)
+
+    def words(self) -> str:
+        """Return it in a line."""
+        maps = f", maps {self.maps:.2g}" if self.exported.has_maps else ""
+        text = f"{self.count} images, largest relative difference: scores {self.scores:.2g}{maps}"
+        text += f"; largest of p-values {self.p_values:.2g}; decisions that differ: {self.changed}"
+        return text + (f", {self.rounded} of them of scores on the threshold" if self.rounded else "")
+
+
+def compare(detector: Detector, exported: Exported, images: Tensor, tell: Callable[[int], object]) -> Comparison:
+    """Return how a graph and its detector differ on images (N, 3, H, W) uint8: the first alone, the others in batches.
+    tell: called with the number of images of each batch."""
+    comparison = Comparison(detector, exported)
+    for batch in (images[:1], *images[1:].split(detector.batch_size)):
+        if len(batch):
+            comparison.add(batch)
+            tell(len(batch))
+    return comparison
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Return the median time of a call."""
+    seconds = []
+    for _ in range(TIMED + 1):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return 1000 * float(np.median(seconds[1:]))  # the first one allocates
+
+
+def speeds(detector: Detector, exported: Exported, image: Tensor) -> tuple[float, float]:
+    """Return how many milliseconds the graph and the detector take for one image (3, H, W) uint8."""
+    array = image.permute(1, 2, 0)[None].contiguous().numpy()
+    with torch.inference_mode():
+        return milliseconds(lambda: exported.run(array)), milliseconds(lambda: detector.predict_batch(image[None]))
