@@ -72,8 +72,8 @@ class Model:
     what ``begin`` gives, and gives it on when it should be waited for. heat: what the model says -> maps (B, H, W)
     float32 in the score's unit. has_maps: True if the score is the maximum of the map. An image with a p-value <=
     guarantee.rate is anomalous. white: of 16-bit images, see image_files.decode. category, unit: of the scores, in
-    words. appearance (n, 3): how normal images look, see looks.image_statistics; n is 0 if that is not known. made: for
-    gallery.facts_of: settings, metadata, what runs it.
+    words. calibration_scores (n,): of normal images; appearance (n, 3): how those look, see looks.image_statistics; n
+    is 0 if that is not known. made: for gallery.facts_of: settings, metadata, what runs it.
     """
 
     begin: Callable[[np.ndarray], T]
@@ -87,6 +87,7 @@ class Model:
     white: int = FULL_RANGE
     category: str = ""
     unit: str = ""
+    calibration_scores: np.ndarray = field(default_factory=lambda: np.empty(0))
     appearance: np.ndarray = field(default_factory=lambda: np.empty((0, 3), np.float32))
     made: tuple[dict, dict, str] = ({}, {}, "")
     ahead: Callable[[Iterator[T]], Iterator[T]] = iter
@@ -117,6 +118,7 @@ class Model:
             size=detector.config.size,
             batch_size=detector.batch_size,
             threshold=detector.threshold.item(),
+            calibration_scores=detector.calibration_scores.cpu().numpy(),
             guarantee=detector.guarantee,
             has_maps=detector.config.patches is not None,
             white=detector.white,
@@ -153,6 +155,7 @@ class Model:
             size=exported.size,
             batch_size=EXPORTED_BATCH,
             threshold=threshold,
+            calibration_scores=calibration_scores,
             guarantee=guarantee,
             has_maps=exported.has_maps,
             white=exported.white,

@@ -49,6 +49,7 @@ class Decides(Protocol):
     unit: str
     guarantee: FalseAlarmGuarantee
     threshold: "float | Tensor"
+    calibration_scores: "np.ndarray | Tensor"
     white: int
 
 
