@@ -397,7 +397,8 @@ class Detector(nn.Module):
         if self.config.density == "auto":
             yield f"density {self.density} was chosen: {self.metadata.get('density_aurocs', 'see the log')}"
         if self.config.patches:
-            yield from (level.choice for level in self.members[0].levels)
+            levels = self.members[0].levels
+            yield from (level.choice for level in levels if DENSITIES[level.kind].has_likelihood)
         if not self.guarantee.holds:
             needed = self.guarantee.needed if self.config.false_alarm_rate else "infinitely many"
             count, rate = len(self.calibration_scores), self.config.false_alarm_rate

