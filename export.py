@@ -97,9 +97,9 @@ def check(args: argparse.Namespace) -> None:
     print_line(f"{args.check}: scores of test patterns are those of the exporting machine, but for {difference:.2g}")
     if not args.paths:
         return
-    detector, images = load_both(args)
+    detector = load_detector(args)
     check_same(exported, detector, args.paths[0])
-    comparison = compared(args, detector, exported, images)
+    comparison = compared(args, detector, exported, load_pictures(args, detector))
     if facts["precision"] == "float32" and not comparison.fits:
         raise InputError(f"{args.check}: does not say what {args.paths[0]} says: {comparison.words()}")
 
@@ -125,10 +125,12 @@ def export(args: argparse.Namespace) -> None:
     """Write the files of a detector, if they decide as it does."""
     path = Path(args.output or Path(args.paths[0]).with_suffix(".onnx"))
     check_replaced(path)
-    detector, images = load_both(args)
     from prediction.exported import Exported, open_session
-    from prediction.exporting import described, facts_of, graph_of, in_half_precision, in_int8
+    from prediction.exporting import check_packages, described, facts_of, graph_of, in_half_precision, in_int8
 
+    check_packages()
+    detector = load_detector(args)
+    images = load_pictures(args, detector)
     precision = "float16" if args.half else "int8" if args.int8 else "float32"
     facts = facts_of(detector, Path(args.paths[0]).read_bytes(), precision)
 
@@ -173,21 +175,29 @@ def check_replaced(path: Path) -> None:
 # Both -------------------------------------------------------------------------------------------------------------
 
 
-def load_both(args: argparse.Namespace) -> tuple:
-    """Return the detector and the images (N, 3, H, W) uint8 that both score. Raises InputError if there are none."""
+def load_detector(args: argparse.Namespace):
+    """Return the detector, on the CPU. Raises InputError if it decides nothing."""
     import torch
 
-    from dataset import load_images, train_paths
     from detector import load
-    from normals import load_normals, normals_path
-    from prediction.inputs import list_paths
 
     if args.threads:
         torch.set_num_threads(args.threads)
     detector = load(args.paths[0])
-    config, beside = detector.config, normals_path(args.paths[0])
     if not len(detector.calibration_scores):
         raise InputError(f"{args.paths[0]}: has no threshold, and so decides nothing; train it again")
+    return detector
+
+
+def load_pictures(args: argparse.Namespace, detector):
+    """Return the images (N, 3, H, W) uint8 that graph and detector score. Raises InputError if there are none."""
+    import torch
+
+    from dataset import load_images, train_paths
+    from normals import load_normals, normals_path
+    from prediction.inputs import list_paths
+
+    config, beside = detector.config, normals_path(args.paths[0])
     for word in args.paths[1:]:
         if word != "-" and not os.path.lexists(word):
             raise InputError(f"{word}: no such file or folder")
@@ -200,11 +210,11 @@ def load_both(args: argparse.Namespace) -> tuple:
     elif beside.is_file():
         normals = load_normals(beside, detector)
         arrays = [torch.from_numpy(normals.image(number)) for number in range(len(normals.names))]
-        return detector, torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
+        return torch.stack(arrays).permute(0, 3, 1, 2).contiguous()
     else:
         nowhere = f"no training images in {Path(args.data_dir) / config.category} nor in {beside}"
         raise InputError(f"{nowhere}; name --data_dir, or images to compare")
-    return detector, load_images(paths, config.size, args.workers, white=detector.white)
+    return load_images(paths, config.size, args.workers, white=detector.white)
 
 
 def compared(args: argparse.Namespace, detector, exported, images):

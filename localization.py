@@ -136,7 +136,7 @@ def embed_windows(network: CutPasteNet, images: Tensor, levels: Sequence[int], g
         [x.mean((2, 3)) for x in network.features(part.contiguous(memory_format=torch.channels_last), levels)]
         for part in ([windows] if is_in_onnx_export() else windows.split(WINDOWS_AT_ONCE))
     ]
-    return [torch.cat(stage).unflatten(0, (len(images), -1)).float() for stage in zip(*parts)]
+    return [torch.cat(stage).unflatten(0, (images.shape[0], -1)).float() for stage in zip(*parts)]
 
 
 class StageDensity(nn.Module):

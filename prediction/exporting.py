@@ -4,6 +4,7 @@ Owns what goes into the .onnx and .json files that prediction/exported.py reads.
 decision: filling, normalization, networks, densities, maps, scores, p-values. Grad-CAM is not in it.
 """
 
+import importlib
 import json
 import logging
 import tempfile
@@ -23,12 +24,22 @@ from image_ops import ignored_pixels
 from prediction.exported import FORMAT, INPUT, OUTPUTS, RESIZE, VERSION, Exported, digest, largest_difference
 from runtime.files import InputError
 
+PACKAGES = "onnx", "onnxscript", "onnxruntime"
 TOLERANCE = 1e-4  # largest relative difference of scores and maps in float32
 SEEN_AT_ONCE = 2  # images that the graph is traced with: one would be taken for the only number there is
 CALIBRATED = 128  # normal images that activations are measured on for int8
 TIMED = 20  # repeats, of which the median counts
 # What is computed in int8: the convolutions and what lies between them. Densities stay in floating point
 QUANTIZED = ["Conv", "Add", "Relu", "Clip", "MaxPool"]
+
+
+def check_packages() -> None:
+    """Raise InputError if a package is missing that only export needs."""
+    for name in PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(f"export needs {name}; pip install -r requirements-export.txt") from error
 
 
 class Decision(nn.Module):
@@ -45,16 +56,8 @@ class Decision(nn.Module):
 
 
 def graph_of(detector: Detector, opset: int) -> bytes:
-    """Return the content of an .onnx file of a detector on the CPU. Raises InputError if onnx is not installed, or if
-    a graph cannot hold the detector."""
+    """Return the content of an .onnx file of a detector on the CPU."""
     config = detector.config
-    if "kde" in detector.members[0].densities and config.patches is not None:
-        raise InputError(f"{config.category}: a kernel density (kde) of windows is not exported; --refit another one")
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"export needs {error.name}; pip install -r requirements-export.txt") from error
     images = torch.zeros(SEEN_AT_ONCE, *config.size, 3, dtype=torch.uint8)
     names = [*OUTPUTS[: 2 + (config.patches is not None)]]
     with quiet():

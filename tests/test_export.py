@@ -1,0 +1,356 @@
+"""export.py: a graph decides as its detector, whatever that is made of; what is altered or does not belong is told."""
+
+import json
+import lzma
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, one_line
+from test_detector import VERSION_2_IMAGES
+
+from config import Config, PatchConfig
+from dataset import load_train
+from detector import Detector, initial_network, load, save
+from image_ops import fill_index_of
+from prediction import exporting
+from prediction.exported import Exported, digest, open_session, probe_images
+
+SIZE = (32, 48)
+SMALL = Config(
+    "brick",
+    height=32,
+    width=48,
+    pretrained=False,
+    backbone="mobilenet_v2",
+    features="level",
+    level=(1,),
+    false_alarm_rate=0.2,
+)
+PATCH = replace(SMALL, patches=PatchConfig(32, window=8, stride=4, sigma=2.0, location="shared"))
+JOINED = replace(SMALL, level=(1, 2, 3), join=True, patches=PatchConfig(32, window=8, stride=8, location="each"))
+KINDS = {
+    "image-level": replace(SMALL, backbone="resnet18", level=(4,), normalize="image"),
+    "sklearn": replace(SMALL, density="sklearn", l2=True),
+    "kde": replace(SMALL, density="kde"),
+    "nearest": replace(SMALL, density="nearest"),
+    "both, several stages": replace(SMALL, density="both", level=(1, 2), l2=True),
+    "folds": replace(SMALL, folds=2),
+    "held out": replace(SMALL, holdout=0.4),
+    "patch": replace(PATCH, backbone="resnet18", normalize="image"),
+    "patch, each window, several stages": replace(PATCH, level=(1, 2), patches=replace(PATCH.patches, location="each")),
+    "patch, each window alone": replace(PATCH, patches=replace(PATCH.patches, window=16, stride=8, dense=False)),
+    "patch, nearest, folds": replace(PATCH, density="nearest", folds=2),
+    "joined": replace(JOINED, density="both"),
+    "joined, sklearn": replace(JOINED, density="sklearn", level=(1, 2)),
+    "ignored": replace(PATCH, density="both"),
+}
+
+
+@pytest.fixture(scope="module")
+def images(data):
+    """Images of three textures: those of one are so alike that some would be nearer to each other than rounding."""
+    return torch.cat([load_train(data, name, SIZE, 0).images for name in ("brick", "grass", "gravel")])
+
+
+def fitted(config, images, hidden=False):
+    """An untrained detector whose statistics of BatchNorm are those of images: features have the size of trained ones."""
+    networks = [initial_network(config, member=number) for number in range(config.folds)]
+    for network in networks:
+        network.train()
+        with torch.no_grad():
+            for _ in range(30):
+                network(images.float() / 255)
+    ignored = torch.zeros(SIZE, dtype=torch.bool)
+    ignored[4:15, 20:40] = True
+    extra = (fill_index_of(ignored),) if hidden else ()
+    return Detector(config, networks, *extra).fit(images)
+
+
+def opened(detector, graph=None):
+    """A detector's graph, in ONNX Runtime."""
+    graph = exporting.graph_of(detector, 18) if graph is None else graph
+    path = Path("here.onnx")
+    return Exported(path, open_session(path, graph, 1), exporting.facts_of(detector, b""))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_decides_as_its_detector(kind, images):
+    made = fitted(KINDS[kind], images, hidden=kind == "ignored")
+    exported = opened(made)
+    exported.check()
+    comparison = exporting.compare(made, exported, images, lambda count: None)
+    assert comparison.fits, comparison.words()
+    other = torch.from_numpy(probe_images(SIZE)).permute(0, 3, 1, 2)
+    comparison = exporting.compare(made, exported, torch.cat([other, other.flip(3)]), lambda count: None)
+    assert comparison.fits, comparison.words()
+    assert comparison.count == 8
+    # In numbers, and an image alone as among others
+    expected, answers = made.predict_batch(other), exported.run(probe_images(SIZE))
+    assert np.allclose(answers.scores, expected.scores, rtol=1e-4)
+    assert np.array_equal(answers.p_values, expected.p_values.float())
+    assert (answers.maps is None) == (expected.maps is None)
+    if answers.maps is not None:
+        assert np.allclose(answers.maps, expected.maps, atol=1e-4 * float(expected.scores.abs().max()))
+    alone = exported.run(probe_images(SIZE)[1:2])
+    assert np.allclose(alone.scores, answers.scores[1:2], rtol=1e-5)
+
+
+def test_a_score_on_the_threshold_is_told_from_a_changed_decision(images):
+    """The networks of folds score their calibration images as they did: rounding alone says which side they are on."""
+    made = fitted(KINDS["held out"], images)
+    exported = opened(made)
+    scores = made(images)[0]
+    rank = int((made.calibration_scores[:, None] >= scores).sum(0).min())
+    made.set_false_alarm_rate((rank + 1) / (len(made.calibration_scores) + 1))
+    exported = opened(made, exporting.graph_of(made, 18))
+    run = exported.run
+    top = made.calibration_scores.max().float().item()
+
+    def nudged(factor):
+        def answers(batch):
+            given = run(batch)
+            p = (1 + (made.calibration_scores[:, None] >= torch.from_numpy(given.scores * factor)).sum(0)).float()
+            return given._replace(
+                scores=given.scores * factor, p_values=(p / (1 + len(made.calibration_scores))).numpy()
+            )
+
+        return answers
+
+    image = images[int((scores - top).abs().argmin())][None]
+    for factor, fits in ((1 + 5e-5, True), (1 - 5e-5, True), (0.9, False)):
+        exported.run = nudged(factor)
+        comparison = exporting.compare(made, exported, image, lambda count: None)
+        assert comparison.fits == fits, (factor, comparison.words())
+
+
+def test_a_detector_of_version_2_is_exported(tmp_path, script):
+    path = tmp_path / "brick.pt"
+    path.write_bytes(lzma.decompress((ROOT / "tests/detector_version_2.pt.xz").read_bytes()))
+    made = load(path)
+    comparison = exporting.compare(made, opened(made), VERSION_2_IMAGES, lambda count: None)
+    assert comparison.fits, comparison.words()
+
+
+# The script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(detectors, data, tmp_path_factory) -> SimpleNamespace:
+    """The files of patch and image-level detectors of brick, exported by the script; read only."""
+    from conftest import run
+
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in ("whole", "patch"):
+        command = ("export.py", detectors / kind / "brick.pt", "--data_dir", data, "--output", folder / kind / "b.onnx")
+        done = run(*command, "--threads", 1)
+        assert done.code == 0, done.err
+        assert "decisions that differ: 0" in done.out
+        assert "ms an image" in done.out
+    return SimpleNamespace(whole=folder / "whole/b.onnx", patch=folder / "patch/b.onnx")
+
+
+@pytest.fixture
+def copied(made, tmp_path) -> Path:
+    """A copy of an exported patch model, to be altered."""
+    for path in (made.patch, made.patch.with_suffix(".json")):
+        shutil.copy(path, tmp_path)
+    return tmp_path / "b.onnx"
+
+
+def test_the_facts_are_those_of_the_detector(made, detectors):
+    for kind in ("whole", "patch"):
+        detector, exported = load(detectors / kind / "brick.pt"), Exported.open(getattr(made, kind), 1)
+        facts = exported.facts
+        assert exported.size == (32, 48)
+        assert exported.threshold == detector.threshold.item()
+        assert np.float32(exported.rate) == np.float32(detector.guarantee.rate)
+        assert facts["calibration_scores"] == detector.calibration_scores.sort().values.tolist()
+        assert facts["score_unit"] == detector.unit
+        assert facts["has_maps"] == (kind == "patch")
+        assert Config.from_dict(facts["config"]) == detector.config
+        assert torch.equal(torch.tensor(facts["appearance"]), detector.appearance)
+        assert facts["detector"] == digest((detectors / kind / "brick.pt").read_bytes())
+        assert facts["ignore"] is None
+
+
+def test_a_file_checks_without_torch(made):
+    """As on a computer of the line: no module of torch is there."""
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
+        "from prediction.exported import Exported\n"
+        "print(Exported.open(sys.argv[2], 1).probe_difference())"
+    )
+    done = subprocess.run([sys.executable, "-c", program, ROOT, made.patch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1e-6
+
+
+def test_check_compares_with_the_detector(made, detectors, data, script):
+    done = script("export", "--check", made.patch)
+    assert done.code == 0, done.err
+    assert "digests agree" in done.out
+    done = script("export", "--check", made.patch, detectors / "patch/brick.pt", data / "brick/test")
+    assert done.code == 0, done.err
+    assert "decisions that differ: 0" in done.out
+    # The training images that are kept beside the detector, where there is no folder of images
+    done = script("export", "--check", made.patch, detectors / "patch/brick.pt", "--data_dir", "nowhere")
+    assert done.code == 0, done.err
+    assert ": 8 images" in done.out
+
+
+def altered(path: Path, change, signed: bool) -> None:
+    """Change a graph; signed: and the digest in its .json, as who does it on purpose would."""
+    model = onnx.load(path)
+    change(model.graph)
+    path.write_bytes(model.SerializeToString())
+    if signed:
+        rewrite(path.with_suffix(".json"), sha256=digest(path.read_bytes()))
+
+
+def rewrite(path: Path, **changes) -> None:
+    facts = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps({name: value for name, value in facts.items() if value is not ...}))
+
+
+def alter_a_weight(graph):
+    """Make one weight of a convolution in the middle a little larger."""
+    weights = [x for x in graph.initializer if "weight" in x.name and len(x.dims) == 4]
+    weight = weights[len(weights) // 2]
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0, 0, 0, 0] += 0.01 + 0.1 * abs(values).max()
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_graph_with_one_weight_altered_is_caught(copied, script, detectors, data, signed):
+    altered(copied, alter_a_weight, signed)
+    words = ("test patterns",) if signed else ("sha256",)
+    one_line(script("export", "--check", copied), "b.onnx", *words)
+    if signed:  # even by who has altered what the patterns should give, too
+        exported = Exported.open(copied, 1)
+        probe = exported.probe()
+        rewrite(
+            copied.with_suffix(".json"), probe={name: getattr(probe, name).tolist() for name in ("scores", "p_values")}
+        )
+        assert script("export", "--check", copied).code == 0
+        done = script("export", "--check", copied, detectors / "patch/brick.pt", "--data_dir", data)
+        one_line(done, "b.onnx", "brick.pt", "largest relative difference")
+
+
+def rename_output(graph):
+    graph.output[0].name = graph.node[-1].output[0] = "other"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"format": "other"}, ("b.json", "not of an exported detector")),
+        ({"version": 2}, ("b.json", "format 2, this program reads 1")),
+        ({"threshold": None}, ("b.json", "threshold")),
+        ({"rate": 2}, ("b.json", "rate")),
+        ({"calibration_scores": [2, 1]}, ("b.json", "calibration_scores")),
+        ({"size": ...}, ("b.json", "size")),
+        ({"size": [64, 64]}, ("b.onnx", "64, 64")),
+        ({"has_maps": False}, ("b.onnx", "no detector")),
+        ({"sha256": "0"}, ("b.onnx", "b.json", "sha256")),
+    ],
+)
+def test_facts_that_do_not_fit_are_told(copied, script, changes, words):
+    rewrite(copied.with_suffix(".json"), **changes)
+    one_line(script("export", "--check", copied), *words)
+
+
+def test_files_that_are_no_exported_detector_are_told(copied, script, tmp_path):
+    one_line(script("export", "--check", tmp_path / "none.onnx"), "none.onnx", "no such file")
+    copied.write_bytes(b"no graph")
+    rewrite(copied.with_suffix(".json"), sha256=digest(b"no graph"))
+    one_line(script("export", "--check", copied), "b.onnx", "cannot load it")
+    copied.with_suffix(".json").write_text("{")
+    one_line(script("export", "--check", copied), "b.json", "not of an exported detector")
+    copied.with_suffix(".json").unlink()
+    one_line(script("export", "--check", copied), "b.json", "no such file")
+
+
+def test_another_detector_is_told(copied, made, detectors, script, tmp_path):
+    one_line(script("export", "--check", copied, detectors / "patch/grass.pt"), "grass.pt", "category brick, not grass")
+    one_line(script("export", "--check", copied, detectors / "whole/brick.pt"), "brick.pt", "sha256")
+    larger = fitted(replace(PATCH, height=64, width=64), torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8))
+    save(larger, tmp_path / "brick.pt")
+    one_line(script("export", "--check", copied, tmp_path / "brick.pt"), "size 48x32, not 64x64")
+
+
+def test_wrong_images_are_told(made):
+    exported = Exported.open(made.patch, 1)
+    for images in (np.zeros((1, 48, 32, 3), np.uint8), np.zeros((1, 32, 48, 3), np.float32)):
+        with pytest.raises(exporting.InputError, match=r"b.onnx: takes images \(B, 32, 48, 3\) uint8"):
+            exported.run(images)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_packages_that_are_missing_are_told(detectors, data, script, monkeypatch, tmp_path, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    out = tmp_path / "b.onnx"
+    done = script("export", detectors / "patch/brick.pt", "--data_dir", data, "--output", out)
+    one_line(done, missing, "pip install")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "a detector file is needed"),
+        (["photos", "brick.pt"], "comes first"),
+        (["brick.pt", "--half", "--int8"], "not both"),
+        (["brick.pt", "--accept"], "--accept goes with"),
+        (["--check", "b.onnx", "--output", "c.onnx"], "--check writes nothing"),
+        (["brick.pt", "--output", "b.pt"], "b.pt: the name of an .onnx file"),
+        (["brick.pt", "--opset", "17"], "a whole number from 18"),
+    ],
+)
+def test_wrong_usage_is_told(script, flags, words):
+    done = script("export", *flags)
+    assert done.code == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_graph_that_does_not_decide_the_same_is_not_written(detectors, data, script, monkeypatch, tmp_path):
+    """Not even in place of an earlier one."""
+    graph_of, out = exporting.graph_of, tmp_path / "b.onnx"
+
+    def wrong(*args):
+        model = onnx.load_from_string(graph_of(*args))
+        alter_a_weight(model.graph)
+        return model.SerializeToString()
+
+    command = ("export", detectors / "patch/brick.pt", "--data_dir", data, "--output", out)
+    monkeypatch.setattr(exporting, "graph_of", wrong)
+    one_line(script(*command), "b.onnx: not written", "largest relative difference")
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_files_are_not_replaced(detectors, data, script, tmp_path):
+    out, command = tmp_path / "b.onnx", ("export", detectors / "patch/brick.pt", "--data_dir", data)
+    (tmp_path / "b.json").write_text("{}")
+    one_line(script(*command, "--output", out), "b.json", "move it away")
+    (tmp_path / "b.json").unlink()
+    out.write_bytes(b"mine")
+    one_line(script(*command, "--output", out), "b.onnx: is there already")
+    assert out.read_bytes() == b"mine"
+
+
+def test_images_that_are_not_there_are_told(detectors, script, tmp_path):
+    shutil.copy(detectors / "patch/brick.pt", tmp_path)
+    command = ("export", tmp_path / "brick.pt")
+    one_line(script(*command, "--data_dir", tmp_path), "no training images", "--data_dir")
+    one_line(script(*command, tmp_path / "none.png"), "none.png: no such file")
+    (tmp_path / "empty").mkdir()
+    one_line(script(*command, tmp_path / "empty"), "no image found")
