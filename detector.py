@@ -251,7 +251,7 @@ class Detector(nn.Module):
         if not hidden.numel():
             return mean
         dark = (self.threshold - self.threshold.abs() / 2).to(mean.dtype)
-        return torch.where(hidden, torch.fmin(mean, dark), mean)  # fmin: a threshold may be NaN
+        return torch.where(hidden & (mean > dark), dark, mean)  # nothing is above a threshold that is NaN
 
     @torch.inference_mode()
     def predict(self, images: Iterable[str | Path | np.ndarray]) -> Prediction:
