@@ -182,6 +182,8 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         fail(parser.prog, f"{name}{error.strerror or error}")
+    except ModuleNotFoundError as error:  # on a computer that has what another task needs
+        fail(parser.prog, f"{error.name} is not installed; pip install {error.name.partition('.')[0]}")
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)

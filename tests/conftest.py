@@ -175,6 +175,19 @@ def detectors(data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(detectors, tmp_path_factory) -> Path:
+    """Folders "whole" and "patch" of the detectors of brick, and what export.py has made of them. Read only."""
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in ("whole", "patch"):
+        (folder / kind).mkdir()
+        for name in ("brick.pt", "brick.normals"):
+            shutil.copy(detectors / kind / name, folder / kind)
+        done = fork("export.py", folder / kind / "brick.pt")
+        assert done.code == 0, done.err
+    return folder
+
+
 @pytest.fixture
 def here(data, tmp_path, monkeypatch) -> Path:
     """The working folder: photos/ with six images of three sizes and kinds, two of them in a sub-folder."""

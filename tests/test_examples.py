@@ -1,0 +1,91 @@
+"""The samples for other programs: without this project they say what predict.py says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, rows_of
+from PIL import Image
+
+COMPARED = ("path", "p_value", "anomalous", "x", "y", "width", "height")
+HEADER = "onnxruntime_cxx_api.h"
+
+
+def check_rows(sample, script, model, photos):
+    """Assert that a sample, a command, prints the rows of predict.py, some of them anomalous, some not."""
+    done = subprocess.run([*map(str, (*sample, model, *photos))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = rows_of(script("predict", model, *photos).out)
+    rows = rows_of(done.stdout)
+    assert len(rows) == len(expected) == len(photos)
+    for row, other in zip(rows, expected):
+        values = [(row[name], other[name]) for name in COMPARED]
+        assert all(one == two or float(one) == float(two) for one, two in values), values
+        assert float(row["score"]) == pytest.approx(float(other["score"]), rel=1e-6)
+    assert {row["anomalous"] for row in rows} == {"0", "1"}
+
+
+@pytest.fixture
+def photos(data, exported, here):
+    """Photographs of the files' own sizes, one of noise, and the same as PPM files of the detectors' size."""
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 60, 3), dtype=np.uint8)).save("photos/noise.png")
+    others = sorted((data / "brick/train/good").iterdir())[:3]
+    paths = [*sorted(path for path in (here / "photos").rglob("*.*") if path.suffix != ".TIF"), *others]
+    (here / "ppm").mkdir()
+    for number, path in enumerate(paths):
+        pixels = Image.open(path).convert("RGB").resize((48, 32), Image.Resampling.BILINEAR)
+        pixels.save(here / f"ppm/{number}.ppm")
+    return paths, [here / f"ppm/{number}.ppm" for number in range(len(paths))]
+
+
+@pytest.mark.parametrize("kind", ["patch", "whole"])
+def test_the_python_sample(exported, photos, script, kind):
+    sample = ROOT / "examples/predict_onnx.py"
+    assert len(sample.read_text().splitlines()) <= 60
+    isolated = [sys.executable, "-I", sample]  # which finds no module of this project
+    check_rows(isolated, script, exported / kind / "brick.onnx", photos[0])
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Path:
+    """The C++ sample, built by CMake with the headers at hand and the library of Python's onnxruntime."""
+    import onnxruntime
+
+    for tool in ("cmake", "g++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    places = [Path(os.environ.get("ORT_ROOT", "/usr"), "include"), Path("/usr/include/onnxruntime")]
+    headers = next((place for place in places if (place / HEADER).is_file()), None)
+    if headers is None:
+        pytest.skip(f"no header {HEADER}: ORT_ROOT may name an unpacked release of ONNX Runtime, for C++")
+    (library,) = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*.*")
+    root = tmp_path_factory.mktemp("cpp")
+    (root / "ort/lib").mkdir(parents=True)
+    (root / "ort/include").symlink_to(headers)
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (root / "ort/lib" / name).symlink_to(library)
+    for command in (["-S", ROOT / "examples/cpp", "-B", root, f"-DORT_ROOT={root / 'ort'}"], ["--build", root]):
+        done = subprocess.run(["cmake", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return root / "predict_onnx"
+
+
+@pytest.mark.parametrize("kind", ["patch", "whole"])
+def test_the_cpp_sample(exported, photos, script, compiled, kind):
+    check_rows([compiled], script, exported / kind / "brick.onnx", photos[1])
+
+
+def test_the_cpp_sample_tells_of_what_it_cannot_read(exported, photos, compiled, tmp_path):
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "small.ppm")
+    model = exported / "patch/brick.onnx"
+    for words, told in (
+        ([model, tmp_path / "small.ppm"], "small.ppm: is no PPM file (P6, 8 bits) of 48x32"),
+        ([tmp_path / "none.onnx"], "the .json file lacks rate"),
+    ):
+        done = subprocess.run([compiled, *words], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert told in done.stderr
