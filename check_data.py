@@ -1,6 +1,6 @@
 """Are the good photographs all good, and are they enough? Answers from the normal images of each category.
 
-    python run_training.py --model_dir five --patch_size 64 --epochs 0 --folds 5
+    python run_training.py --model_dir five --patch_size 64 --folds 5
     python check_data.py --model_dir five
 
 Prints three lines for each category on stdout and writes to <eval_dir>/<name of model_dir>/<category>/:

@@ -201,21 +201,20 @@ def results_table() -> str:
     rows = rows[(rows.patch_size == fast["patch_size"]) & (rows.batch_size == fast["batch_size"])]
     rows = rows[rows.device == RESULT_DEVICE].drop(columns="epochs")  # steps follow from minutes: seeds may differ
     rows = newest("results/recipe.csv", rows, ["category"], ["seed"])
-    tuned = transfer_rows()
-    tuned = tuned[tuned.taken == STRIDES]
-    frozen = tuned[(tuned.backbone == "efficientnet_lite0") & (tuned.epochs == 0)]
-    tuned = tuned[(tuned.backbone == "mobilenet_v2") & (tuned.epochs > 0)]
+    made = density_rows()
+    made = made[(made.backbone == "mobilenet_v2") & (made.described == "both")]
+    tuned, frozen = made[made.epochs > 0], made[made.epochs == 0]
     image, other = published("3way"), published("3way", source=OTHER)
     pixel, cells = published("3way patches", "pixel_auroc"), []
     for category in CATEGORIES:
         as_it_is, fine, fast = (part[part.category == category] for part in (frozen, tuned, rows))
         cells.append([category, *(spread(part.image_auroc) for part in (as_it_is, fine, fast))])
         cells[-1] += [spread(fast.control_auroc), *(percent(values.get(category)) for values in (image, other))]
-        cells[-1] += [*(spread(part.pixel_auroc) for part in (as_it_is, fine, fast))]
-        cells[-1] += [spread(fast.control_pixel_auroc), percent(pixel.get(category)), spread(fast.aupro)]
-    models = ["as it is", "fine-tuned", "from scratch", "untrained", "paper"]
-    head = ["category", *models, "re-impl.", *(f"pixel: {name}" for name in models), "AUPRO: from scratch"]
-    return markdown(head, cells)
+        cells[-1] += [spread(part) for part in (as_it_is.pixel_auroc, fast.pixel_auroc, fast.control_pixel_auroc)]
+        cells[-1] += [percent(pixel.get(category)), spread(as_it_is.aupro), spread(fast.aupro)]
+    head = ["category", "as it is", "fine-tuned", "from scratch", "untrained", "paper", "re-impl."]
+    head += [f"pixel: {name}" for name in ("as it is", "from scratch", "untrained", "paper")]
+    return markdown([*head, "AUPRO: as it is", "AUPRO: from scratch"], cells)
 
 
 # Densities --------------------------------------------------------------------------------------------------------
@@ -223,11 +222,9 @@ def results_table() -> str:
 FIGURES = ("image_auroc", "pixel_auroc", "aupro")
 
 
-def density_table() -> str:
-    """Show what patch models reach with each density: image AUROC / pixel AUROC / AUPRO of each category, in percent.
-
-    A density of joined stages has the name of its flag.
-    """
+def density_rows() -> DataFrame:
+    """Return rows of results/density.csv, with the network and the density in words; a density of joined stages has the
+    name of its flag."""
     rows = pandas.read_csv(ROOT / "results/density.csv").fillna({"join": False})
     tuned = rows.epochs.map(lambda steps: f"{steps} steps" if steps else "as it is")
     rows["network"] = (rows.backbone + ", " + tuned).where(rows.pretrained, rows.backbone + ", recipe " + rows.recipe)
@@ -235,7 +232,12 @@ def density_table() -> str:
     joined = rows["join"].astype(bool)  # not rows.join, which pandas has
     rows["described"] = (rows.density + shared).where(joined, "one Gaussian for each stage")
     rows.loc[rows.normalize.eq("image") & joined & rows.pretrained, "described"] += ", each image's normalization"
-    rows = newest("results/density.csv", rows.drop(columns=SINGLE), ["network", "described", "category"], ["seed"])
+    return newest("results/density.csv", rows.drop(columns=SINGLE), ["network", "described", "category"], ["seed"])
+
+
+def density_table() -> str:
+    """Show what patch models reach with each density: image AUROC / pixel AUROC / AUPRO of each category, in percent."""
+    rows = density_rows()
     categories, cells = [category for category in CATEGORIES if category in set(rows.category)], []
     for (network, described), runs in rows.groupby(["network", "described"], sort=False):
         parts = (runs[runs.category == category] for category in categories)
