@@ -174,7 +174,7 @@ def test_your_own_photographs_go_the_way_of_the_readme(tmp_path, monkeypatch, sc
     assert len(lines) == 8
     for line in lines:
         _, name, *flags = shlex.split(line)
-        flags += ["--size", "64", "--weights", "lite.pth"] if "--epochs" in flags else []
+        flags += ["--size", "64", "--weights", "lite.pth"] if "--backbone" in flags else []
         done = script(name.removesuffix(".py"), *flags)
         assert done.code == 0, (line, done.err)
     assert "anew to 15 images (13 before)" in done.err
