@@ -129,11 +129,14 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     for model_dir in args.choose:
         for category, path in first_detectors(args, model_dir).items():
             detector, train = load_both(args, path, device)
+            say(f"{category} {model_dir}: fitting the densities that are compared")
             judge = Judge(detector, train.images)
-            for draw in range(args.draws):
-                aurocs = judge.aurocs(draw)
-                common = {"category": category, "model_dir": model_dir, "draw": draw, "chosen": choose(aurocs)}
-                rows += [common | {"density": name, "pasted_auroc": auroc} for name, auroc in aurocs.items()]
+            with progress_bar(f"{category} {model_dir}", 0, args.draws, True, "draw") as bar:
+                for draw in range(args.draws):
+                    aurocs = judge.aurocs(draw)
+                    common = {"category": category, "model_dir": model_dir, "draw": draw, "chosen": choose(aurocs)}
+                    rows += [common | {"density": name, "pasted_auroc": auroc} for name, auroc in aurocs.items()]
+                    bar.update()
     by_category = defaultdict(lambda: defaultdict(list))
     for row in rows:
         by_category[row["category"]][row["model_dir"], row["density"]].append(row)

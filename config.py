@@ -62,7 +62,6 @@ LEVELS = tuple(range(1, 1 + max(len(spec.stages) for spec in BACKBONES.values())
 INVISIBLE = ("keep", "drop")
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 EACH_DIMS = 64  # dimensions of the Gaussians where each location has its own
-DECISIVE = ("pretrained", "recipe", "patch_size")  # on which the defaults of other settings depend
 FROZEN_SHARE = 5 / 37  # of the steps in which the head trains alone on pretrained weights: 2,560 of 18,944 (A.4)
 
 
@@ -364,9 +363,11 @@ def resume(asked: dict, saved: dict) -> dict:
     """Return the settings with which a saved run continues. asked: the settings asked for, by name.
 
     The one rule of resuming: what was asked for must equal what is saved. Raises SettingError for the first difference,
-    those of DECISIVE before all others.
+    before all others for a setting that the defaults of others depend on.
     """
-    for name in sorted(asked, key=lambda name: DECISIVE.index(name) if name in DECISIVE else len(DECISIVE)):
+    derived = "patch_size" in RECIPES.get(saved.get("recipe"), {})
+    decisive = ["pretrained", *(["recipe", "patch_size"] if derived else ["patch_size", "recipe"])]
+    for name in sorted(asked, key=lambda name: decisive.index(name) if name in decisive else len(decisive)):
         value = asked[name]
         if name in saved and saved[name] != value:
             was, now = flag_value(saved[name]), flag_value(value)

@@ -133,8 +133,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def tell_recipe(config: Config, ranks: Ranks) -> None:
-    """Say which settings of the training the recipe has set."""
-    if RECIPES[config.recipe] and config.epochs and ranks.is_main:
+    """Say which settings the recipe has set."""
+    if RECIPES[config.recipe] and ranks.is_main:
         settings = {name: flag_value(config.to_dict()[name]) for name in RECIPES[config.recipe]}
         settings.pop("epochs" if config.minutes else "", None)
         more = "" if config.epochs or config.minutes else " (the network as it is; --recipe finetune trains it)"

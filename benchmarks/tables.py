@@ -236,7 +236,7 @@ def density_rows() -> DataFrame:
 
 
 def density_table() -> str:
-    """Show what patch models reach with each density: image AUROC / pixel AUROC / AUPRO of each category, in percent."""
+    """Show what patch models reach with each density: image AUROC / pixel AUROC / AUPRO, in percent."""
     rows = density_rows()
     categories, cells = [category for category in CATEGORIES if category in set(rows.category)], []
     for (network, described), runs in rows.groupby(["network", "described"], sort=False):

@@ -204,12 +204,16 @@ def test_a_forgotten_flag_is_named_before_what_follows_from_it():
     def settings(*flags):
         return config_of(run_training.get_parser().parse_args(flags), "lid").to_dict()
 
-    made = ("--backbone", "mobilenet_v2", "--patch_size", "64", "--epochs", "0")
-    for forgotten, words in (
-        (made[:2] + made[4:], "made with patch_size 64, now None"),
-        (made[2:], "made with backbone mobilenet_v2, now resnet18"),
-        ((*made, "--no-pretrained"), "made with pretrained 1, now 0"),
-        ((*made, "--recipe", "fast"), "made with recipe finetune, now fast"),
+    made = ("--backbone", "mobilenet_v2", "--patch_size", "64")
+    fast = ("--recipe", "fast", "--no-pretrained")
+    for saved, asked, words in (
+        (made, made[:2], "made with patch_size 64, now None"),
+        (made, (*made[:2], "--epochs", "0"), "made with patch_size 64, now None"),
+        (made, made[2:], "made with backbone mobilenet_v2, now resnet18"),
+        (made, (*made, "--no-pretrained"), "made with pretrained 1, now 0"),
+        (made, (*made, "--recipe", "finetune"), "made with recipe frozen, now finetune"),
+        (fast, fast[2:], "made with recipe fast, now paper"),
+        (fast, fast[:2], "made with pretrained 0, now 1"),
     ):
         with pytest.raises(SettingError, match=words):
-            resume(settings(*forgotten), settings(*made))
+            resume(settings(*asked), settings(*saved))
