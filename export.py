@@ -146,7 +146,7 @@ def export(args: argparse.Namespace) -> None:
         raise InputError(f"{path}: not written: the graph does not say what {args.paths[0]} says: {comparison.words()}")
     if precision != "float32":
         say(f"{detector.config.category}: {precision}")
-        graph = in_half_precision(graph) if args.half else in_int8(graph, images, detector.batch_size)
+        graph = in_half_precision(graph) if args.half else in_int8(graph, images)
         smaller = opened(graph)
         comparison = compared(args, detector, smaller, images)
         changed = comparison.changed + tell_labelled(args, detector, smaller)

@@ -38,6 +38,10 @@ def _numbers(value: object) -> bool:
     return isinstance(value, list) and all(map(_number, value))
 
 
+def _probed(value: object) -> bool:
+    return _numbers(value) and len(value) == PROBES
+
+
 # What the .json file must hold, beside what only a person reads
 RULES: dict[str, Callable[[object], bool]] = {
     "category": lambda x: isinstance(x, str),
@@ -53,7 +57,7 @@ RULES: dict[str, Callable[[object], bool]] = {
     "appearance": lambda x: isinstance(x, list) and all(_numbers(row) and len(row) == 3 for row in x),
     # Where pixels are ignored: numbers of those, row by row, and of the pixel that each is filled from
     "ignore": lambda x: x is None or (isinstance(x, dict) and {*x} == {"pixels", "sources"}),
-    "probe": lambda x: isinstance(x, dict) and {*x} == {"scores", "p_values"} and all(map(_numbers, x.values())),
+    "probe": lambda x: isinstance(x, dict) and {*x} == {"scores", "p_values"} and all(map(_probed, x.values())),
     "metadata": lambda x: isinstance(x, dict),  # how the detector was trained
     "config": lambda x: isinstance(x, dict),
     "detector": lambda x: isinstance(x, str),  # sha256 of the .pt file

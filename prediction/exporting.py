@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detector import Detector
+from detector import Detector, evenly_spaced
 from image_ops import ignored_pixels
 from prediction.exported import FORMAT, INPUT, OUTPUTS, RESIZE, VERSION, Exported, digest, largest_difference
 from runtime.files import InputError
 
 PACKAGES = "onnx", "onnxscript", "onnxruntime"
+OPSET = 18  # version of ONNX's operators
 TOLERANCE = 1e-4  # largest relative difference of scores and maps in float32
 SEEN_AT_ONCE = 2  # images that the graph is traced with: one would be taken for the only number there is
-CALIBRATED = 128  # normal images that activations are measured on for int8
+CALIBRATED, CALIBRATED_AT_ONCE = 64, 8  # normal images that activations are measured on for int8
 TIMED = 20  # repeats, of which the median counts
 # What is computed in int8: the convolutions and what lies between them. Densities stay in floating point
 QUANTIZED = ["Conv", "Add", "Relu", "Clip", "MaxPool"]
@@ -55,20 +56,24 @@ class Decision(nn.Module):
         return answers if prediction.maps is None else (*answers, prediction.maps)
 
 
-def graph_of(detector: Detector, opset: int) -> bytes:
+def graph_of(detector: Detector, opset: int = OPSET) -> bytes:
     """Return the content of an .onnx file of a detector on the CPU."""
     config = detector.config
     images = torch.zeros(SEEN_AT_ONCE, *config.size, 3, dtype=torch.uint8)
-    names = [*OUTPUTS[: 2 + (config.patches is not None)]]
+    return traced(Decision(detector), images, OUTPUTS[: 2 + (config.patches is not None)], opset)
+
+
+def traced(module: nn.Module, images: Tensor, outputs: Sequence[str], opset: int = OPSET) -> bytes:
+    """Return the content of an .onnx file of a module that takes any number of images (B, ...)."""
     with quiet():
         program = torch.onnx.export(
-            Decision(detector).eval().requires_grad_(False),
+            module.eval().requires_grad_(False),
             (images,),
             dynamo=True,
             verbose=False,
             opset_version=opset,
             input_names=[INPUT],
-            output_names=names,
+            output_names=[*outputs],
             dynamic_shapes=({0: torch.export.Dim("B")},),
         )
     graph = program.model_proto
@@ -154,9 +159,9 @@ def in_half_precision(graph: bytes) -> bytes:
         return convert_float_to_float16(model, keep_io_types=True, node_block_list=others).SerializeToString()
 
 
-def in_int8(graph: bytes, images: Tensor, batch_size: int) -> bytes:
+def in_int8(graph: bytes, images: Tensor, order: tuple[int, ...] = (0, 2, 3, 1)) -> bytes:
     """Return a graph that computes its networks in int8: weights channel by channel, activations in the ranges that
-    they have on normal images (N, 3, H, W) uint8."""
+    they have on normal images (N, 3, H, W). order: of the axes that the graph takes."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -164,11 +169,11 @@ def in_int8(graph: bytes, images: Tensor, batch_size: int) -> bytes:
         """The images, batch by batch, as the graph takes them."""
 
         def __init__(self) -> None:
-            self.batches = iter(images[:CALIBRATED].split(batch_size))
+            self.batches = iter(images[evenly_spaced(len(images), CALIBRATED)].split(CALIBRATED_AT_ONCE))
 
         def get_next(self) -> dict | None:
             batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch.permute(0, 2, 3, 1).contiguous().numpy()}
+            return None if batch is None else {INPUT: batch.permute(order).contiguous().numpy()}
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "int8.onnx"

@@ -61,7 +61,7 @@ def images(data):
 
 
 def fitted(config, images, hidden=False):
-    """An untrained detector whose BatchNorm has statistics of images: features have the size of trained ones."""
+    """An untrained detector whose BatchNorm knows the images: its features have the size of trained ones."""
     networks = [initial_network(config, member=number) for number in range(config.folds)]
     for network in networks:
         network.train()
