@@ -11,16 +11,19 @@ import pytest
 from conftest import ROOT, rows_of
 from PIL import Image
 
-COMPARED = ("path", "p_value", "anomalous", "x", "y", "width", "height")
+COMPARED = ("p_value", "anomalous", "x", "y", "width", "height")
 HEADER = "onnxruntime_cxx_api.h"
 
 
-def check_rows(sample, script, model, photos):
-    """Assert that a sample, a command, prints the rows of predict.py, some of them anomalous, some not."""
-    done = subprocess.run([*map(str, (*sample, model, *photos))], capture_output=True, text=True)
+def check_rows(sample, script, model, photos, suffix=""):
+    """Assert that a sample, a command, prints the rows of predict.py, some of them anomalous, some not. suffix: of the
+    files that it reads, where those are other files of the same names."""
+    given = [path.with_suffix(suffix) for path in photos] if suffix else photos
+    done = subprocess.run([*map(str, (*sample, model, *given))], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = rows_of(script("predict", model, *photos).out)
     rows = rows_of(done.stdout)
+    assert [row["path"] for row in rows] == [*map(str, given)]
     assert len(rows) == len(expected) == len(photos)
     for row, other in zip(rows, expected):
         values = [(row[name], other[name]) for name in COMPARED]
@@ -31,15 +34,10 @@ def check_rows(sample, script, model, photos):
 
 @pytest.fixture
 def photos(data, exported, here):
-    """Photographs of the files' own sizes, one of noise, and the same as PPM files of the detectors' size."""
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 60, 3), dtype=np.uint8)).save("photos/noise.png")
+    """Photographs of the files' own sizes, one of them black."""
+    Image.new("RGB", (64, 96)).save(here / "photos/black.png")
     others = sorted((data / "brick/train/good").iterdir())[:3]
-    paths = [*sorted(path for path in (here / "photos").rglob("*.*") if path.suffix != ".TIF"), *others]
-    (here / "ppm").mkdir()
-    for number, path in enumerate(paths):
-        pixels = Image.open(path).convert("RGB").resize((48, 32), Image.Resampling.BILINEAR)
-        pixels.save(here / f"ppm/{number}.ppm")
-    return paths, [here / f"ppm/{number}.ppm" for number in range(len(paths))]
+    return [*sorted(path for path in (here / "photos").rglob("*.*") if path.suffix != ".TIF"), *others]
 
 
 @pytest.mark.parametrize("kind", ["patch", "whole"])
@@ -47,7 +45,7 @@ def test_the_python_sample(exported, photos, script, kind):
     sample = ROOT / "examples/predict_onnx.py"
     assert len(sample.read_text().splitlines()) <= 60
     isolated = [sys.executable, "-I", sample]  # which finds no module of this project
-    check_rows(isolated, script, exported / kind / "brick.onnx", photos[0])
+    check_rows(isolated, script, exported / kind / "brick.onnx", photos)
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +73,17 @@ def compiled(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["patch", "whole"])
-def test_the_cpp_sample(exported, photos, script, compiled, kind):
-    check_rows([compiled], script, exported / kind / "brick.onnx", photos[1])
+def test_the_cpp_sample(exported, photos, script, compiled, kind, tmp_path):
+    small = []
+    for number, path in enumerate(photos):
+        small.append(tmp_path / f"{number}.png")
+        pixels = Image.open(path).convert("RGB").resize((48, 32), Image.Resampling.BILINEAR)
+        pixels.save(small[-1])
+        pixels.save(small[-1].with_suffix(".ppm"))
+    check_rows([compiled], script, exported / kind / "brick.onnx", small, ".ppm")
 
 
-def test_the_cpp_sample_tells_of_what_it_cannot_read(exported, photos, compiled, tmp_path):
+def test_the_cpp_sample_tells_of_what_it_cannot_read(exported, compiled, tmp_path):
     Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(tmp_path / "small.ppm")
     model = exported / "patch/brick.onnx"
     for words, told in (
