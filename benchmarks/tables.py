@@ -246,6 +246,42 @@ def density_table() -> str:
     return markdown(["network", "density", *categories], cells)
 
 
+def choice_table() -> str:
+    """Show what ``check_data.py --choose`` took in its draws, and what that reaches, on the network of density_rows."""
+    draws, made = pandas.read_csv(ROOT / "results/choice.csv"), density_rows()
+    made = made[(made.backbone == "mobilenet_v2") & (made.epochs == 0)].set_index(["category", "described"])
+    cells, names = [], ["both", "nearest", "torch"]
+    for category in (name for name in CATEGORIES if name in set(draws.category)):
+        rows = draws[draws.category == category]
+        picks = rows.drop_duplicates("draw").chosen
+        counts = ", ".join(f"{name} {sum(picks == name)}" for name in names if sum(picks == name))
+        pasted = " / ".join(percent(rows[rows.density == name].pasted_auroc.mean()) for name in names)
+        found = {name: made.loc[(category, name), ["image_auroc", "aupro"]] for name in names}
+        chosen = pandas.concat([found[name] for name in picks], axis=1).mean(axis=1)
+        best = pandas.concat(found.values(), axis=1).max(axis=1)
+        before = made.loc[(category, "one Gaussian for each stage"), ["image_auroc", "aupro"]]
+        figures = (chosen, found["both"], best, before)
+        cells.append([category, counts, pasted, *(" / ".join(filter(None, map(percent, part))) for part in figures)])
+    head = ["category", "chosen in ten draws", "pasted: both / nearest / torch"]
+    return markdown([*head, "the choice", "both", "the best of the three", "one Gaussian for each stage"], cells)
+
+
+def peers_table() -> str:
+    """Show what benchmarks/peers.py measured; of the same model and category the newest row counts."""
+    rows = pandas.read_csv(ROOT / "results/peers.csv").drop_duplicates(["category", "model"], keep="last")
+    categories = [category for category in CATEGORIES if category in set(rows.category)]
+    cells = []
+    for model in rows.model.drop_duplicates():
+        runs = rows[rows.model == model].set_index("category")
+        done = [runs.loc[category] if category in runs.index else None for category in categories]
+        figures = ["" if run is None else " / ".join(percent(run[name]) for name in FIGURES) for run in done]
+        seconds, image_ms = ([run[name] for run in done if run is not None] for name in ("fit_seconds", "image_ms"))
+        name = model.removeprefix("anomalib ")
+        name = f"anomalib's {name}" if name != model else f"`--density {model}`"
+        cells.append([name, *figures, f"{min(seconds):.0f} to {max(seconds):.0f}", f"{statistics.mean(image_ms):.0f}"])
+    return markdown(["model", *categories, "seconds to fit", "ms an image"], cells)
+
+
 # Next to the paper ------------------------------------------------------------------------------------------------
 
 NEEDED = ["category", "seed", "image_auroc", "control_auroc", "pixel_auroc", "control_pixel_auroc", "aupro"]
@@ -436,6 +472,8 @@ TABLES = {
     "transfer": functools.partial(transfer_table, "image_auroc"),
     "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
     "density": density_table,
+    "choice": choice_table,
+    "peers": peers_table,
     "results": results_table,
     "paper": paper_table,
     "paper_runs": paper_runs_table,
