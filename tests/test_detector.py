@@ -569,6 +569,14 @@ def test_each_image_is_left_out_by_one_member():
         Detector(FOLDS).fit(pictures(5)[..., :32, :48])
 
 
+def test_fitting_several_members_tells_after_each(images):
+    for config, expected in ((FOLDS, 3), (CONFIG, 0)):
+        told = []
+        networks = [initial_network(config, member=number) for number in range(config.folds)]
+        Detector(config, networks).fit(images, tell=lambda told=told: told.append(1))
+        assert len(told) == expected
+
+
 def test_scores_are_those_of_the_members_in_deviations_of_the_images_they_have_not_seen(folds, images):
     expected, calibration = 0, torch.empty(12, dtype=torch.float64)
     for number in range(3):
