@@ -20,6 +20,7 @@ from dataset import load_train
 from detector import Detector, initial_network, load, save, stream
 from reporting import figures
 from runtime.image_files import decode, find_images
+from training.choice import CANDIDATES, CHANCE, Judge, choose
 
 
 def as_jpeg(image):
@@ -182,6 +183,30 @@ def test_the_script(checked, tmp_path, script, monkeypatch):
     assert pandas.read_csv(out / "enough.csv").columns.tolist() == [
         *("category", "images", "median", "quantile_90", "rise", "image_auroc")
     ]
+
+
+def test_detectors_are_compared_by_normal_images_alone(data, detectors, tmp_path, script):
+    """A row for each folder, draw and density; the figures on stdout are their means."""
+    folders = [detectors / "patch", detectors / "whole"]
+    where = ("--data_dir", data, "--type", "brick", "--eval_dir", tmp_path)
+    done = script("check_data", "--choose", *folders, *where, "--draws", 3)
+    assert done.code == 0, done.err
+    rows = pandas.read_csv(tmp_path / "choose.csv")
+    assert len(rows) == 2 * 3 * len(CANDIDATES)
+    detector = load(folders[0] / "brick.pt")
+    judge = Judge(detector, load_train(data, "brick", detector.config.size, 0).images)
+    for draw in range(3):
+        drawn = rows[(rows.model_dir == str(folders[0])) & (rows.draw == draw)]
+        assert dict(zip(drawn.density, drawn.pasted_auroc)) == pytest.approx(judge.aurocs(draw))
+        assert {*drawn.chosen} == {choose(judge.aurocs(draw))}
+    *lines, last = done.out.splitlines()
+    means = rows.groupby(["model_dir", "density"], sort=False).pasted_auroc.mean()
+    assert len(lines) == len(means)
+    for line, ((folder, density), mean) in zip(lines, means.items()):
+        assert line.startswith(f"brick {folder} {density}: {100 * mean:.1f} ± ")
+    best = "{} {} is first".format(*means.idxmax())
+    assert last == f"brick choose: {best if means.max() > CHANCE else 'chance: what was pasted cannot be told'}"
+    one_line(script("check_data", "--choose", tmp_path / "none", *where), "no such folder")
 
 
 def test_maps_are_of_the_network_that_has_not_seen_the_image(checked):
