@@ -11,9 +11,11 @@ else that a reader needs: how to resize, threshold, unit, calibration scores, ve
 
 Both score real images before anything is written: the normal training images in --data_dir, those in the .normals file
 beside the detector, or the IMAGES that are named. If a score or a map differs by more than 1e-4, relative to the score
-or to the threshold where that is larger, or if a decision differs, nothing is written and the exit code is 1. --half
-and --int8 change scores: differences, time, and AUROC where --data_dir has labelled images are told, and --accept is
-needed where a decision changes.
+or to the threshold where that is larger, or if a decision differs, nothing is written and the exit code is 1.
+
+--half and --int8 change scores: differences, time, and AUROC where --data_dir has labelled images are told, and
+--accept is needed where a decision changes. For --int8 densities and threshold are fitted anew, to what the networks
+give in int8: the training images must be in --data_dir.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--output", metavar="FILE", help="the .onnx file; the .json lies beside it (default: beside the detector)")
     add("--opset", type=int_within(*OPSETS), default=18, metavar="N", help="version of ONNX's operators (default: 18)")
-    add("--half", action="store_true", help="compute the networks in float16: half the size, for GPUs and ARM")
+    add("--half", action="store_true", help="compute the networks in float16, for processors that can")
     add("--int8", action="store_true", help="compute the networks in int8, in the ranges that normal images show")
     add("--accept", action="store_true", help="with --half or --int8: write the file although decisions change")
     add = parser.add_argument_group("check").add_argument
@@ -58,6 +60,8 @@ def check_words(args: argparse.Namespace) -> None:
         raise argparse.ArgumentTypeError(f"{args.paths[0]}: a detector file (.pt) comes first, which images go through")
     if args.half and args.int8:
         raise argparse.ArgumentTypeError("--half or --int8, not both")
+    if args.int8 and len(args.paths) > 1:
+        raise argparse.ArgumentTypeError("--int8 takes no images: it needs the training images, in --data_dir")
     if args.accept and not (args.half or args.int8):
         raise argparse.ArgumentTypeError("--accept goes with --half or --int8: float32 must decide the same")
     if args.check and (args.output or args.half or args.int8):
@@ -125,37 +129,60 @@ def export(args: argparse.Namespace) -> None:
     """Write the files of a detector, if they decide as it does."""
     path = Path(args.output or Path(args.paths[0]).with_suffix(".onnx"))
     check_replaced(path)
-    from prediction.exported import Exported, open_session
-    from prediction.exporting import check_packages, described, facts_of, graph_of, in_half_precision, in_int8
+    from prediction.exported import Exported
+    from prediction.exporting import check_packages, described, facts_of, graph_of
 
     check_packages()
     detector = load_detector(args)
     images = load_pictures(args, detector)
-    precision = "float16" if args.half else "int8" if args.int8 else "float32"
-    facts = facts_of(detector, Path(args.paths[0]).read_bytes(), precision)
-
-    def opened(graph: bytes) -> Exported:
-        return Exported(path, open_session(path, graph, args.threads), facts)
-
     say(f"{detector.config.category}: tracing the graph")
-    graph = graph_of(detector, args.opset)
-    exported = opened(graph)
-    exported.check()
+    graph, facts = graph_of(detector, args.opset), facts_of(detector, Path(args.paths[0]).read_bytes())
+    exported = opened(args, path, graph, facts)
     comparison = compared(args, detector, exported, images)
     if not comparison.fits:
         raise InputError(f"{path}: not written: the graph does not say what {args.paths[0]} says: {comparison.words()}")
-    if precision != "float32":
-        say(f"{detector.config.category}: {precision}")
-        graph = in_half_precision(graph) if args.half else in_int8(graph, images)
-        smaller = opened(graph)
-        comparison = compared(args, detector, smaller, images)
-        changed = comparison.changed + tell_labelled(args, detector, smaller)
+    if args.half or args.int8:
+        graph, facts = smaller(args, detector, graph, images)
+        exported = opened(args, path, graph, facts)
+        changed = compared(args, detector, exported, images).changed + tell_labelled(args, detector, exported)
         if changed and not args.accept:
-            raise InputError(f"{path}: not written: {precision} changes {changed} decisions; --accept writes it anyway")
-        exported = smaller
+            what = f"{facts['precision']} changes {changed} decisions"
+            raise InputError(f"{path}: not written: {what}; --accept writes it anyway")
     write_files({path: graph, path.with_suffix(".json"): described(facts, graph, exported)})
     Exported.open(path, args.threads)
     say(f"{path}, {path.with_suffix('.json').name}: {len(graph) / 1e6:.1f} MB; Grad-CAM is not in the graph")
+
+
+def opened(args: argparse.Namespace, path: Path, graph: bytes, facts: dict):
+    """Return a graph that is not written yet, in ONNX Runtime."""
+    from prediction.exported import Exported, open_session
+
+    exported = Exported(path, open_session(path, graph, args.threads), facts)
+    exported.check()
+    return exported
+
+
+def smaller(args: argparse.Namespace, detector, graph: bytes, images) -> tuple[bytes, dict]:
+    """Return the graph that --half or --int8 asks for, and its facts."""
+    from prediction.exporting import (
+        INT8_NEEDS,
+        calibration_batches,
+        facts_of,
+        fitted_to_int8,
+        graph_of,
+        in_half_precision,
+        in_int8,
+    )
+
+    source, category = Path(args.paths[0]).read_bytes(), detector.config.category
+    if args.half:
+        return in_half_precision(graph), facts_of(detector, source, "float16")
+    if len(images) < INT8_NEEDS:
+        raise InputError(f"{category}: {len(images)} training images, --int8 needs {INT8_NEEDS} to know what is normal")
+    say(f"{category}: fitting the densities to what int8 makes of the training images")
+    refitted = fitted_to_int8(detector, images, args.threads)
+    batches = (batch.permute(0, 2, 3, 1).contiguous().numpy() for batch in calibration_batches(images))
+    return in_int8(graph_of(refitted, args.opset), batches), facts_of(refitted, source, "int8")
 
 
 def check_replaced(path: Path) -> None:
@@ -193,7 +220,7 @@ def load_pictures(args: argparse.Namespace, detector):
     """Return the images (N, 3, H, W) uint8 that graph and detector score. Raises InputError if there are none."""
     import torch
 
-    from dataset import load_images, train_paths
+    from dataset import files_digest, load_images, train_paths
     from normals import load_normals, normals_path
     from prediction.inputs import list_paths
 
@@ -207,6 +234,12 @@ def load_pictures(args: argparse.Namespace, detector):
             raise InputError(f"{', '.join(args.paths[1:])}: no image found")
     elif (Path(args.data_dir) / config.category / "train").is_dir():
         paths = train_paths(args.data_dir, config.category)
+        if args.int8 and detector.train_files not in ("", files_digest(paths)):
+            others = f"{Path(args.data_dir) / config.category}: not the training images that it was made from"
+            raise InputError(f"{args.paths[0]}: {others}, which --int8 needs; name their --data_dir")
+    elif args.int8:
+        needed = f"--int8 needs the training images; {Path(args.data_dir) / config.category} has none"
+        raise InputError(f"{args.paths[0]}: {needed}: name their --data_dir")
     elif beside.is_file():
         normals = load_normals(beside, detector)
         arrays = [torch.from_numpy(normals.image(number)) for number in range(len(normals.names))]

@@ -16,11 +16,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import Config, PatchConfig
 from detector import Detector, initial_network
-from prediction.exporting import check_packages, graph_of, in_int8, traced
+from prediction.exporting import Features, calibration_batches, check_packages, graph_of, in_int8, traced
 from runtime.cli import command_line, device_name
 from runtime.files import say
 
@@ -37,17 +37,6 @@ KINDS = {  # as run_training.py makes them, from scratch and from ImageNet weigh
     ),
 }
 Call = Callable[[np.ndarray], object]
-
-
-class Features(nn.Module):
-    """The backbone alone: normalized images (B, 3, H, W) float32 -> the features of the stages that are used."""
-
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.network, self.levels = detector.members[0].network, detector.config.levels
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.network.features(images, self.levels))
 
 
 def measure_runtimes(args: argparse.Namespace, photographs: list[Image.Image]) -> None:
@@ -89,12 +78,13 @@ def graphs_of(detector: Detector, images: Tensor) -> dict[str, tuple[bytes, byte
     """Return the graphs of the whole detector and of its backbone, by precision."""
     height, width = detector.config.size
     whole = graph_of(detector)
-    bare = traced(Features(detector), torch.zeros(2, 3, height, width), [f"s{n}" for n in detector.config.levels])
-    normalized = detector.prepare(images)
-    return {
-        "float32": (whole, bare),
-        "int8": (in_int8(whole, images), in_int8(bare, normalized.contiguous(), (0, 1, 2, 3))),
-    }
+    features = Features(detector.members[0])
+    bare = traced(features, torch.zeros(2, 3, height, width), features.outputs)
+    pixels, prepared = [], []
+    for batch in calibration_batches(images):
+        pixels.append(batch.permute(0, 2, 3, 1).contiguous().numpy())
+        prepared.append(detector.prepare(batch).contiguous().numpy())
+    return {"float32": (whole, bare), "int8": (in_int8(whole, pixels), in_int8(bare, prepared))}
 
 
 def contestants(
@@ -102,7 +92,7 @@ def contestants(
 ) -> dict[str, tuple[Call, Call]]:
     """Return by runtime what scores a batch (B, H, W, 3) uint8, and what runs the backbone alone on (B, 3, H, W)."""
     torch.set_num_threads(threads)
-    features = Features(detector)
+    features = Features(detector.members[0])
     calls: dict[str, tuple[Call, Call]] = {
         "torch": (
             lambda x: detector.predict_batch(torch.from_numpy(x).permute(0, 3, 1, 2)),

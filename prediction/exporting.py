@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detector import Detector, evenly_spaced
+from detector import Detector, EnsembleMember, evenly_spaced
 from image_ops import ignored_pixels
 from prediction.exported import FORMAT, INPUT, OUTPUTS, RESIZE, VERSION, Exported, digest, largest_difference
 from runtime.files import InputError
@@ -29,9 +29,10 @@ OPSET = 18  # version of ONNX's operators
 TOLERANCE = 1e-4  # largest relative difference of scores and maps in float32
 SEEN_AT_ONCE = 2  # images that the graph is traced with: one would be taken for the only number there is
 CALIBRATED, CALIBRATED_AT_ONCE = 64, 8  # normal images that activations are measured on for int8
+INT8_NEEDS = 8  # training images
 TIMED = 20  # repeats, of which the median counts
-# What is computed in int8: the convolutions and what lies between them. Densities stay in floating point
-QUANTIZED = ["Conv", "Add", "Relu", "Clip", "MaxPool"]
+# What is computed in int8 or float16: convolutions, and these between them. Densities stay as they are
+BETWEEN = ("Add", "Relu", "Clip", "MaxPool")
 
 
 def check_packages() -> None:
@@ -147,47 +148,111 @@ def described(facts: dict, graph: bytes, exported: Exported) -> bytes:
 # Smaller weights --------------------------------------------------------------------------------------------------
 
 
+class Features(nn.Module):
+    """A member's network alone: prepared images (B, 3, H, W) float32 -> the features of the stages that are used."""
+
+    def __init__(self, member: EnsembleMember) -> None:
+        super().__init__()
+        self.network, self.levels = member.network, member.config.levels
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.network.features(images, self.levels))
+
+    @property
+    def outputs(self) -> list[str]:
+        return [f"stage_{level}" for level in self.levels]
+
+
+def in_networks(graph) -> list[str]:
+    """Return the names of the nodes of networks: convolutions, and those of BETWEEN that take nothing but what these
+    give."""
+    given, names = set(), []
+    for node in graph.node:
+        inputs = {name for name in node.input if name} - {weight.name for weight in graph.initializer}
+        if node.op_type == "Conv" or (node.op_type in BETWEEN and inputs and inputs <= given):
+            given.update(node.output)
+            names.append(node.name)
+    return names
+
+
 def in_half_precision(graph: bytes) -> bytes:
     """Return a graph that computes its networks in float16 and all else as before."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = onnx.load_from_string(graph)
-    convolved = {node.name for node in model.graph.node if node.op_type in QUANTIZED}
-    others = [node.name for node in model.graph.node if node.name not in convolved]
+    others = {node.name for node in model.graph.node} - {*in_networks(model.graph)}
     with quiet():
-        return convert_float_to_float16(model, keep_io_types=True, node_block_list=others).SerializeToString()
+        return convert_float_to_float16(model, keep_io_types=True, node_block_list=[*others]).SerializeToString()
 
 
-def in_int8(graph: bytes, images: Tensor, order: tuple[int, ...] = (0, 2, 3, 1)) -> bytes:
+def in_int8(graph: bytes, batches: Iterable[np.ndarray]) -> bytes:
     """Return a graph that computes its networks in int8: weights channel by channel, activations in the ranges that
-    they have on normal images (N, 3, H, W). order: of the axes that the graph takes."""
+    they have on batches of what the graph takes."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
-        """The images, batch by batch, as the graph takes them."""
-
         def __init__(self) -> None:
-            self.batches = iter(images[evenly_spaced(len(images), CALIBRATED)].split(CALIBRATED_AT_ONCE))
+            self.batches = iter(batches)
 
         def get_next(self) -> dict | None:
             batch = next(self.batches, None)
-            return None if batch is None else {INPUT: batch.permute(order).contiguous().numpy()}
+            return None if batch is None else {INPUT: batch}
 
+    model = onnx.load_from_string(graph)
     with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "int8.onnx"
         quantize_static(
-            onnx.load_from_string(graph),
+            model,
             path,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTIZED,
+            op_types_to_quantize=["Conv", *BETWEEN],
+            nodes_to_quantize=in_networks(model.graph),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
         return path.read_bytes()
+
+
+def calibration_batches(images: Tensor) -> Iterator[Tensor]:
+    """Yield the images (N, ...) that the ranges of int8 are taken from, batch by batch."""
+    yield from images[evenly_spaced(len(images), CALIBRATED)].split(CALIBRATED_AT_ONCE)
+
+
+def fitted_to_int8(detector: Detector, images: Tensor, threads: int) -> Detector:
+    """Return a detector of the same networks whose densities and threshold are fitted to what these give in int8.
+
+    images: (N, 3, H, W) uint8, those that the detector was made from. A density measures in units of what little varies
+    among normal images: to one that was fitted in float32, rounding alone would be a defect.
+    """
+    from onnxruntime import InferenceSession, SessionOptions
+
+    other = detector.changed()
+    options = SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    try:
+        for member, new_member in zip(detector.members, other.members):
+            for level, new_level in zip(member.levels, new_member.levels):
+                new_level.location = "shared" if level.shared else "each"
+            module, prepared = Features(member), [detector.prepare(batch) for batch in calibration_batches(images)]
+            if not detector.config.dense:
+                prepared = [member.grids[0].cut(batch) for batch in prepared]
+            batches = (batch.contiguous().numpy() for batch in prepared)
+            graph = in_int8(traced(module, torch.zeros(SEEN_AT_ONCE, *prepared[0].shape[1:]), module.outputs), batches)
+            session = InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+            def features(images: Tensor, levels: Sequence[int], session=session) -> list[Tensor]:
+                names = [f"stage_{level}" for level in levels]
+                return [torch.from_numpy(x) for x in session.run(names, {INPUT: images.contiguous().numpy()})]
+
+            member.network.features = features
+        return other.fit(images)
+    finally:
+        for member in detector.members:
+            vars(member.network).pop("features", None)
 
 
 # Comparing --------------------------------------------------------------------------------------------------------
