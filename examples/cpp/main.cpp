@@ -78,7 +78,7 @@ int main(int argc, char** argv) try {
     std::vector<int64_t> shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
     shape[0] = 1;  // a batch of one: (1, H, W, 3)
     const char *inputs[] = {"images"}, *outputs[] = {"scores", "p_values", "maps"};
-    const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+    auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
 
     std::printf("path,score,p_value,anomalous,x,y,width,height\n");
     for (int i = 2; i < argc; ++i) {
