@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DENSITY_NAMES = ["torch", "sklearn", "kde", "nearest"]  # of density.DENSITIES
 DENSITY_SUMS = {"both": ("torch", "nearest")}  # densities whose standardized distances are added
 LOCATIONS = ("auto", "shared", "each")  # which Gaussians a patch model has
-NORMALIZATIONS = ("imagenet", "image")
+NORMALIZATIONS = ("imagenet", "half", "image")
 SUFFIXES = (".pt", ".onnx")  # of a detector's file: of torch, and exported for ONNX Runtime
 FORMATS = ("csv", "jsonl")  # of predict.py's rows
 
@@ -63,6 +63,7 @@ class Backbone:
     strides: tuple[int, ...]  # pixels between two features, for each stage
     widths: tuple[int, ...]  # channels, for each stage
     level: int  # the stage of ``--features level``: the last one that is not such a convolution
+    normalize: str = "imagenet"  # of NORMALIZATIONS, the one that its ImageNet weights were trained with
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -112,8 +113,7 @@ def _build_lite() -> "nn.Module":
     """Build EfficientNet-Lite0: torchvision's B0 with ReLU6 in place of SiLU, and without squeeze-and-excitation.
 
     The published weights come from TensorFlow, which pads an even side only at its end, so that feature (i, j) is
-    centered ``stride - 1`` pixels further down and right. Here both ends are padded, as in the other backbones. The
-    weights were trained on images in [-1, 1], half the contrast that ``normalized`` gives.
+    centered ``stride - 1`` pixels further down and right. Here both ends are padded, as in the other backbones.
     """
     from torch import nn
 
@@ -156,5 +156,6 @@ BACKBONES = {
         strides=(2, 4, 8, 16, 16, 32, 32, 32),
         widths=(16, 24, 40, 80, 112, 192, 320, 1280),
         level=7,
+        normalize="half",
     ),
 }

@@ -141,8 +141,8 @@ class Config:
         "image",
         one_of(NORMALIZATIONS),
         "network",
-        "normalize by ImageNet's mean and deviation, or each image's own",
-        "image; imagenet for pretrained patch models, unless by recipe paper",
+        "normalize by the mean and deviation of ImageNet, by 0.5 both (half), or by each image's own",
+        "image; for pretrained patch models as the weights were trained, unless by recipe paper",
     )
     pretrained: bool = setting(
         True,
@@ -479,7 +479,8 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     recipe = given.setdefault("recipe", default_recipe(given))
     values = RECIPES[recipe] | given
     if recipe != "paper" and "patch_size" in values and values.get("pretrained", Config.pretrained):
-        values = {"density": "both", "join": values.get("dense", True), "normalize": "imagenet"} | values
+        normalize = BACKBONES[values.get("backbone", Config.backbone)].normalize
+        values = {"density": "both", "join": values.get("dense", True), "normalize": normalize} | values
     values["category"] = category
     patches = {name: values.pop(name) for name in PATCH_SETTINGS if name in values}
     if patches and "patch_size" not in patches:

@@ -19,8 +19,8 @@ from runtime.files import InputError, check_regular
 
 HIDDEN = 512  # width of each of the --head_layer layers
 PROJECTION = 128  # width of the layer before the output
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and deviation of the channels, where they are the same for every image
+STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
 
 class WeightsError(InputError):
@@ -59,7 +59,7 @@ class CutPasteNet(nn.Module):
     """Backbone and projection head: images (B, 3, H, W) in [0, 1] -> logits (B, C), embeddings (B, D).
 
     backbone: a name in ``BACKBONES``. head_layer: n layers of 512, then one of 128, then the output (the paper leaves
-    the depth open). normalize: "imagenet", by the fixed ImageNet statistics, or "image", each image to mean 0 and
+    the depth open). normalize: "imagenet" or "half", by fixed ``STATISTICS``, or "image", each image to mean 0 and
     deviation 1 over all its pixels and channels.
     """
 
@@ -68,8 +68,9 @@ class CutPasteNet(nn.Module):
         if normalize not in NORMALIZATIONS:
             raise ValueError(f"unknown normalization {normalize!r}: choose one of {', '.join(NORMALIZATIONS)}")
         self.normalize, self.spec = normalize, BACKBONES[backbone]
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        mean, std = STATISTICS.get(normalize, STATISTICS["imagenet"])
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.backbone = self.spec.build()
         for module in filter(SmallMapConv.replaces, self.backbone.modules()):
             module.__class__ = SmallMapConv
@@ -118,7 +119,7 @@ class CutPasteNet(nn.Module):
 
     def statistics(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation to normalize images (B, 3, H, W) by: (3, 1, 1), under "image" (B, 1, 1, 1)."""
-        if self.normalize == "imagenet":
+        if self.normalize in STATISTICS:
             return self.mean, self.std
         if is_in_onnx_export():
             # ONNX Runtime adds up value by value, in float32: over a whole image that costs four digits

@@ -47,6 +47,7 @@ def test_pretrained_patch_models_see_their_stages_together():
     """Unless the recipe is the paper's, or each window goes through the network alone."""
     made = parsed("--patch_size", 64)
     assert (made.density, made.join, made.normalize) == ("both", True, "imagenet")
+    assert parsed("--patch_size", 64, "--backbone", "efficientnet_lite0").normalize == "half"  # as its weights
     assert not parsed("--recipe", "paper", "--patch_size", 64).join
     assert not parsed("--patch_size", 64, "--dense", 0).join
     assert parsed("--patch_size", 64, "--density", "nearest", "--normalize", "image").density == "nearest"

@@ -107,21 +107,26 @@ def test_tables_show_the_deviation_of_several_seeds(tables):
 
 # Rows of one column of the README's table of results, by what they must have
 FAST = {"recipe": "fast", "minutes": "10.0", "note": "", "device": "AMD EPYC", "patch_size": "48", "batch_size": "28"}
-TUNED = {"recipe": "finetune", "patch_size": "64", "features": "level", "invisible": "keep", "freeze_bn": "True"}
-FROZEN = TUNED | {"backbone": "efficientnet_lite0", "level": "3,5", "epochs": "0"}
-TUNED |= {"backbone": "mobilenet_v2", "level": "2,3", "epochs": "185"}
+FROZEN = {"patch_size": "64", "features": "level", "epochs": "0"}
+LITE, MOBILE = (
+    FROZEN | {"density": "both", "join": "True", "normalize": "imagenet", "backbone": name}
+    for name in ("efficientnet_lite0", "mobilenet_v2")
+)
+TRANSFER = FROZEN | {"backbone": "efficientnet_lite0", "level": "3,5", "invisible": "keep", "freeze_bn": "True"}
 COLUMNS = {
-    "as it is": (FROZEN, "image_auroc"),
-    "fine-tuned": (TUNED, "image_auroc"),
+    "efficientnet_lite0": (LITE, "image_auroc"),
+    "mobilenet_v2": (MOBILE, "image_auroc"),
     "from scratch": (FAST, "image_auroc"),
     "untrained": (FAST, "control_auroc"),
     "paper": ("3way", "image_auroc", "paper"),
     "re-impl.": ("3way", "image_auroc", "re-implementation"),
-    "pixel: as it is": (FROZEN, "pixel_auroc"),
-    "pixel: fine-tuned": (TUNED, "pixel_auroc"),
+    "pixel: efficientnet_lite0": (LITE, "pixel_auroc"),
+    "pixel: mobilenet_v2": (MOBILE, "pixel_auroc"),
     "pixel: from scratch": (FAST, "pixel_auroc"),
     "pixel: untrained": (FAST, "control_pixel_auroc"),
     "pixel: paper": ("3way patches", "pixel_auroc", "paper"),
+    "AUPRO: efficientnet_lite0": (LITE, "aupro"),
+    "AUPRO: mobilenet_v2": (MOBILE, "aupro"),
     "AUPRO: from scratch": (FAST, "aupro"),
 }
 
@@ -135,7 +140,7 @@ def with_values(rows, values):
 def test_the_results_are_what_the_files_say(tables, tmp_path):
     """Each cell from its own rows. Rows with other settings or budgets, or of another device, are not mixed in."""
     path = tmp_path / "results/recipe.csv"
-    own = {"recipe": table_of(path), "transfer": table_of(tmp_path / "results/transfer.csv")}
+    own = {"recipe": table_of(path), "density": table_of(tmp_path / "results/density.csv")}
     before = tables.results_table()
     changes = [{"minutes": "5.0"}, {"minutes": ""}, {"note": "old"}, {"device": "other"}, {"recipe": "paper"}]
     for change in (*changes, {"patch_size": "64"}, {"batch_size": "16"}):
@@ -151,14 +156,14 @@ def test_the_results_are_what_the_files_say(tables, tmp_path):
                 published = tables.published(values, measure, *source)
                 assert cell == (f"{100 * published[category]:.1f}" if category in published else "")
                 continue
-            table = own["recipe" if values is FAST else "transfer"]
+            table = own["recipe" if values is FAST else "density"]
             figures = [row[measure] for row in with_values(table, values | {"category": category})]
             figures = [100 * float(figure) for figure in figures if figure]
             deviation = f" ± {statistics.stdev(figures):.1f}" if len(figures) > 1 else ""
             assert cell == (f"{statistics.mean(figures):.1f}{deviation}" if figures else ""), (category, measure)
 
 
-@pytest.mark.parametrize(("name", "table", "values"), [("recipe", "results", FAST), ("transfer", "transfer", FROZEN)])
+@pytest.mark.parametrize(("name", "table", "values"), [("recipe", "results", FAST), ("transfer", "transfer", TRANSFER)])
 def test_the_newest_row_of_a_setting_counts(tables, tmp_path, name, table, values):
     path = tmp_path / f"results/{name}.csv"
     before, first = tables.TABLES[table](), with_values(table_of(path), values)[0]
