@@ -193,7 +193,7 @@ def test_the_benchmark_of_speed_runs(data, tmp_path):
             assert 0 < value < 1e6, name
 
 
-def test_runtimes_are_measured(data, tmp_path, monkeypatch):
+def test_runtimes_are_measured(benchmarks, data, tmp_path, monkeypatch):
     """One model in all runtimes that are installed; what they say is the same."""
     speed, runtimes = benchmarks("speed"), benchmarks("runtimes")
     monkeypatch.setattr(runtimes, "BACKBONES", ("resnet18",))
