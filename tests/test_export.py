@@ -344,7 +344,7 @@ def kinds_of(graph):
     """How many nodes of each kind a graph has, and the types of the weights of its convolutions."""
     model = onnx.load_from_string(graph)
     nodes = [node.op_type for node in model.graph.node]
-    weights = {x.data_type for x in model.graph.initializer if len(x.dims) == 4}
+    weights = {x.data_type for x in model.graph.initializer if len(x.dims) == 4 and "weight" in x.name}
     return nodes, weights
 
 
