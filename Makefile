@@ -18,13 +18,15 @@ help: ## print this list
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-demo: .venv/installed ## install, train on textures with drawn defects, evaluate, write a report (minutes)
+demo: .venv/installed ## install, train on textures with drawn defects, evaluate, write a report, export (minutes)
 	test -d $(TEXTURES) || $(BIN)/python prepare_data.py textures --size 128 --train 100 --data_dir $(TEXTURES)
 	$(BIN)/python run_training.py --data_dir $(TEXTURES) --type grass,gravel --size 128 --recipe fast \
 	  --no-pretrained --epochs 150 --model_dir $(DEMO)/drawn --logdir $(DEMO)/logdirs
 	$(BIN)/python eval.py --data_dir $(TEXTURES) --type grass,gravel --model_dir $(DEMO)/drawn \
 	  --eval_dir $(DEMO)/Eval --control 1 --report $(DEMO)/report.html
-	@echo "report: $(DEMO)/report.html   plots: $(DEMO)/Eval/drawn/"
+	$(BIN)/python export.py $(DEMO)/drawn/grass.pt --data_dir $(TEXTURES) --output $(DEMO)/line/grass.onnx
+	$(BIN)/python export.py --check $(DEMO)/line/grass.onnx $(DEMO)/drawn/grass.pt --data_dir $(TEXTURES)
+	@echo "report: $(DEMO)/report.html   plots: $(DEMO)/Eval/drawn/   without torch: $(DEMO)/line/grass.onnx"
 
 demo-cells: .venv/installed ## the same on photographs of solar cells, where training brings nothing (minutes)
 	test -d $(DATA)/solar_mono || $(BIN)/python prepare_data.py elpv --data_dir $(DATA)

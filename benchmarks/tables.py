@@ -470,6 +470,23 @@ def launches_table() -> str:
     return columns(rows, {"recipe": WHERE["recipe"]} | lines)
 
 
+def runtimes_table() -> str:
+    """Show what whole detectors take in each runtime: milliseconds of a batch, of one image with the 99th percentile,
+    and in parentheses how many times the bare backbone; the newest rows count."""
+    shown = ["backbone", "model", "threads", "batch_size"]
+    rows = speed_rows("runtime", "backbone", "model", "scoring_ms", "scoring_p99_ms", "whole_over_bare")
+    rows = rows[rows.runtime.notna()].drop_duplicates([*shown, "runtime"], keep="last")
+    names = list(dict.fromkeys(rows.runtime))
+    cells = []
+    for key, group in rows.groupby(shown, sort=False):
+        texts = {}
+        for row in group.itertuples():
+            latest = f" to {row.scoring_p99_ms:.3g}" if row.batch_size == 1 else ""
+            texts[row.runtime] = f"{row.scoring_ms:.3g}{latest} ({row.whole_over_bare:.2f})"
+        cells.append([*key, *(texts.get(name, "") for name in names)])
+    return markdown(["backbone", "model", "threads", "images", *names], cells)
+
+
 TABLES = {
     "transfer": functools.partial(transfer_table, "image_auroc"),
     "transfer_pixel": functools.partial(transfer_table, "pixel_auroc"),
@@ -483,6 +500,7 @@ TABLES = {
     "speed": speed_table,
     "speed_gpu": gpu_table,
     "launches": launches_table,
+    "runtimes": runtimes_table,
 }
 
 

@@ -176,14 +176,45 @@ def in_networks(graph) -> list[str]:
 
 
 def in_half_precision(graph: bytes) -> bytes:
-    """Return a graph that computes its networks in float16 and all else as before."""
+    """Return a graph that computes its networks in float16 and all else as before.
+
+    Not by onnxruntime's converter: that turns a cast of scores from float64 to float32, outside, into one to float16.
+    """
     import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnx import TensorProto, helper, numpy_helper
 
     model = onnx.load_from_string(graph)
-    others = {node.name for node in model.graph.node} - {*in_networks(model.graph)}
-    with quiet():
-        return convert_float_to_float16(model, keep_io_types=True, node_block_list=[*others]).SerializeToString()
+    weights, names, nodes = {x.name: x for x in model.graph.initializer}, {*in_networks(model.graph)}, []
+    halved: dict[str, str] = {}  # float32 tensors that there is one in float16 of, by name
+    back: dict[str, str] = {}  # and those of networks that there is one in float32 of
+
+    def cast(name: str, to: int, done: dict[str, str]) -> str:
+        if name not in done:
+            done[name] = f"{name}_{'half' if to == TensorProto.FLOAT16 else 'float'}"
+            if name in weights:
+                values = numpy_helper.to_array(weights[name]).astype(np.float16)
+                model.graph.initializer.append(numpy_helper.from_array(values, done[name]))
+            else:
+                nodes.append(helper.make_node("Cast", [name], [done[name]], to=to))
+        return done[name]
+
+    given: set[str] = set()
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if node.name in names and name and name not in given:
+                node.input[place] = cast(name, TensorProto.FLOAT16, halved)
+            elif node.name not in names and name in given:
+                node.input[place] = cast(name, TensorProto.FLOAT, back)
+        nodes.append(node)
+        given.update(node.output if node.name in names else ())
+    used = {name for node in nodes for name in node.input}
+    kept = [weight for weight in model.graph.initializer if weight.name in used]
+    for field_, values in (("node", nodes), ("initializer", kept), ("value_info", [])):
+        copies = [type(value).FromString(value.SerializeToString()) for value in values]
+        model.graph.ClearField(field_)
+        getattr(model.graph, field_).extend(copies)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
 
 
 def in_int8(graph: bytes, batches: Iterable[np.ndarray]) -> bytes:

@@ -184,13 +184,16 @@ def test_the_facts_are_those_of_the_detector(made, detectors):
 def test_a_file_checks_without_torch(made):
     """As on a computer of the line: no module of torch is there."""
     program = (
-        "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1])\n"
-        "from prediction.exported import Exported\n"
-        "print(Exported.open(sys.argv[2], 1).probe_difference())"
+        "import runpy, sys; sys.path.insert(0, sys.argv[1])\n"
+        "for name in ('torch', 'torchvision', 'scipy', 'sklearn', 'onnx'): sys.modules[name] = None\n"
+        "sys.argv = ['export.py', '--check', sys.argv[2]]\n"
+        "runpy.run_path('export.py', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", program, ROOT, made.patch], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, ROOT, made.patch]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) <= 1e-6
+    assert "digests agree" in done.stdout
+    assert "those of the exporting machine" in done.stdout
 
 
 def test_check_compares_with_the_detector(made, detectors, data, script):
@@ -245,10 +248,6 @@ def test_a_graph_with_one_weight_altered_is_caught(copied, script, detectors, da
         one_line(done, "b.onnx", "brick.pt", "largest relative difference")
 
 
-def rename_output(graph):
-    graph.output[0].name = graph.node[-1].output[0] = "other"
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -268,11 +267,24 @@ def test_facts_that_do_not_fit_are_told(copied, script, changes, words):
     one_line(script("export", "--check", copied), *words)
 
 
-def test_files_that_are_no_exported_detector_are_told(copied, script, tmp_path):
+def of_opset(path: Path, opset: int) -> bytes:
+    """A graph that says it is of another version of ONNX's operators."""
+    model = onnx.load(path)
+    model.opset_import[0].version = opset
+    return model.SerializeToString()
+
+
+def test_files_that_are_no_exported_detector_are_told(copied, made, script, tmp_path):
     one_line(script("export", "--check", tmp_path / "none.onnx"), "none.onnx", "no such file")
     copied.write_bytes(b"no graph")
     rewrite(copied.with_suffix(".json"), sha256=digest(b"no graph"))
     one_line(script("export", "--check", copied), "b.onnx", "cannot load it")
+    rewrite(copied.with_suffix(".json"), sha256=digest(newer := of_opset(made.patch, 99)))
+    copied.write_bytes(newer)
+    one_line(script("export", "--check", copied), "b.onnx", "cannot load it", "99")
+    rewrite(copied.with_suffix(".json"), sha256=digest(other := made.whole.read_bytes()))
+    copied.write_bytes(other)
+    one_line(script("export", "--check", copied), "b.onnx", "is no detector of its .json file")
     copied.with_suffix(".json").write_text("{")
     one_line(script("export", "--check", copied), "b.json", "not of an exported detector")
     copied.with_suffix(".json").unlink()
@@ -335,6 +347,110 @@ def test_a_graph_that_does_not_decide_the_same_is_not_written(detectors, data, s
     monkeypatch.setattr(exporting, "graph_of", wrong)
     one_line(script(*command), "b.onnx: not written", "largest relative difference")
     assert not any(tmp_path.iterdir())
+
+
+# Smaller weights --------------------------------------------------------------------------------------------------
+
+
+def kinds_of(graph):
+    """How many nodes of each kind a graph has, and the types of the weights of its convolutions."""
+    model = onnx.load_from_string(graph)
+    nodes = [node.op_type for node in model.graph.node]
+    weights = {x.data_type for x in model.graph.initializer if len(x.dims) == 4 and "weight" in x.name}
+    return nodes, weights
+
+
+@pytest.mark.parametrize("kind", ["both, several stages", "patch", "patch, each window alone", "joined"])
+def test_only_networks_become_smaller(kind, images):
+    """Densities, maps and p-values compute as before; the sum of two standardized distances is none of a network."""
+    made = fitted(KINDS[kind], images)
+    graph = exporting.graph_of(made)
+    names = {*exporting.in_networks(onnx.load_from_string(graph).graph)}
+    nodes = [node for node in onnx.load_from_string(graph).graph.node if node.name in names]
+    assert {node.op_type for node in nodes} <= {"Conv", *exporting.BETWEEN}
+    convolutions = sum(node.op_type == "Conv" for node in onnx.load_from_string(graph).graph.node)
+    assert sum(node.op_type == "Conv" for node in nodes) == convolutions
+    half = exporting.in_half_precision(graph)
+    patterns = torch.from_numpy(probe_images(SIZE)).permute(0, 3, 1, 2)
+    comparison = exporting.compare(made, opened(made, half), patterns, lambda count: None)
+    assert comparison.scores > 1e-6
+    assert comparison.scores < 0.1, comparison.words()
+    assert kinds_of(half)[1] == {onnx.TensorProto.FLOAT16}
+    assert kinds_of(graph)[1] == {onnx.TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("kind", ["image-level", "folds", "patch, each window alone", "joined", "ignored"])
+def test_an_int8_detector_knows_what_its_networks_give(kind, images):
+    """The densities that are fitted to int8 call normal images normal; those of float32 do not."""
+    made = fitted(KINDS[kind], images, hidden=kind == "ignored")
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    refitted = exporting.fitted_to_int8(made, images, 1)
+    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in made.state_dict().items())
+    batches = [x.permute(0, 2, 3, 1).contiguous().numpy() for x in exporting.calibration_batches(images)]
+    graph = exporting.in_int8(exporting.graph_of(refitted), batches)
+    assert "QuantizeLinear" in kinds_of(graph)[0]
+    exported = opened(refitted, graph)
+    arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
+    answers = exported.run(arrays)
+    assert np.isfinite(answers.scores).all()
+    # Those it was fitted to score below its threshold, and so below the patterns, as by the detector itself
+    assert (answers.p_values > exported.rate).mean() > 0.7
+    assert answers.scores.mean() < exported.probe().scores.min()
+    again = exported.run(arrays[:3])
+    assert np.allclose(again.scores, answers.scores[:3], rtol=1e-3)
+
+
+def test_int8_is_written_with_its_own_threshold(detectors, data, script, tmp_path):
+    out = tmp_path / "b.onnx"
+    done = script("export", detectors / "patch/brick.pt", "--data_dir", data, "--output", out, "--int8", "--accept")
+    assert done.code == 0, done.err
+    words = [line.split(": ", 1)[1] for line in done.out.splitlines()]
+    assert [line.split(":")[0] for line in words] == [
+        "float32",
+        words[1],
+        "int8",
+        words[3],
+        "labelled images",
+        words[5],
+    ]
+    assert "image AUROC" in words[5]
+    exported, made = Exported.open(out, 1), load(detectors / "patch/brick.pt")
+    assert exported.facts["precision"] == "int8"
+    assert exported.threshold != made.threshold.item()
+    assert len(exported.facts["calibration_scores"]) == len(made.calibration_scores)
+    checked = script("export", "--check", out, detectors / "patch/brick.pt", "--data_dir", data)
+    assert checked.code == 0, checked.err
+
+
+def test_int8_needs_the_training_images(detectors, data, script, tmp_path):
+    for name in ("brick.pt", "brick.normals"):
+        shutil.copy(detectors / "patch" / name, tmp_path)
+    out = ("--output", tmp_path / "b.onnx", "--int8")
+    one_line(script("export", tmp_path / "brick.pt", "--data_dir", tmp_path, *out), "--int8 needs the training images")
+    done = script("export", tmp_path / "brick.pt", data / "brick/test", *out)
+    assert done.code == 2
+    assert "--int8 takes no images" in done.err
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_changed_decisions_must_be_accepted(detectors, data, script, monkeypatch, tmp_path, accepted):
+    out, in_half_precision = tmp_path / "b.onnx", exporting.in_half_precision
+
+    def wrong(graph):
+        model = onnx.load_from_string(in_half_precision(graph))
+        (weight,) = [x for x in model.graph.initializer if len(x.dims) == 4][-1:]
+        weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+        return model.SerializeToString()
+
+    monkeypatch.setattr(exporting, "in_half_precision", wrong)
+    command = ("export", detectors / "patch/brick.pt", "--data_dir", data, "--output", out, "--half")
+    done = script(*command, *(["--accept"] if accepted else []))
+    if accepted:
+        assert done.code == 0, done.err
+        assert Exported.open(out, 1).facts["precision"] == "float16"
+    else:
+        one_line(done, "float16 changes", "decisions", "--accept")
+        assert not out.exists()
 
 
 def test_other_files_are_not_replaced(detectors, data, script, tmp_path):

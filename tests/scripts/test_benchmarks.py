@@ -198,6 +198,41 @@ def test_the_benchmark_of_speed_runs(data, tmp_path):
             assert 0 < value < 1e6, name
 
 
+def test_runtimes_are_measured(benchmarks, data, tmp_path, monkeypatch):
+    """One model in all runtimes that are installed; what they say is the same."""
+    speed, runtimes = benchmarks("speed"), benchmarks("runtimes")
+    monkeypatch.setattr(runtimes, "BACKBONES", ("resnet18",))
+    monkeypatch.setattr(runtimes, "KINDS", {"patch": runtimes.KINDS["patch"]})
+    monkeypatch.setattr(runtimes, "BATCHES", {1: (1, 2), 3: (1, 1)})
+    monkeypatch.setattr(runtimes.os, "cpu_count", lambda: 1)
+    seen = {}
+
+    def timed(calls, images, *args):
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        for name, (whole, _) in calls.items():
+            seen[name, len(images)] = np.asarray(whole(pixels)[0])
+        return measured(calls, images, *args)
+
+    measured = runtimes.timed
+    monkeypatch.setattr(runtimes, "timed", timed)
+    flags = ["--only", "runtimes", "--size", 48, "--repeats", 1, "--results", tmp_path / "speed.csv"]
+    flags += ["--data_dir", data / "brick/train/good"]
+    speed.main(speed.get_parser().parse_args(list(map(str, flags))))
+    rows = table_of(tmp_path / "speed.csv")
+    names = {row["runtime"] for row in rows}
+    assert {"torch", "onnxruntime", "onnxruntime int8"} <= names
+    assert len(rows) == 2 * len(names)
+    for row in rows:
+        assert 0 < float(row["bare_ms"]) < 1e5
+        assert 0 < float(row["scoring_ms"]) <= float(row["scoring_p99_ms"])
+        assert float(row["whole_over_bare"]) == pytest.approx(
+            float(row["scoring_ms"]) / float(row["bare_ms"]), rel=1e-2
+        )
+    for batch in (1, 3):
+        for name in names - {"torch", "onnxruntime int8", "openvino int8"}:
+            assert np.allclose(seen[name, batch], seen["torch", batch], rtol=1e-3), name
+
+
 @pytest.fixture
 def picture():
     return torch.randint(0, 256, (1, 3, 60, 80), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
