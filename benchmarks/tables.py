@@ -233,7 +233,10 @@ def density_rows() -> DataFrame:
     shared = rows.location_chosen.map(lambda kinds: " (shared)" if set(kinds.split(",")) == {"shared"} else "")
     joined = rows["join"].astype(bool)  # not rows.join, which pandas has
     rows["described"] = (rows.density + shared).where(joined, "one Gaussian for each stage")
-    rows.loc[rows.normalize.eq("image") & joined & rows.pretrained, "described"] += ", each image's normalization"
+    as_trained = rows.backbone.map(lambda name: BACKBONES[name].normalize)
+    for normalize, words in {"image": "each image's", "imagenet": "ImageNet's"}.items():
+        other = rows.normalize.eq(normalize) & as_trained.ne(normalize) & joined & rows.pretrained
+        rows.loc[other, "described"] += f", {words} normalization"
     return newest("results/density.csv", rows.drop(columns=SINGLE), ["network", "described", "category"], ["seed"])
 
 

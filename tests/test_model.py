@@ -254,7 +254,7 @@ def test_under_autocast_only_the_backbone_is_in_bf16():
 def test_imagenet_normalization_equals_torchvision():
     assert torch.allclose(make().normalized(IMAGES), IMAGENET(IMAGES), atol=1e-6)
     assert torch.allclose(make(normalize="half").normalized(IMAGES), 2 * IMAGES - 1, atol=1e-6)
-    with pytest.raises(ValueError, match=r"'none'.*imagenet, image"):
+    with pytest.raises(ValueError, match=r"'none'.*imagenet, half, image"):
         make(normalize="none")
 
 

@@ -109,8 +109,8 @@ def test_tables_show_the_deviation_of_several_seeds(tables):
 FAST = {"recipe": "fast", "minutes": "10.0", "note": "", "device": "AMD EPYC", "patch_size": "48", "batch_size": "28"}
 FROZEN = {"patch_size": "64", "features": "level", "epochs": "0"}
 LITE, MOBILE = (
-    FROZEN | {"density": "both", "join": "True", "normalize": "imagenet", "backbone": name}
-    for name in ("efficientnet_lite0", "mobilenet_v2")
+    FROZEN | {"density": "both", "join": "True", "normalize": normalize, "backbone": name}
+    for name, normalize in (("efficientnet_lite0", "half"), ("mobilenet_v2", "imagenet"))
 )
 TRANSFER = FROZEN | {"backbone": "efficientnet_lite0", "level": "3,5", "invisible": "keep", "freeze_bn": "True"}
 COLUMNS = {
