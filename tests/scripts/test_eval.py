@@ -412,11 +412,17 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
     assert row.cheapest_low <= best <= row.cheapest_high
     assert f"brick: p <= {best:.3g} costs least on the test images" in done.err
     assert path.read_bytes() == before
-    done = call(path.parent, "--costs", "1000:1", "--set_rate")
+    done = call(path.parent, "--costs", "1000:1", "--set_rate", "--report", tmp_path / "lid.html")
     assert done.code == 0, done.err
     chosen = float(table(tmp_path / "held").iloc[0].cheapest_rate)
     assert chosen == scores.p_value[scores.label == 1].max()  # no miss is worth a false alarm
+    row = table(tmp_path / "held").iloc[0]
+    assert row.false_alarm_rate == row.promised_rate == chosen  # tables and report are of the new rate
+    assert row.detections == row.test_anomalous
     changed, original = load(path), load(held / "brick.pt")
+    assert row.threshold == pytest.approx(changed.threshold.item(), rel=1e-12)
+    assert f"{row.detections} of {row.test_anomalous} detections" in done.err
+    assert "The rate was chosen by 3 normal and 9 anomalous" in (tmp_path / "lid.html").read_text()
     assert changed.config == replace(original.config, false_alarm_rate=chosen)
     assert changed.threshold == original.set_false_alarm_rate(chosen).threshold
     assert f"brick: about {100 * chosen:.0f} of 100 good parts will be called bad" in done.err
