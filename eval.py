@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
         "of a missed anomalous part and of a false alarm, such as 50:1: say which rate costs least on the test images"
     )
     add("--costs", type=costs, metavar="MISS:FALSE_ALARM", help=about)
-    about = "write that rate into the detector, which says from then on that labels chose it"
+    about = "write that rate, or --false_alarm_rate, into the detector, which says from then on how it was chosen"
     add("--set_rate", action="store_true", help=about)
     add = parser.add_argument_group("output").add_argument
     add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
@@ -74,6 +74,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from conformal import BY_HAND
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
 from detector import Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
@@ -100,9 +101,9 @@ def main(args: argparse.Namespace) -> None:
     ranks = from_environment()
     device = choose_device(args.cuda, ranks.local_rank)
     paths = find_work(args.model_dir, args.data_dir, args.type, ranks.is_main)
-    if args.set_rate and (not args.costs or args.false_alarm_rate is not None or changes(args)):
+    if args.set_rate and (bool(args.costs) == (args.false_alarm_rate is not None) or changes(args)):
         raise argparse.ArgumentTypeError(
-            "--set_rate goes with --costs, and with a detector as it is: no other rate, no other density"
+            "--set_rate goes with either --costs or --false_alarm_rate, and with a detector as it is: no other density"
         )
     for path in paths:  # all of them, before any hour is spent
         check_flags(args, path)
@@ -192,7 +193,7 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     except WeightsError as error:
         raise InputError(f"{error}; --control 1 needs the weights that training began with") from error
     if args.false_alarm_rate is not None:
-        detector.set_false_alarm_rate(args.false_alarm_rate)
+        detector.set_false_alarm_rate(args.false_alarm_rate, BY_HAND if args.set_rate else "")
 
     with_maps = detector.config.patches is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, size, args.workers).numpy() if with_maps else None
@@ -206,7 +207,7 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     costs = cost_columns(evaluation, args.costs) if args.costs else {}
     chosen = choose_rate(args, evaluation, costs) if args.set_rate else ""
     row = result_row(evaluation, untrained) | costs
-    if detector.rate_chosen:
+    if detector.rate_chosen not in ("", BY_HAND):
         say(f"{category}: {detector.rate_chosen}; on the same images, decisions look better than on new ones")
     say(f"{category}: {decision_line(row)}")
     as_trained = not (changed or detector.rate_chosen or args.false_alarm_rate is not None)
@@ -242,6 +243,8 @@ def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, pat
 def choose_rate(args: argparse.Namespace, evaluation: Evaluation, costs: dict) -> str:
     """Let an evaluated detector decide at the rate that costs least, and return how it was chosen, in words; without
     such a rate it stays as it is, and the words are empty. costs: the columns of ``cost_columns``."""
+    if not args.costs:
+        return BY_HAND  # --false_alarm_rate
     if not costs:
         return ""
     rate, (miss, false_alarm), labels = costs["cheapest_rate"], args.costs, evaluation.test.labels
