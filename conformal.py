@@ -23,6 +23,7 @@ KINDS = {  # where the calibration scores come from: what the rate is worth
 POWERS_OF_TEN = [10**exponent for exponent in range(2, 12)]  # of parts, so that some will be called bad
 INTERVAL = 0.9  # share of calibration sets whose rate lies in the reported interval
 ROUNDING = 1e-9  # tolerance of rate * (n + 1): nearly a whole number means that whole number
+BY_HAND = "The rate was set by hand"
 
 
 # p-values ---------------------------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ class FalseAlarmGuarantee:
     """How often normal images are called anomalous if that is done where p <= ``rate``.
 
     kind: a key of KINDS. count: n, the number of calibration scores. asked: the false-alarm rate asked for, in [0, 1].
-    chosen: how that was chosen, in words, if labelled images have chosen it.
+    chosen: how that was chosen, in words, if labelled images have chosen it, or BY_HAND.
     """
 
     kind: str

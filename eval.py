@@ -51,7 +51,7 @@ def get_parser() -> argparse.ArgumentParser:
         "of a missed anomalous part and of a false alarm, such as 50:1: say which rate costs least on the test images"
     )
     add("--costs", type=costs, metavar="MISS:FALSE_ALARM", help=about)
-    about = "write that rate into the detector, which says from then on that labels chose it"
+    about = "write that rate, or --false_alarm_rate, into the detector, which says from then on how it was chosen"
     add("--set_rate", action="store_true", help=about)
     add = parser.add_argument_group("output").add_argument
     add("--eval_dir", default="Eval", metavar="DIR", help="folder of tables and plots (default: Eval)")
@@ -74,6 +74,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from conformal import BY_HAND
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
 from detector import Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
@@ -100,9 +101,9 @@ def main(args: argparse.Namespace) -> None:
     ranks = from_environment()
     device = choose_device(args.cuda, ranks.local_rank)
     paths = find_work(args.model_dir, args.data_dir, args.type, ranks.is_main)
-    if args.set_rate and (not args.costs or args.false_alarm_rate is not None or changes(args)):
+    if args.set_rate and (bool(args.costs) == (args.false_alarm_rate is not None) or changes(args)):
         raise argparse.ArgumentTypeError(
-            "--set_rate goes with --costs, and with a detector as it is: no other rate, no other density"
+            "--set_rate goes with either --costs or --false_alarm_rate, and with a detector as it is: no other density"
         )
     for path in paths:  # all of them, before any hour is spent
         check_flags(args, path)
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     # Only now and all at once: a bad image in the last category leaves earlier files, all but maps, as they were
     write_files(files)
     for path, result in zip(paths, results) if args.set_rate else ():
-        set_rate(args, path, result)
+        set_rate(path, result)
     say(f"tables{' and plots' if args.save_plots else ''} are in {out_dir}{'/' if args.save_plots else ''}{note}")
 
 
@@ -159,6 +160,7 @@ class Result:
 
     seed: str  # the name of the seed's folder, empty if there is one seed
     row: dict  # of results.csv
+    chosen: str  # how its false-alarm rate was chosen, in words, if it is to be written into the detector
     score_rows: list[dict]  # of scores.csv
     normal_rows: list[dict]  # of normal_scores.csv
     plots: dict[str, bytes]  # PNG files by name
@@ -191,7 +193,7 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     except WeightsError as error:
         raise InputError(f"{error}; --control 1 needs the weights that training began with") from error
     if args.false_alarm_rate is not None:
-        detector.set_false_alarm_rate(args.false_alarm_rate)
+        detector.set_false_alarm_rate(args.false_alarm_rate, BY_HAND if args.set_rate else "")
 
     with_maps = detector.config.patches is not None or args.heatmaps or args.save_maps
     masks = load_masks(test, size, args.workers).numpy() if with_maps else None
@@ -202,13 +204,14 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
         say(f"{category}: {note}")
     if args.save_maps:
         save_maps(maps_folder(args, seed, category), Path(args.data_dir, category), test.paths, evaluation.maps)
-    row = result_row(evaluation, untrained)
-    if detector.rate_chosen:
+    costs = cost_columns(evaluation, args.costs) if args.costs else {}
+    chosen = choose_rate(args, evaluation, costs) if args.set_rate else ""
+    row = result_row(evaluation, untrained) | costs
+    if detector.rate_chosen not in ("", BY_HAND):
         say(f"{category}: {detector.rate_chosen}; on the same images, decisions look better than on new ones")
     say(f"{category}: {decision_line(row)}")
-    if args.costs:
-        row |= cost_columns(evaluation, args.costs)
-    elif not (changed or detector.rate_chosen or args.false_alarm_rate is not None) and (words := missed_line(row)):
+    as_trained = not (changed or detector.rate_chosen or args.false_alarm_rate is not None)
+    if as_trained and not args.costs and (words := missed_line(row)):
         say(f"{category}: {words}")
     plots = {}
     if args.save_plots:
@@ -218,6 +221,7 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     return Result(
         seed,
         row,
+        chosen,
         score_table(evaluation, args.data_dir, seed),
         normal_rows(args, detector, train),
         plots,
@@ -236,14 +240,26 @@ def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, pat
     return replace(page, facts=facts_of(*made, path, [folder]), warnings=warnings)
 
 
-def set_rate(args: argparse.Namespace, path: Path, result: Result) -> None:
-    """Write the rate that costs least into a detector file, if there is one."""
-    if (rate := result.row.get("cheapest_rate")) is None:
-        return
-    miss, false_alarm = args.costs
-    count = f"{result.row['test_normal']} normal and {result.row['test_anomalous']} anomalous labelled images"
+def choose_rate(args: argparse.Namespace, evaluation: Evaluation, costs: dict) -> str:
+    """Let an evaluated detector decide at the rate that costs least, and return how it was chosen, in words; without
+    such a rate it stays as it is, and the words are empty. costs: the columns of ``cost_columns``."""
+    if not args.costs:
+        return BY_HAND  # --false_alarm_rate
+    if not costs:
+        return ""
+    rate, (miss, false_alarm), labels = costs["cheapest_rate"], args.costs, evaluation.test.labels
+    count = f"{(labels == 0).sum()} normal and {(labels == 1).sum()} anomalous labelled images"
     chosen = f"The rate was chosen by {count}, at costs of {miss:g} for a miss and {false_alarm:g} for a false alarm"
-    save(load(path).set_false_alarm_rate(rate, chosen), path)
+    evaluation.detector.set_false_alarm_rate(rate, chosen)
+    return chosen
+
+
+def set_rate(path: Path, result: Result) -> None:
+    """Write the rate of an evaluation into a detector file, if --set_rate has chosen it."""
+    if not result.chosen:
+        return
+    rate = result.row["false_alarm_rate"]
+    save(load(path).set_false_alarm_rate(rate, result.chosen), path)
     say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on")
     if rate > MANY_BAD:
         less = "costs with a cheaper miss, or more good photographs, bring it down"

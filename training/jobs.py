@@ -307,7 +307,7 @@ def check_settings(job: Job) -> None:
     if config.minutes:
         del asked["epochs"]  # the number of steps that the minutes came to is the saved one
     if path == job.path and rate_chosen(path):
-        del asked["false_alarm_rate"]  # of the detector labelled images have chosen another one since
+        del asked["false_alarm_rate"]  # the detector has been given another one since
     try:
         resume(asked, saved.to_dict())
     except SettingError as error:

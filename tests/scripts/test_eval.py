@@ -412,11 +412,17 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
     assert row.cheapest_low <= best <= row.cheapest_high
     assert f"brick: p <= {best:.3g} costs least on the test images" in done.err
     assert path.read_bytes() == before
-    done = call(path.parent, "--costs", "1000:1", "--set_rate")
+    done = call(path.parent, "--costs", "1000:1", "--set_rate", "--report", tmp_path / "lid.html")
     assert done.code == 0, done.err
     chosen = float(table(tmp_path / "held").iloc[0].cheapest_rate)
     assert chosen == scores.p_value[scores.label == 1].max()  # no miss is worth a false alarm
+    row = table(tmp_path / "held").iloc[0]
+    assert row.false_alarm_rate == row.promised_rate == chosen  # tables and report are of the new rate
+    assert row.detections == row.test_anomalous
     changed, original = load(path), load(held / "brick.pt")
+    assert row.threshold == pytest.approx(changed.threshold.item(), rel=1e-12)
+    assert f"{row.detections} of {row.test_anomalous} detections" in done.err
+    assert "The rate was chosen by 3 normal and 9 anomalous" in (tmp_path / "lid.html").read_text()
     assert changed.config == replace(original.config, false_alarm_rate=chosen)
     assert changed.threshold == original.set_false_alarm_rate(chosen).threshold
     assert f"brick: about {100 * chosen:.0f} of 100 good parts will be called bad" in done.err
@@ -427,6 +433,25 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
     for wrong in (["--costs", "5"], ["--costs", "0:0"], ["--costs", "nan:1"], ["--costs", "1:2:3"], ["--set_rate"]):
         assert call(path.parent, *wrong).code == 2
     assert call(path.parent, "--costs", "1:1", "--set_rate", "--false_alarm_rate", 0.1).code == 2
+    assert call(path.parent, "--set_rate", "--false_alarm_rate", 0.1, "--density", "kde").code == 2
+
+
+def test_a_rate_is_set_by_hand_after_labels_have_chosen_one(held, call, tmp_path):
+    """The way back: the detector is as it was, but for saying so."""
+    shutil.copytree(held, tmp_path / "held")
+    path = tmp_path / "held/brick.pt"
+    original = load(path)
+    save(load(path).set_false_alarm_rate(0.5, "The rate was chosen by labels"), path)
+    assert "chosen by labels" in call(path.parent).err
+    done = call(path.parent, "--false_alarm_rate", 0.25, "--set_rate")
+    assert done.code == 0, done.err
+    assert "brick.pt decides at 0.25 from now on" in done.err
+    back = load(path)
+    assert (back.config, back.threshold) == (original.config, original.threshold)
+    assert back.guarantee.advice() == f"{original.guarantee.advice()}. The rate was set by hand"
+    assert "chosen by labels" not in call(path.parent).err
+    row = table(tmp_path / "held").iloc[0]
+    assert row.false_alarm_rate == 0.25
 
 
 def test_many_missed_defects_come_with_advice_that_works(models, data, call, tmp_path):

