@@ -72,7 +72,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    check_usage(check_words, get_parser())
+    check_usage(get_parser(), check_words)
 
 
 def main(args: argparse.Namespace) -> None:

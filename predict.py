@@ -125,7 +125,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    check_usage(check_words, get_parser())  # at once: what is imported below takes a while, torch seconds
+    check_usage(get_parser(), check_words)  # at once: what is imported below takes a while, torch seconds
 
 from prediction.drift import Drift
 from prediction.exported import Exported

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from config import category
-from runtime.cli import int_at_least, new_parser, number, run_script
+from runtime.cli import check_usage, int_at_least, new_parser, number, run_script
 from runtime.files import InputError, say, write_file
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
@@ -74,7 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
+    check_usage(get_parser())  # at once: what is imported below takes seconds
 
 import numpy as np
 from PIL import Image
