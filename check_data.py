@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import add_data_flags, storage
-from runtime.cli import choose_device, folder_name, int_at_least, new_parser, progress_bar, run_script
+from runtime.cli import check_usage, choose_device, folder_name, int_at_least, new_parser, progress_bar, run_script
 from runtime.files import InputError, csv_table, print_line, say, write_files
 
 
@@ -48,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
+    check_usage(get_parser())  # at once: what is imported below takes seconds
 
 import numpy as np
 import torch

@@ -22,7 +22,7 @@ from config import (
     storage,
     with_flag,
 )
-from runtime.cli import Rule, choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
+from runtime.cli import Rule, check_usage, choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
 from runtime.files import InputError, check_replaceable, check_writable, csv_table, say, write_files
 
 # Settings that flags may repeat, and settings that flags may change
@@ -69,7 +69,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
+    check_usage(get_parser())  # at once: what is imported below takes seconds
 
 import numpy as np
 import torch

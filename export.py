@@ -72,7 +72,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    check_usage(check_words, get_parser())
+    check_usage(get_parser(), check_words)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -98,7 +98,8 @@ def check(args: argparse.Namespace) -> None:
     if not difference <= allowed:
         what = f"its scores of test patterns are off by {difference:.2g} on this machine, relatively"
         raise InputError(f"{args.check}: {what}; allowed: {allowed:g}; take another version of onnxruntime")
-    print_line(f"{args.check}: scores of test patterns are those of the exporting machine, but for {difference:.2g}")
+    same = "scores of test patterns are those of the exporting machine"
+    print_line(f"{args.check}: {same}; largest difference {difference:.2g}")
     if not args.paths:
         return
     detector = load_detector(args)

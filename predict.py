@@ -125,7 +125,7 @@ def check_words(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    check_usage(check_words, get_parser())  # at once: what is imported below takes a while, torch seconds
+    check_usage(get_parser(), check_words)  # at once: what is imported below takes a while, torch seconds
 
 from prediction.drift import Drift
 from prediction.exported import Exported
@@ -182,6 +182,8 @@ def main(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             if not args.watch:  # which ends so
                 raise
+    if drawings.removed:
+        say(f"{drawings.removed} panels of images that are not anomalous now are gone from {args.explain}")
     if args.explain:
         tell_of_no_panel(args, rows)
     count, anomalous, errors = rows.counts.values()
@@ -369,7 +371,8 @@ def make_scorer(
         from prediction.explain import Explainer
 
         normals = load_normals(normals_path(task.detector), detector)
-        shows.append(Explainer(detector, normals, partial(drawings.panel, folders=task.folders), pool).on_batch)
+        target, remove = (partial(of, folders=task.folders) for of in (drawings.panel, drawings.remove_panel))
+        shows.append(Explainer(detector, normals, target, pool, remove).on_batch)
     draw = None
     if drawings.every_image:
         decided = {"threshold": model.threshold, "white": model.white}

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from config import category
-from runtime.cli import int_at_least, new_parser, number, run_script
+from runtime.cli import check_usage, int_at_least, new_parser, number, run_script
 from runtime.files import InputError, say, write_file
 
 # Official numbers of images (training, test) of MVTec AD (Bergmann et al., CVPR 2019).
@@ -74,7 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
+    check_usage(get_parser())  # at once: what is imported below takes seconds
 
 import numpy as np
 from PIL import Image
@@ -88,11 +88,13 @@ def main(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def new_category(data_dir: Path, name: str) -> Iterator[Path]:
-    """Open a temporary folder that becomes data_dir/name when the block ends well. Raises InputError if that exists."""
+def new_category(data_dir: Path, name: str, way_out: str = "") -> Iterator[Path]:
+    """Open a temporary folder that becomes data_dir/name when the block ends well. Raises InputError if that exists.
+    way_out: what to do about it, beside removing that or taking another folder."""
     target = data_dir / name
     if target.exists():
-        raise InputError(f"{target}: is there already and is left alone; remove it or choose another --data_dir")
+        instead = f"{way_out}remove it or choose another --data_dir"
+        raise InputError(f"{target}: is there already and is left alone; {instead}")
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".new-") as temporary:
         building = Path(temporary) / name
@@ -255,7 +257,7 @@ def folder(args: argparse.Namespace, data_dir: Path) -> None:
     if args.add:
         add_photographs(data_dir / name, plan)
         return
-    with new_category(data_dir, name) as target:
+    with new_category(data_dir, name, "--add puts photographs into it, another --name goes beside it; else ") as target:
         for place, paths in plan.items():
             if paths:
                 (target / place).mkdir(parents=True)

@@ -30,6 +30,7 @@ from config import (
 )
 from runtime.cli import (
     PRECISIONS,
+    check_usage,
     choose_device,
     folder_name,
     int_at_least,
@@ -71,7 +72,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    get_parser().parse_args()  # wrong usage is told at once: what is imported below takes seconds
+    check_usage(get_parser())  # at once: what is imported below takes seconds
 
 import torch
 

@@ -18,7 +18,7 @@ from runtime.looks import STATISTICS, image_statistics
 REMEMBERED = 4096  # new images, the latest, that are compared
 LEVEL = 0.01  # probability that images like the normal ones are warned about, in a stream without end
 FIRST_COMPARISON = 32  # images
-FEWEST_COMPARED = 8  # images that are enough for a comparison at the end
+FEWEST_COMPARED = 5  # images that are enough at the end: they can tell, all being darker than any of 15 normal ones
 SURE = 0.2  # of Kolmogorov's distribution: nothing lies below, to 12 digits
 
 

@@ -41,11 +41,18 @@ class Explainer:
     """Draw a panel of each image that is called anomalous. ``on_batch`` is a callback of a Scorer.
 
     target: path of an image -> the file of its panel; where it raises InputError, a message says so and nothing is
-    drawn. pool: draws several at once.
+    drawn. pool: draws several at once. remove: called with the path of each image that is not anomalous.
     """
 
-    def __init__(self, detector: Detector, normals: Normals, target: Callable[[str], str], pool: Executor) -> None:
-        self.detector, self.normals, self.target, self.pool = detector, normals, target, pool
+    def __init__(
+        self,
+        detector: Detector,
+        normals: Normals,
+        target: Callable[[str], str],
+        pool: Executor,
+        remove: Callable[[str], object] = lambda path: None,
+    ) -> None:
+        self.detector, self.normals, self.target, self.pool, self.remove = detector, normals, target, pool, remove
         self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
         self.has_maps = detector.config.patches is not None
         self.has_heat = self.has_maps or detector.config.has_gradient
@@ -60,6 +67,8 @@ class Explainer:
     ) -> None:
         """Draw the anomalous ones of a batch; see ``scorer.Callback``."""
         anomalous = np.flatnonzero(prediction.p_values <= self.rate)
+        for index in np.flatnonzero(prediction.p_values > self.rate).tolist():
+            self.remove(paths[index])
         if not len(anomalous):
             return
         features = prediction.source.features[0][self.detector.comparison_level][anomalous]

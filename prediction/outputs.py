@@ -19,7 +19,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 
 from reporting import overlays
-from runtime.files import InputError, check_replaceable, csv_record, lock, write_file
+from runtime.files import InputError, check_replaceable, csv_record, has_mark, lock, write_file
 from runtime.image_files import decode
 
 STATE = ("time", "bytes", "modified")  # when an image was scored, if it was watched for; size and time of its file
@@ -260,6 +260,7 @@ class Drawings:
         self.folders = [folder for folder in (heatmaps, masks, panels) if folder]
         self.owners: dict[str, tuple[str, str]] = {}  # by the file that is drawn: the image, the folder of drawings
         self.real_folder = lru_cache(1024)(os.path.realpath)
+        self.removed = 0  # panels
 
     @property
     def every_image(self) -> bool:
@@ -319,6 +320,16 @@ class Drawings:
         """Return the file of an image's panel. Raises InputError if it would harm another file."""
         self.protect(path)
         return self.target(self.panels, name_below(path, folders), path, ".png")
+
+    def remove_panel(self, path: str, folders: Sequence[str]) -> None:
+        """Remove the panel that an earlier run has drawn of an image which is not anomalous now. Anything else under
+        its name, and what is another image's, stays."""
+        self.protect(path)
+        target = os.path.join(self.panels, os.path.splitext(name_below(path, folders))[0] + ".png")
+        owner = self.owners.get(self.place(target), (path, self.panels))
+        if owner == (path, self.panels) and has_mark(target) and not os.path.islink(target):
+            os.unlink(target)
+            self.removed += 1
 
     def place(self, path: str) -> str:
         """Return one name for a file, whatever links its folder is reached by."""

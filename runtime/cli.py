@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -156,15 +157,28 @@ def run_script(main: Callable[[argparse.Namespace], None], parser: argparse.Argu
 
     keep_memory()
     with ending(), one_line_errors(parser):
+        if getattr(signal.getsignal(signal.SIGINT), "func", None) is _end_imports:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(args)
         sys.stdout.flush()
 
 
-def check_usage(check: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse and check, so that wrong usage is told before a script imports what takes seconds."""
+def check_usage(parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], None] | None = None) -> None:
+    """Parse and check, so that wrong usage is told before a script imports what takes seconds. From now on until
+    ``run_script`` runs it, Ctrl-C ends the process in one line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored, as after nohup ... &
+        signal.signal(signal.SIGINT, partial(_end_imports, parser.prog))
     args = parser.parse_args()
-    with one_line_errors(parser):
-        check(args)
+    if check is not None:
+        with one_line_errors(parser):
+            check(args)
+
+
+def _end_imports(prog: str, *_: object) -> NoReturn:
+    """End the process at once, as a handler of SIGINT while modules are imported: an exception would pass through code
+    of theirs, which may catch it or call it a failed import. Nothing has been written by then."""
+    os.write(2, f"{prog}: interrupted\n".encode())
+    os._exit(130)
 
 
 @contextmanager

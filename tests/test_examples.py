@@ -12,6 +12,8 @@ from conftest import ROOT, rows_of
 from PIL import Image
 
 COMPARED = ("p_value", "anomalous", "x", "y", "width", "height")
+SAMPLE = ROOT / "examples/predict_onnx.py"
+PYTHON = (sys.executable, "-I", SAMPLE)  # which finds no module of this project
 HEADER = "onnxruntime_cxx_api.h"
 
 
@@ -42,10 +44,41 @@ def photos(data, exported, here):
 
 @pytest.mark.parametrize("kind", ["patch", "whole"])
 def test_the_python_sample(exported, photos, script, kind):
-    sample = ROOT / "examples/predict_onnx.py"
-    assert len(sample.read_text().splitlines()) <= 60
-    isolated = [sys.executable, "-I", sample]  # which finds no module of this project
-    check_rows(isolated, script, exported / kind / "brick.onnx", photos)
+    assert (lines := len(SAMPLE.read_text().splitlines())) <= 60
+    assert (
+        f"`examples/predict_onnx.py` is a program of its own, of {lines} lines"
+        in (ROOT / "docs/deploying.md").read_text()
+    )
+    check_rows(PYTHON, script, exported / kind / "brick.onnx", photos)
+
+
+def test_the_python_sample_tells_of_what_it_cannot_read(exported, data, tmp_path):
+    """One line for each, and the other photographs have their rows; a graph of another .json has none."""
+    for name in ("brick.onnx", "brick.json"):
+        shutil.copy(exported / "patch" / name, tmp_path)
+    good = sorted((data / "brick/train/good").iterdir())[:2]
+    half = tmp_path / "half.png"
+    half.write_bytes(good[0].read_bytes()[:300])
+    (tmp_path / "text.png").write_text("no picture")
+    bad = [half, tmp_path, tmp_path / "none.png", tmp_path / "text.png"]
+    model = tmp_path / "brick.onnx"
+
+    def call(*words: object) -> subprocess.CompletedProcess:
+        done = subprocess.run([*map(str, (*PYTHON, *words))], capture_output=True, text=True)
+        assert done.returncode == 1
+        return done
+
+    done = call(model, good[0], *bad, good[1])
+    assert [row["path"] for row in rows_of(done.stdout)] == [*map(str, good)]
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == [*map(str, bad)]
+    shutil.copy(exported / "whole/brick.onnx", model)
+    done = call(model, good[0])
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{model}: is not the file")
+    for words in ((), (model,)):
+        (line,) = call(*words).stderr.splitlines()
+        assert line.startswith("usage: ")
 
 
 @pytest.fixture(scope="module")

@@ -200,6 +200,7 @@ def test_check_compares_with_the_detector(made, detectors, data, script):
     done = script("export", "--check", made.patch)
     assert done.code == 0, done.err
     assert "digests agree" in done.out
+    assert "those of the exporting machine; largest difference " in done.out
     done = script("export", "--check", made.patch, detectors / "patch/brick.pt", data / "brick/test")
     assert done.code == 0, done.err
     assert "decisions that differ: 0" in done.out

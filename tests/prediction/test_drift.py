@@ -150,6 +150,29 @@ def test_a_change_is_told_once_with_its_size(capsys):
     assert "relied" not in line  # the detector sees nothing of it
 
 
+def test_five_images_are_enough_for_a_large_change_at_the_end(capsys):
+    """And no fewer; of images like the normal ones five are hardly ever warned about: of 2,000 sets at most 20."""
+    generator = torch.Generator().manual_seed(6)
+    known = looks_of(pictures(15, generator))
+    for count, bright, warns in ((5, 77.0, True), (4, 77.0, False), (5, 128.0, False)):
+        drift = Drift("brick", known, FalseAlarmGuarantee("seen", 15, 0.05))
+        feed(drift, pictures(count, generator, bright), 1.0)
+        drift.on_end()
+        assert drift.warned == warns
+        assert capsys.readouterr().err.count(f"{CHANGED}{count} images): darker (mean gray ") == warns
+    warned = 0
+    for _ in range(2000):
+        normal, looks = torch.randn(99, generator=generator), torch.randn(105, 3, generator=generator).numpy()
+        drift = Drift("brick", looks[5:], GUARANTEE)
+        p = p_values_of(torch.randn(5, generator=generator), normal)
+        drift.recent.extend(np.column_stack([looks[:5], p]).tolist())
+        drift.count = 5
+        drift.on_end()
+        warned += drift.warned
+    assert warned <= 20
+    assert drift.comparisons == 1
+
+
 def test_of_a_long_stream_only_the_latest_images_are_compared():
     """A change that comes late is seen among as many images as are remembered."""
     generator = torch.Generator().manual_seed(4)

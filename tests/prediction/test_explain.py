@@ -18,10 +18,10 @@ from detector import Detector, initial_network, load, save
 from image_ops import NOTHING_IGNORED
 from normals import compared, load_normals, save_normals
 from prediction.explain import Explainer, crop
-from prediction.outputs import RowsFile
+from prediction.outputs import Drawings, RowsFile
 from prediction.scorer import as_arrays
-from reporting.overlays import region
-from runtime.files import InputError, load_tensors, save_tensors
+from reporting.overlays import encoded, region
+from runtime.files import InputError, load_tensors, save_tensors, write_file
 
 NAMES = [f"{i}.png" for i in range(8)]
 
@@ -212,6 +212,44 @@ def test_panels_are_there_before_rows(detectors, here, script, monkeypatch):
     words = ["--explain", "why", "--false_alarm_rate", 1, "--output", "out.csv"]
     one_line(script("predict", detectors / "whole/brick.pt", "photos/more", *words), "out.csv")
     assert len(panels_in(here / "why")) == 2
+
+
+def test_panels_of_images_that_are_normal_now_go(detectors, here, script):
+    """At another rate, as after a --refit: of the images that are scored, and nothing but this program's panels."""
+    words = ["predict", detectors / "patch/brick.pt", "photos", "--explain", "why", "--false_alarm_rate"]
+    assert script(*words, 1).code == 0
+    panels = contents(here / "why")
+    assert len(panels) == 6
+    rows = rows_of(script(*words[:3], "--false_alarm_rate", 0.2).out)
+    names = {row["path"]: f"{Path(row['path']).relative_to('photos').with_suffix('.png')}" for row in rows}
+    anomalous, (link, *normal) = ([names[row["path"]] for row in rows if row["anomalous"] == x] for x in "10")
+    assert anomalous
+    assert normal
+    shutil.copy(here / "why" / link, "why/another.png")  # of no image that is scored
+    (here / "why" / link).rename("kept.png")
+    (here / "why" / link).symlink_to(here / "kept.png")
+    done = script(*words, 0.2)
+    assert done.code == 0, done.err
+    assert f"{len(normal)} panels of images that are not anomalous now are gone from why" in done.err
+    assert panels_in(here / "why") == {*anomalous, link, "another.png"}
+    assert (here / "kept.png").read_bytes() == panels[here / "why" / link]
+    assert "gone from" not in script(*words, 0.2).err
+
+
+def test_a_panel_of_another_image_stays(here):
+    """A normal image that would have the same name removes nothing, nor does it take the name."""
+    shutil.copy("photos/b.png", "photos/a.png")
+    drawings, normal, other = Drawings(None, None, "why"), ("photos/a.png", ["photos"]), ("photos/a.jpg", ["photos"])
+    drawings.remove_panel(*normal)
+    target = drawings.panel(*other)
+    write_file(encoded(Image.new("RGB", (4, 4)), target), target)
+    drawings.remove_panel(*normal)
+    assert panels_in(here / "why") == {"a.png"}
+    drawings.remove_panel(*other)
+    assert (panels_in(here / "why"), drawings.removed) == (set(), 1)
+    shutil.copy("photos/b.png", target)  # without the mark of this program
+    drawings.remove_panel(*other)
+    assert panels_in(here / "why") == {"a.png"}
 
 
 def test_without_a_gradient_there_is_no_heat(data, here, script):

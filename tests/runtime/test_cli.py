@@ -5,16 +5,18 @@ import io
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 
 from runtime import cli as script
 from runtime.cli import (
     Interrupts,
+    check_usage,
     choose_device,
     device_name,
     folder_name,
@@ -120,6 +122,62 @@ def test_interrupts():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("run_training", ["--type", "brick"]),
+        ("eval", ["--type", "brick"]),
+        ("check_data", ["--type", "brick"]),
+        ("prepare_data", ["textures"]),
+        ("predict", [ROOT / "README.md", ROOT]),
+    ],
+)
+def test_ctrl_c_while_modules_are_imported_is_one_line(name, words, tmp_path):
+    command = [sys.executable, "-X", "importtime", ROOT / f"{name}.py", *words]
+    plain = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  tests may run where it is ignored
+    process = subprocess.Popen(
+        [*map(str, command)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=plain,
+    )
+    try:
+        assert any(" numpy." in line for line in process.stderr)  # wait until that is being imported
+        process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=60)[1].splitlines()
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert [line for line in told if not line.startswith("import time:")] == [f"{name}.py: interrupted"]
+
+
+def test_a_script_itself_is_interrupted_by_an_exception(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    parser, ends = argparse.ArgumentParser(prog="train.py"), []
+
+    def main(args):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            ends.append("saved")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        check_usage(parser)
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        with pytest.raises(SystemExit, match="130"):
+            run_script(main, parser)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        check_usage(parser)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as it is after nohup ... &
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ends == ["saved"]
+    assert capsys.readouterr().err == "train.py: interrupted\n"
 
 
 # Precision --------------------------------------------------------------------------------------------------------

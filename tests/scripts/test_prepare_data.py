@@ -75,7 +75,7 @@ def test_folder_copies_photographs(tmp_path, script):
     assert found == {"train/good": 8, "test/good": 2, "test/bad": 3, "test/crack": 2}
     for path in (tmp_path / "Data").rglob("good/*.png"):
         assert path.read_bytes() == (tmp_path / "good" / path.name).read_bytes()
-    one_line(script("prepare_data", *own), "part", "left alone")
+    one_line(script("prepare_data", *own), "part", "left alone", "--add puts", "another --name")
 
 
 def test_folder_adds_to_a_category(tmp_path, script):
