@@ -484,8 +484,9 @@ def runtimes_table() -> str:
     for key, group in rows.groupby(shown, sort=False):
         texts = {}
         for row in group.itertuples():
-            latest = f" to {row.scoring_p99_ms:.3g}" if row.batch_size == 1 else ""
-            texts[row.runtime] = f"{row.scoring_ms:.3g}{latest} ({row.whole_over_bare:.2f})"
+            digits = ".1f" if row.batch_size == 1 else ".0f"
+            latest = f" to {row.scoring_p99_ms:{digits}}" if row.batch_size == 1 else ""
+            texts[row.runtime] = f"{row.scoring_ms:{digits}}{latest} ({row.whole_over_bare:.2f})"
         cells.append([*key, *(texts.get(name, "") for name in names)])
     return markdown(["backbone", "model", "threads", "images", *names], cells)
 
