@@ -77,7 +77,7 @@ import torch
 
 from conformal import BY_HAND
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
-from detector import Detector, find_work, load, load_config, save, scored_paths
+from detector import EXPORT_AGAIN, Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
 from reporting.gallery import Page, facts_of, gallery_page, render
 from reporting.metrics import Evaluation, evaluate
@@ -267,7 +267,7 @@ def set_rate(path: Path, result: Result) -> None:
         return
     rate = result.row["false_alarm_rate"]
     save(load(path).set_false_alarm_rate(rate, result.chosen), path)
-    say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on")
+    say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on; {EXPORT_AGAIN}")
 
 
 def normal_rows(args: argparse.Namespace, detector: Detector, train: TrainSet | None) -> list[dict]:

@@ -16,6 +16,7 @@ from config import Config, SettingError, resume
 from conformal import BY_HAND
 from dataset import TestSet, TrainSet, files_digest, has_test_images, load_fill_index, load_test, load_train
 from detector import (
+    EXPORT_AGAIN,
     Detector,
     build_network,
     check_enough,
@@ -258,7 +259,8 @@ def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     refitted.metadata["train_images"] = len(train_set)
     refitted.train_files = files_digest(train_set.paths)
     save_with_normals(refitted, train_set, job.path, options)
-    say(f"{category}: fitted {job.path} anew to {len(train_set)} images ({before} before); its networks stay")
+    count = f"{len(train_set)} images ({before} before)"
+    say(f"{category}: fitted {job.path} anew to {count}; its networks stay; {EXPORT_AGAIN}")
     if rate != config.false_alarm_rate:
         say(f"{category}: {job.path} decides at {rate:g} from now on")
 

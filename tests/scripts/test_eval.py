@@ -465,7 +465,7 @@ def test_a_rate_is_set_by_hand_after_labels_have_chosen_one(held, call, tmp_path
     assert "chosen by labels" in call(path.parent).err
     done = call(path.parent, "--false_alarm_rate", 0.25, "--set_rate")
     assert done.code == 0, done.err
-    assert "brick.pt decides at 0.25 from now on" in done.err
+    assert "brick.pt decides at 0.25 from now on; an exported file must be exported again" in done.err
     back = load(path)
     assert (back.config, back.threshold) == (original.config, original.threshold)
     assert back.guarantee.advice() == f"{original.guarantee.advice()}. The rate was set by hand"

@@ -167,7 +167,7 @@ def test_a_detector_takes_in_new_images(data, tmp_path, script, train_brick):
     ]
     done = script("run_training", *where, "--refit")  # settings are the detector's
     assert done.code == 0, done.err
-    assert "anew to 8 images (7 before); its networks stay" in done.err
+    assert "anew to 8 images (7 before); its networks stay; an exported file must be exported again" in done.err
     refitted = load(models / "brick.pt")
     assert (len(made.calibration_scores), len(refitted.calibration_scores)) == (7, 8)
     assert refitted.config == made.config
