@@ -35,6 +35,7 @@ from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rul
 FORMAT = "cutpaste-detector"
 VERSION = 6  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
+EXPORT_AGAIN = "an exported file must be exported again"  # wherever it lies, where a detector file has changed
 CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
 DAMAGED = "detector", "train it again"
 WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white

@@ -8,6 +8,7 @@ model_dir>/. Changes no detector, and chooses nothing by test images, unless --s
 """
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -28,7 +29,7 @@ from runtime.files import InputError, check_replaceable, check_writable, csv_tab
 # Settings that flags may repeat, and settings that flags may change
 AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
 REFITTED = ("features", "level", "join", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
-MANY_BAD = 0.2  # share of good parts; a rate above it is warned about
+MANY_BAD = 0.2  # share of good parts; a rate above it is only written if a person says it
 
 
 costs = Rule(
@@ -76,7 +77,7 @@ import torch
 
 from conformal import BY_HAND
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
-from detector import Detector, find_work, load, load_config, save, scored_paths
+from detector import EXPORT_AGAIN, Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
 from reporting.gallery import Page, facts_of, gallery_page, render
 from reporting.metrics import Evaluation, evaluate
@@ -242,12 +243,18 @@ def report_page(args: argparse.Namespace, evaluation: Evaluation, seed: str, pat
 
 def choose_rate(args: argparse.Namespace, evaluation: Evaluation, costs: dict) -> str:
     """Let an evaluated detector decide at the rate that costs least, and return how it was chosen, in words; without
-    such a rate it stays as it is, and the words are empty. costs: the columns of ``cost_columns``."""
+    such a rate, or where it is above MANY_BAD, it stays as it is, and the words are empty. costs: the columns of
+    ``cost_columns``."""
     if not args.costs:
         return BY_HAND  # --false_alarm_rate
     if not costs:
         return ""
     rate, (miss, false_alarm), labels = costs["cheapest_rate"], args.costs, evaluation.test.labels
+    if rate > MANY_BAD:
+        reason = f"about {100 * rate:.0f} of 100 good parts would be called bad; a cheaper miss brings it down"
+        anyway = f"--false_alarm_rate {math.ceil(1000 * rate - 1e-6) / 1000:g} --set_rate writes it nevertheless"
+        say(f"{evaluation.category}: {rate:.3g} is not written into the detector: {reason}, {anyway}")
+        return ""
     count = f"{(labels == 0).sum()} normal and {(labels == 1).sum()} anomalous labelled images"
     chosen = f"The rate was chosen by {count}, at costs of {miss:g} for a miss and {false_alarm:g} for a false alarm"
     evaluation.detector.set_false_alarm_rate(rate, chosen)
@@ -260,10 +267,7 @@ def set_rate(path: Path, result: Result) -> None:
         return
     rate = result.row["false_alarm_rate"]
     save(load(path).set_false_alarm_rate(rate, result.chosen), path)
-    say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on")
-    if rate > MANY_BAD:
-        less = "costs with a cheaper miss, or more good photographs, bring it down"
-        say(f"{result.row['category']}: about {100 * rate:.0f} of 100 good parts will be called bad; {less}")
+    say(f"{result.row['category']}: {path} decides at {rate:.3g} from now on; {EXPORT_AGAIN}")
 
 
 def normal_rows(args: argparse.Namespace, detector: Detector, train: TrainSet | None) -> list[dict]:

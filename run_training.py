@@ -64,7 +64,10 @@ def get_parser() -> argparse.ArgumentParser:
     normals = "keep up to 1,000 training images beside the detector, for predict.py --explain (default: 1)"
     add("--explain", type=zero_or_one, default=True, metavar="0|1", help=normals)
     add("--overwrite", action="store_true", help="start anew, replacing detectors and saved states")
-    refit = "fit the densities and the threshold of finished detectors anew to train/good as it is now; train nothing"
+    refit = (
+        "fit the densities and the threshold of finished detectors anew to train/good as it is now; train nothing, and "
+        "change no setting but a given --false_alarm_rate"
+    )
     add("--refit", action="store_true", help=refit)
     add("--list_backbones", action="store_true", help="print the networks with their stages, and stop")
     add("--preview", metavar="FILE", help="write a sheet of augmented samples to this PNG file and stop")
@@ -115,10 +118,8 @@ def main(args: argparse.Namespace) -> None:
     if args.refit:
         with reserved((job.folder for job in jobs), ranks):
             for job in ranks.shard(jobs):
-                if given_settings(args):  # else those of the detector
-                    check_settings(job)
                 with hints():
-                    refit_detector(job, options)
+                    refit_detector(job, options, given_settings(args))
         return
     check_ranks(args, config, ranks)
     with reserved((job.folder for job in jobs), ranks):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from config import Config, SettingError, resume
+from conformal import BY_HAND
 from dataset import TestSet, TrainSet, files_digest, has_test_images, load_fill_index, load_test, load_train
 from detector import (
+    EXPORT_AGAIN,
     Detector,
     build_network,
     check_enough,
@@ -228,15 +230,21 @@ def save_with_normals(detector: Detector, train_set: TrainSet, path: Path, optio
     save(detector, path)
 
 
-def refit_detector(job: Job, options: RunOptions) -> None:
+def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     """Fit the densities, the threshold and the calibration scores of a finished detector anew to the training images
-    that are there now; its networks stay. Raises InputError if there is none, or if images that a network has learned
-    from would come to be among those that it must not know."""
+    that are there now; its networks stay.
+
+    given: the settings that flags name. A false-alarm rate is the new one; the others must be the detector's, as those
+    that are not given are. Raises InputError if they are not, if there is no detector, or if images that a network has
+    learned from would come to be among those that it must not know.
+    """
     category = job.config.category
     if not job.finished:
         raise InputError(f"{job.path}: no finished detector, so nothing to fit anew; leave --refit out")
     detector = load(job.path, options.device)
-    config = detector.config
+    config, rate = detector.config, given.get("false_alarm_rate", detector.config.false_alarm_rate)
+    asked = job.config.to_dict()
+    _check_agreement({name: asked[name] for name in given if name != "false_alarm_rate"}, config, job.path)
     if config.epochs and (config.folds > 1 or config.holdout):
         flag = "--folds" if config.folds > 1 else "--holdout"
         reason = f"was trained with {flag}, which new images would shift: nothing could be promised any more"
@@ -244,12 +252,17 @@ def refit_detector(job: Job, options: RunOptions) -> None:
     where = (options.data_dir, category, config.size, options.workers, options.storage)
     train_set = load_train(*where, detector.fill_index, detector.white, job.paths)
     check_enough(config, len(train_set))
-    before, refitted = detector.metadata.get("train_images"), detector.changed()
+    before, refitted = detector.metadata.get("train_images"), detector.changed(false_alarm_rate=rate)
+    if rate != config.false_alarm_rate:
+        refitted.rate_chosen = BY_HAND
     fit_densities(refitted, train_set, options)
     refitted.metadata["train_images"] = len(train_set)
     refitted.train_files = files_digest(train_set.paths)
     save_with_normals(refitted, train_set, job.path, options)
-    say(f"{category}: fitted {job.path} anew to {len(train_set)} images ({before} before); its networks stay")
+    count = f"{len(train_set)} images ({before} before)"
+    say(f"{category}: fitted {job.path} anew to {count}; its networks stay; {EXPORT_AGAIN}")
+    if rate != config.false_alarm_rate:
+        say(f"{category}: {job.path} decides at {rate:g} from now on")
 
 
 def what_to_do(job: Job) -> str:
@@ -308,6 +321,11 @@ def check_settings(job: Job) -> None:
         del asked["epochs"]  # the number of steps that the minutes came to is the saved one
     if path == job.path and rate_chosen(path):
         del asked["false_alarm_rate"]  # the detector has been given another one since
+    _check_agreement(asked, saved, path)
+
+
+def _check_agreement(asked: dict, saved: Config, path: Path) -> None:
+    """Raise InputError that names the first difference between settings, by name, and those of a file."""
     try:
         resume(asked, saved.to_dict())
     except SettingError as error:

@@ -412,20 +412,23 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
     assert row.cheapest_low <= best <= row.cheapest_high
     assert f"brick: p <= {best:.3g} costs least on the test images" in done.err
     assert path.read_bytes() == before
+    original = load(held / "brick.pt")
+    low = original.calibration_scores.min().repeat(30) - 1
+    original.calibration_scores = torch.cat((original.calibration_scores, low))  # rates have steps of 1 / 34
+    save(original, path)
     done = call(path.parent, "--costs", "1000:1", "--set_rate", "--report", tmp_path / "lid.html")
     assert done.code == 0, done.err
-    chosen = float(table(tmp_path / "held").iloc[0].cheapest_rate)
+    scores, row = table(tmp_path / "held", "scores.csv"), table(tmp_path / "held").iloc[0]
+    chosen = float(row.cheapest_rate)
     assert chosen == scores.p_value[scores.label == 1].max()  # no miss is worth a false alarm
-    row = table(tmp_path / "held").iloc[0]
     assert row.false_alarm_rate == row.promised_rate == chosen  # tables and report are of the new rate
     assert row.detections == row.test_anomalous
-    changed, original = load(path), load(held / "brick.pt")
+    changed = load(path)
     assert row.threshold == pytest.approx(changed.threshold.item(), rel=1e-12)
     assert f"{row.detections} of {row.test_anomalous} detections" in done.err
     assert "The rate was chosen by 3 normal and 9 anomalous" in (tmp_path / "lid.html").read_text()
     assert changed.config == replace(original.config, false_alarm_rate=chosen)
     assert changed.threshold == original.set_false_alarm_rate(chosen).threshold
-    assert f"brick: about {100 * chosen:.0f} of 100 good parts will be called bad" in done.err
     words = "The rate was chosen by 3 normal and 9 anomalous labelled images, at costs of 1000 for a miss and 1 for a"
     assert words in changed.guarantee.words()
     assert words in call(path.parent).err
@@ -434,6 +437,23 @@ def test_the_rate_that_costs_least_is_told_and_set_on_request(held, call, tmp_pa
         assert call(path.parent, *wrong).code == 2
     assert call(path.parent, "--costs", "1:1", "--set_rate", "--false_alarm_rate", 0.1).code == 2
     assert call(path.parent, "--set_rate", "--false_alarm_rate", 0.1, "--density", "kde").code == 2
+
+
+def test_a_rate_that_would_call_many_good_parts_bad_is_written_by_hand_alone(held, call, tmp_path):
+    """Tables stay at the detector's rate, and the flag that the line names writes the rate that it says."""
+    shutil.copytree(held, tmp_path / "held")
+    path = tmp_path / "held/brick.pt"
+    before = path.read_bytes()
+    done = call(path.parent, "--costs", "1000:1", "--set_rate")
+    assert done.code == 0, done.err
+    row = table(tmp_path / "held").iloc[0]
+    assert row.cheapest_rate > row.false_alarm_rate == 0.25
+    share = f"about {100 * row.cheapest_rate:.0f} of 100"
+    assert f"brick: {row.cheapest_rate:.3g} is not written into the detector: {share}" in done.err
+    assert path.read_bytes() == before
+    flags = re.search(r"(--false_alarm_rate) (\S+) (--set_rate) writes it nevertheless", done.err).groups()
+    assert call(path.parent, *flags).code == 0
+    assert load(path).guarantee.rate == row.cheapest_rate
 
 
 def test_a_rate_is_set_by_hand_after_labels_have_chosen_one(held, call, tmp_path):
@@ -445,7 +465,7 @@ def test_a_rate_is_set_by_hand_after_labels_have_chosen_one(held, call, tmp_path
     assert "chosen by labels" in call(path.parent).err
     done = call(path.parent, "--false_alarm_rate", 0.25, "--set_rate")
     assert done.code == 0, done.err
-    assert "brick.pt decides at 0.25 from now on" in done.err
+    assert "brick.pt decides at 0.25 from now on; an exported file must be exported again" in done.err
     back = load(path)
     assert (back.config, back.threshold) == (original.config, original.threshold)
     assert back.guarantee.advice() == f"{original.guarantee.advice()}. The rate was set by hand"
@@ -465,10 +485,12 @@ def test_many_missed_defects_come_with_advice_that_works(models, data, call, tmp
     assert f"brick: {row.test_anomalous - row.detections} of {row.test_anomalous} {words}" in before.err
     for flags in (["--costs", "10:1"], ["--false_alarm_rate", 0.1], ["--density", "kde"]):
         assert words not in call(tmp_path / "models", *flags).err
+    costly = (tmp_path / "models", "--costs", "10:1", "--set_rate")
     low = call(tmp_path / "models", "--costs", "1:1000", "--set_rate")
     assert "decides at 0.111 from now on" in low.err
-    assert "good parts will be called bad" not in low.err
-    assert call(tmp_path / "models", "--costs", "10:1", "--set_rate").code == 0
+    assert "is not written" not in low.err
+    (rate,) = re.findall(r"--false_alarm_rate (\S+) --set_rate", call(*costly).err)
+    assert call(tmp_path / "models", "--false_alarm_rate", rate, "--set_rate").code == 0
     after = call(tmp_path / "models")
     assert words not in after.err
     assert table(tmp_path / "models").detections[0] > row.detections

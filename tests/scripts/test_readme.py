@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, fork, one_line, run
+from PIL import Image, ImageOps
 
 from choices import BACKBONES
 from config import config_of
@@ -165,6 +166,8 @@ def test_your_own_photographs_go_the_way_of_the_readme(tmp_path, monkeypatch, sc
         for path in paths:
             shutil.copy(path, tmp_path / folder)
     shutil.copytree("made/brick/test/hole", "photos/bad")
+    for path in Path("photos/bad").iterdir():  # so bad that a network without training tells, at a rate that is set
+        ImageOps.invert(Image.open(path).convert("RGB")).save(path)
     shutil.copytree("made/brick/test/scratch", "new_photos")
     torch.manual_seed(0)
     torch.save(BACKBONES["efficientnet_lite0"].build().state_dict(), "lite.pth")

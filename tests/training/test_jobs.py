@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 import run_training
 from dataset import load_train
-from detector import load
+from detector import load, save
 from normals import load_normals, normals_path
 from runtime.files import PART, load_tensors, save_tensors
 
@@ -166,7 +167,7 @@ def test_a_detector_takes_in_new_images(data, tmp_path, script, train_brick):
     ]
     done = script("run_training", *where, "--refit")  # settings are the detector's
     assert done.code == 0, done.err
-    assert "anew to 8 images (7 before); its networks stay" in done.err
+    assert "anew to 8 images (7 before); its networks stay; an exported file must be exported again" in done.err
     refitted = load(models / "brick.pt")
     assert (len(made.calibration_scores), len(refitted.calibration_scores)) == (7, 8)
     assert refitted.config == made.config
@@ -176,6 +177,29 @@ def test_a_detector_takes_in_new_images(data, tmp_path, script, train_brick):
     load_normals(normals_path(models / "brick.pt"), load(models / "brick.pt"))
     one_line(script("run_training", *where, *TINY, *flags, "--folds", 3, "--refit"), "folds 2", "3")
     assert script("run_training", *where, "--refit", "--overwrite").code == 2
+
+
+def test_a_refit_takes_settings_that_are_not_given_from_the_detector(data, tmp_path, script, train_brick):
+    """A false-alarm rate that is given is the new one, also after --set_rate, and training finds the detector then."""
+    flags = [*SMALL, "--epochs", 0]
+    assert train_brick(*flags).code == 0
+    path = tmp_path / "models/brick.pt"
+    made = load(path)
+    save(load(path).set_false_alarm_rate(0.4, "The rate was chosen by labels"), path)
+    where = ["--data_dir", data, "--logdir", tmp_path / "logdirs", "--type", "brick", "--model_dir", path.parent]
+    done = script("run_training", *where, "--refit", "--false_alarm_rate", 0.2)
+    assert done.code == 0, done.err
+    assert f"brick: {path} decides at 0.2 from now on" in done.err
+    refitted = load(path)
+    assert refitted.config == replace(made.config, false_alarm_rate=0.2)
+    assert refitted.rate_chosen == "The rate was set by hand"
+    assert refitted.threshold == made.set_false_alarm_rate(0.2).threshold
+    again = script("run_training", *where, "--refit", "--density", made.config.density)
+    assert again.code == 0, again.err
+    assert "from now on" not in again.err
+    assert load(path).config == refitted.config
+    one_line(script("run_training", *where, "--refit", "--density", "kde"), "made with density torch, now kde")
+    assert "is finished; skipped" in train_brick(*flags).err
 
 
 def test_refit_refuses_what_would_break_a_promise(three, data, tmp_path, script):
