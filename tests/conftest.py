@@ -176,16 +176,21 @@ def detectors(data, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(detectors, tmp_path_factory) -> Path:
+def exported(data, detectors, tmp_path_factory) -> Path:
     """Folders "whole" and "patch" of the detectors of brick, and what export.py has made of them. Read only."""
-    folder = tmp_path_factory.mktemp("exported")
-    for kind in ("whole", "patch"):
-        (folder / kind).mkdir()
-        for name in ("brick.pt", "brick.normals"):
-            shutil.copy(detectors / kind / name, folder / kind)
-        done = fork("export.py", folder / kind / "brick.pt")
-        assert done.code == 0, done.err
-    return folder
+
+    def make(folder: Path) -> SimpleNamespace:
+        for kind, flags in (("whole", ()), ("patch", ("--data_dir", data))):  # by kept normal images, and by all
+            (folder / kind).mkdir(parents=True)
+            for name in ("brick.pt", "brick.normals"):
+                shutil.copy(detectors / kind / name, folder / kind)
+            done = fork("export.py", folder / kind / "brick.pt", "--threads", 1, *flags)
+            assert done.code == 0, done.err
+            assert "decisions that differ: 0" in done.out
+            assert "ms an image" in done.out
+        return SimpleNamespace(code=0, out="", err=done.err)
+
+    return made_once(tmp_path_factory, "exported/line", make)[0]
 
 
 @pytest.fixture
