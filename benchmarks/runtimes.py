@@ -1,5 +1,4 @@
-"""What ``speed.py --only runtimes`` measures: whole detectors, and their bare backbones, in torch, ONNX Runtime and
-OpenVINO.
+"""Measure whole detectors, and their bare backbones, in torch, ONNX Runtime and OpenVINO: ``speed.py --only runtimes``.
 
 A row of results/speed.csv for each model, runtime, number of threads and of images in a batch: milliseconds of a batch,
 the median and the 99th percentile of calls, and how they compare with the backbone alone in the same runtime. Networks

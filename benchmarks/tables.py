@@ -261,11 +261,11 @@ def choice_table() -> str:
         picks = rows.drop_duplicates("draw").chosen
         counts = ", ".join(f"{name} {sum(picks == name)}" for name in names if sum(picks == name))
         pasted = " / ".join(percent(rows[rows.density == name].pasted_auroc.mean()) for name in names)
-        found = {name: made.loc[(category, name), ["image_auroc", "aupro"]] for name in names}
-        chosen = pandas.concat([found[name] for name in picks], axis=1).mean(axis=1)
-        best = pandas.concat(found.values(), axis=1).max(axis=1)
+        figures_of = {name: made.loc[(category, name), ["image_auroc", "aupro"]] for name in names}
+        chosen = pandas.concat([figures_of[name] for name in picks], axis=1).mean(axis=1)
+        best = pandas.concat(figures_of.values(), axis=1).max(axis=1)
         before = made.loc[(category, "one Gaussian for each stage"), ["image_auroc", "aupro"]]
-        figures = (chosen, found["both"], best, before)
+        figures = (chosen, figures_of["both"], best, before)
         cells.append([category, counts, pasted, *(" / ".join(filter(None, map(percent, part))) for part in figures)])
     head = ["category", "chosen in ten draws", "pasted: both / nearest / torch"]
     return markdown([*head, "the choice", "both", "the best of the three", "one Gaussian for each stage"], cells)

@@ -40,7 +40,7 @@ def drawn_pixels(figure):
 
 
 def test_a_sheet_has_the_colors_of_all_heat_maps_and_tells_of_an_outline_only_if_one_is_drawn(detectors):
-    """Of dark, gray and bright parts; heat at the threshold is seen on each."""
+    """See heat at the threshold on dark, gray and bright parts."""
     detector = load(detectors / "patch/brick.pt")
     threshold = detector.threshold.item()
     heat = np.linspace(0, 3 * threshold, 32 * 48, dtype=np.float32).reshape(32, 48)

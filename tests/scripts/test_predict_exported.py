@@ -149,7 +149,7 @@ def test_a_folder_of_exported_detectors(exported, here, script):
 
 
 def test_ignored_pixels_folds_and_looks(data, tmp_path, script):
-    """What an exported detector sees, and how it decides, where several networks ignore a part of the image."""
+    """Compare what both forms see and decide where several networks ignore a part of the image."""
     patches = PatchConfig(patch_size=32, window=8, stride=4, sigma=2.0)
     config = Config("brick", height=32, width=32, pretrained=False, backbone="mobilenet_v2", level=(1,), folds=2)
     config = replace(config, patches=patches, false_alarm_rate=0.3)
