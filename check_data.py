@@ -57,7 +57,7 @@ from torch.nn import functional
 
 from conformal import leave_one_out_p_values
 from dataset import TestSet, TrainSet, has_test_images, load_test, load_train, train_paths
-from density import FOLDS, DensityError, fit_density
+from density import FOLDS, DensityError, fit_density, has_gradient
 from detector import (
     DENSITY_IMAGES,
     PATCH_DENSITY_IMAGES,
@@ -287,7 +287,7 @@ def check_suspicious(data_dir: str, detector: Detector, train: TrainSet) -> dict
     elif len(detector.members) == 1:
         seen = "the network has seen all these images, and so has the density of a map: defects may look normal to them"
         say(f"{config.category}: {seen}; train with --folds 5 to be sure")
-    with_maps = config.patches is not None or config.has_gradient
+    with_maps = config.patches is not None or has_gradient(config.density)
     cases = []
     for name, row, number in zip(names[:SHOWN], rows, scored_images(detector, len(train))[order].tolist()):
         image = train.images[number]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from choices import VARIANTS
+from config import VARIANTS, Config
 from image_ops import (
     HUE,
     JITTER_NUMBERS,
@@ -263,6 +263,13 @@ def sample_params(
     return ViewParams(variant, height, width, shift, base, tuple(pastes), corner, patch_size, source)
 
 
+def config_params(config: Config, count: int, generator: Source) -> ViewParams:
+    """Draw the parameters of the views of ``count`` images as the settings say, see ``sample_params``."""
+    patch_size = config.patches.patch_size if config.patches else None
+    amounts = {"translate": config.translate, "jitter": config.jitter, "patch_jitter": config.patch_jitter}
+    return sample_params(config.variant, count, *config.size, generator, **amounts, patch_size=patch_size)
+
+
 def _corner(count: int, height: int, width: int, side: int, generator: Source) -> Tensor:
     """Draw (top, left) of squares anywhere in images: (count, 2) int64."""
     room = [torch.full((count,), float(size - side)) for size in (height, width)]
@@ -399,23 +406,17 @@ def _visible(views: Tensor, areas: Sequence[Tensor], whole: Tensor) -> Tensor:
     return torch.cat([torch.stack(results).any(0), *results])
 
 
-def invisible_shares(
-    images: Tensor,
-    sample: Callable[[int, Generator], ViewParams],
-    seed: int = 0,
-    numbers: Tensor | None = None,
-) -> dict[str, float]:
+def invisible_shares(images: Tensor, config: Config, numbers: Tensor | None = None) -> dict[str, float]:
     """Return the share, in [0, 1], of each kind of pasted view that shows nothing (see ``visible``), by its name.
 
-    images: (N, 3, H, W) uint8, of which SURVEYED_VIEWS are taken, evenly spaced. sample(count, generator): draws the
-    parameters of the views of ``count`` images, as ``sample_params``. numbers: the images that may be taken, (n,)
-    int64; default: all.
+    images: (N, 3, H, W) uint8, of which SURVEYED_VIEWS are taken, evenly spaced. numbers: the images that may be taken,
+    (n,) int64; default: all.
     """
     numbers = torch.arange(len(images)) if numbers is None else numbers
     numbers = numbers[torch.arange(SURVEYED_VIEWS) * len(numbers) // SURVEYED_VIEWS]
-    generator, shown = torch.Generator().manual_seed(seed), []
+    generator, shown = torch.Generator().manual_seed(config.seed), []
     for part in numbers.split(SURVEY_BATCH):
-        params = sample(len(part), generator)
+        params = config_params(config, len(part), generator)
         views, _, whole = make_views_and_sample(images[part], params)
         shown.append(visible(views, params, whole).view(-1, len(part)))
     shares = 1 - torch.cat(shown, 1).float().mean(1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import is_in_onnx_export
 
+from config import DENSITY_SUMS
 from runtime.tensors import FLOATS, TINY, TensorRule
 
 POOLED = 0.05  # share of the mean covariance in the covariance of each of several Gaussians
@@ -316,6 +317,12 @@ class Nearest(Density):
 
 
 DENSITIES = {"torch": GaussianTorch, "sklearn": GaussianSklearn, "kde": KernelDensity, "nearest": Nearest}
+
+
+def has_gradient(kind: str) -> bool:
+    """Return whether scores of a density, or of a sum of some, have a gradient, which Grad-CAM needs. All have that
+    ``auto`` chooses from."""
+    return kind == "auto" or all(DENSITIES[name].has_gradient for name in DENSITY_SUMS.get(kind, (kind,)))
 
 
 # Nearest embeddings -----------------------------------------------------------------------------------------------

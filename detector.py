@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from choices import DENSITY_SUMS
-from config import EACH_DIMS, Config, SettingError, UnknownSettingError
+from config import DENSITY_SUMS, EACH_DIMS, VARIANTS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
-from cutpaste import VARIANTS
 from dataset import choose_categories
-from density import DENSITIES, DensityError, group_by_density
+from density import DENSITIES, DensityError, group_by_density, has_gradient
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
@@ -527,7 +525,7 @@ class EnsembleMember(nn.Module):
     def grad_cam(self, features: dict[int, Tensor]) -> Tensor:
         """Return Grad-CAM maps (B, H, W) of an image-level model from its features; of several stages the sum of their
         maps. Raises InputError with a density whose score has no gradient."""
-        if not self.config.has_gradient:
+        if not has_gradient(self.config.density):
             raise InputError(f"Grad-CAM needs the gradient of the score, which the density {self.config.density} lacks")
         embeddings = [grid.pool(features[level]).float() for grid, level in zip(self.grids, self.config.levels)]
         maps = []

@@ -77,6 +77,7 @@ import torch
 
 from conformal import BY_HAND
 from dataset import TrainSet, check_maps_folder, load_masks, load_test, load_train, save_maps, train_paths
+from density import has_gradient
 from detector import EXPORT_AGAIN, Detector, find_work, load, load_config, save, scored_paths
 from model import WeightsError
 from reporting.gallery import Page, facts_of, gallery_page, render
@@ -335,7 +336,7 @@ def check_flags(args: argparse.Namespace, path: Path) -> None:
         changed = Config.from_dict(settings | changes(args))
     except SettingError as error:
         raise InputError(f"{with_flag(error)} ({path})") from error
-    if config.patches is None and (args.heatmaps or args.save_maps) and not changed.has_gradient:
+    if config.patches is None and (args.heatmaps or args.save_maps) and not has_gradient(changed.density):
         flag = "--heatmaps" if args.heatmaps else "--save_maps"
         raise InputError(f"{path}: {flag} 1 needs a gradient; the density {changed.density} has none, take torch")
     if args.save_maps:

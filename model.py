@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.onnx import is_in_onnx_export
 
-from choices import BACKBONES, NORMALIZATIONS
+from config import BACKBONES, NORMALIZATIONS
 from runtime.files import InputError, check_regular
 
 HIDDEN = 512  # width of each of the --head_layer layers

@@ -37,7 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from choices import FORMATS, SUFFIXES
+from config import FORMATS, SUFFIXES
 from runtime.cli import (
     Interrupts,
     check_usage,
@@ -268,13 +268,14 @@ def check_trained(args: argparse.Namespace, path: Path) -> "Config":
     """Return the settings of a detector file. Raises InputError if they contradict the flags, or if the file is bad."""
     torch_device(args)
     from dataset import ignored_path
+    from density import has_gradient
     from detector import load, load_config
     from normals import load_normals, normals_path
 
     config = load_config(path)
     if args.masks and config.patches is None:
         raise InputError(f"--masks: {path} is no patch model, it has no map; --heatmaps draws where its score is from")
-    if args.heatmaps and config.patches is None and not config.has_gradient:
+    if args.heatmaps and config.patches is None and not has_gradient(config.density):
         raise InputError(f"--heatmaps: {path} needs a gradient, which the density {config.density} has not")
     if args.explain:
         load_normals(normals_path(path), load(path))

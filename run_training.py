@@ -15,8 +15,8 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from choices import BACKBONES
 from config import (
+    BACKBONES,
     RECIPES,
     Config,
     SettingError,
@@ -264,7 +264,7 @@ def write_preview(path: str, jobs: list[Job], options: RunOptions) -> None:
         images.append(train_set.images)
         names += [f"{category}\n{path.name}" for path in paths]
     shown = torch.cat(images)
-    sheet = figures.preview(shown, names, config, invisible_shares(shown, config.sample_params, config.seed))
+    sheet = figures.preview(shown, names, config, invisible_shares(shown, config))
     write_file(figures.png(sheet), path)
     say(f"wrote {path}; nothing was trained")
 

@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
-from choices import BACKBONES
-from config import RECIPES
+from config import BACKBONES, RECIPES
 from runtime.cli import choose_device, device_name, new_parser, run_script, suitable_precision, zero_or_one
 from runtime.files import InputError
 

@@ -24,7 +24,7 @@ from pandas import DataFrame, Series
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's modules
 
 import config
-from choices import BACKBONES
+from config import BACKBONES
 from runtime.cli import new_parser, run_script
 from runtime.files import InputError, write_file
 

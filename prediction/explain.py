@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from density import has_gradient
 from detector import Detector
 from normals import Normals, compared
 from prediction.scorer import BatchScores, heat_maps
@@ -55,7 +56,7 @@ class Explainer:
         self.detector, self.normals, self.target, self.pool, self.remove = detector, normals, target, pool, remove
         self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
         self.has_maps = detector.config.patches is not None
-        self.has_heat = self.has_maps or detector.config.has_gradient
+        self.has_heat = self.has_maps or has_gradient(detector.config.density)
 
     @torch.inference_mode()
     def on_batch(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from choices import SUFFIXES
+from config import SUFFIXES
 from runtime.files import InputError, say, spreadsheet_safe
 from runtime.image_files import find_folders, is_hidden, list_folder
 

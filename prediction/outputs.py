@@ -218,7 +218,7 @@ def without_state(columns: Sequence[str]) -> tuple[str, ...]:
 
 def begins_like_rows(file: BinaryIO) -> bool:
     """Return whether a file is empty or begins with a record of this program, which a kill may have cut off: of any of
-    choices.FORMATS, with or without a column for the category. The file is at its start afterwards."""
+    ``config.FORMATS``, with or without a column for the category. The file is at its start afterwards."""
     first = file.readline(LONGEST_ROW)
     file.seek(0)
     earlier = without_state(COLUMNS)

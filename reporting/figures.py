@@ -15,8 +15,8 @@ from matplotlib.colors import ListedColormap, Normalize, to_rgb
 from matplotlib.figure import Figure
 from torch.nn import functional
 
-from config import Config
-from cutpaste import VARIANTS, VIEWS, make_views
+from config import VARIANTS, Config
+from cutpaste import VIEWS, config_params, make_views
 from dataset import GOOD
 from detector import Detector, category_seed, stream
 from image_ops import to_float
@@ -88,7 +88,7 @@ def preview(images: torch.Tensor, names: Sequence[str], config: Config, invisibl
     """
     views = VARIANTS[config.variant].views
     generator = torch.Generator().manual_seed(category_seed(config.seed, config.category))
-    params = config.sample_params(len(images), generator)
+    params = config_params(config, len(images), generator)
     augmented, _ = make_views(images, params)
     shown = to_float(images)
     if config.patches:
@@ -316,7 +316,9 @@ def sample_views(evaluation: Evaluation) -> tuple[np.ndarray, list[str]]:
     groups = ["anomalous" if label else "normal" for label in test.labels]
     normal = test.images[torch.from_numpy(np.flatnonzero(test.labels == 0)[:SAMPLE_VIEWS])]
     if len(normal):
-        views, labels = make_views(normal, detector.config.sample_params(len(normal), torch.Generator().manual_seed(0)))
+        views, labels = make_views(
+            normal, config_params(detector.config, len(normal), torch.Generator().manual_seed(0))
+        )
         parts += stream(detector, views[labels > 0], embed)
         groups += [VARIANTS[detector.config.variant].views[label] for label in labels[labels > 0].tolist()]
     return torch.cat(parts).numpy(), groups

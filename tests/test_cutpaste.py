@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_image_ops import KINDS, ORDERS, STILL, noise, paste, seeded
 
-from choices import VARIANTS, Variant
+from config import VARIANTS, Variant
 from cutpaste import (
     VIEWS,
     View,

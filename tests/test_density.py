@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
 import density
-from choices import DENSITY_NAMES
+from config import DENSITY_NAMES
 from density import (
     DENSITIES,
     POOLED,

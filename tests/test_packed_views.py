@@ -110,7 +110,7 @@ def test_compiled_views_of_a_gpu_are_those_of_a_cpu(variant, patch_size):
 
 
 def test_views_of_another_kind_are_not_packed(monkeypatch):
-    from choices import Variant
+    from config import Variant
     from cutpaste import VIEWS, View, draw_patch
 
     assert all(map(packable, VARIANTS))

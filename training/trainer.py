@@ -27,6 +27,7 @@ from cutpaste import (
     VARIANTS,
     Drawn,
     ViewParams,
+    config_params,
     invisible_shares,
     make_packed_views,
     make_views_and_sample,
@@ -255,7 +256,7 @@ class Trainer:
         Every rank draws the same and returns its part.
         """
         chosen = self.seen[torch.randperm(len(self.seen), generator=self.generator)[: self.batch_size]]
-        params = self.config.sample_params(self.batch_size, self.generator)
+        params = config_params(self.config, self.batch_size, self.generator)
         if self.ranks.world_size == 1:
             return chosen, params
         return chosen[self.ranks.rows], rows(params, self.ranks.rows)
@@ -321,13 +322,13 @@ class Trainer:
         if not self.ahead:
             count, steps = self.batch_size, max(1, min(DRAWN_AHEAD, self.config.epochs - self.step))
             needed = Drawn(torch.zeros(1, 1).expand(1, 2**30))
-            self.config.sample_params(count, needed)  # to see how many numbers it takes
+            config_params(self.config, count, needed)  # to see how many numbers it takes
             chosen, numbers, states = [], [], []
             for _ in range(steps):
                 chosen.append(self.seen[torch.randperm(len(self.seen), generator=self.generator)[:count]])
                 numbers.append(torch.rand(needed.taken, generator=self.generator))
                 states.append(self.generator.get_state())
-            packed = pack_params(self.config.sample_params(steps * count, Drawn(torch.stack(numbers))))
+            packed = pack_params(config_params(self.config, steps * count, Drawn(torch.stack(numbers))))
             self.ahead.extend(zip(chosen, packed.split(count), states))
         chosen, packed, self.generator_state = self.ahead.popleft()
         rate = torch.tensor(self.optimizer.param_groups[0]["lr"])
@@ -470,7 +471,7 @@ class Log:
         from reporting import figures
 
         config, images, seen = self.trainer.config, self.trainer.images, self.trainer.seen
-        shares = invisible_shares(images, config.sample_params, config.seed, seen)
+        shares = invisible_shares(images, config, seen)
         table = [
             "|setting|value|",
             "|---|---|",

@@ -8,7 +8,7 @@ import pytest
 from conftest import contents, rows_of
 from PIL import Image
 
-from choices import FORMATS
+from config import FORMATS
 from prediction.outputs import COLUMNS, Drawings, RowsFile, name_below
 from runtime.files import InputError
 

@@ -8,8 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from choices import VARIANTS, Variant
-from config import Config, PatchConfig
+from config import VARIANTS, Config, PatchConfig, Variant
 from cutpaste import VIEWS
 from dataset import load_masks, load_test
 from detector import load

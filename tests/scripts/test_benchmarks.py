@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, fork, one_line
 from PIL import Image
 
-from choices import VARIANTS, Variant
+from config import VARIANTS, Variant
 from cutpaste import VIEWS, View, rows
 from image_ops import PasteParams, paste_
 from runtime.files import InputError

@@ -374,11 +374,11 @@ def test_tensorboard_holds_what_the_readme_says(tmp_path, train_brick):
 
 
 def test_shares_of_views_that_show_nothing_are_told(tmp_path, capsys):
-    shares = invisible_shares(even_and_noisy(), tiny_config(*STILL).sample_params)
+    shares = invisible_shares(even_and_noisy(), tiny_config(*STILL))
     assert list(shares) == ["patch", "scar"]
     assert all(0.5 <= share < 0.7 for share in shares.values())
     union = tiny_config("--variant", "union")
-    assert invisible_shares(even_and_noisy()[4:], union.sample_params)["patch or scar"] < 0.2
+    assert invisible_shares(even_and_noisy()[4:], union)["patch or scar"] < 0.2
     for choice, words in (("keep", "are learned as anomalous (--invisible drop"), ("drop", "are left out of the loss")):
         with open_log(trainer(tiny_config(*STILL, "--invisible", choice), even_and_noisy()), tmp_path, False) as log:
             log.add_samples()
