@@ -11,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +63,9 @@ class Backbone:
     """A network of torchvision, or one built from its parts, cut into stages.
 
     A stage is a tuple of names of submodules that run in order; the stem belongs to the first stage. Feature (i, j) of
-    a stage is centered on pixel (stride * i, stride * j). A last convolution that only adds channels for the classifier
-    is a stage of its own. No layer may be random (dropout, stochastic depth): a seed must always give the same bits.
+    a stage is centered on pixel (stride * i, stride * j), or, if ``end_padded``, (stride - 1) further. A last
+    convolution that only adds channels for the classifier is a stage of its own. No layer may be random (dropout,
+    stochastic depth): a seed must always give the same bits.
     """
 
     build: Callable[[], "nn.Module"]  # the network with random weights, and nn.Identity in place of its classifier
@@ -75,6 +76,7 @@ class Backbone:
     widths: tuple[int, ...]  # channels, for each stage
     level: int  # the stage of ``--features level``: the last one that is not such a convolution
     normalize: str = "imagenet"  # of NORMALIZATIONS, the one that its ImageNet weights were trained with
+    end_padded: bool = False  # of convolutions of stride 2, as TensorFlow pads: see model.EndPaddedConv
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -121,11 +123,7 @@ def _efficientnet(name: str, weights: str, widths: tuple[int, ...]) -> Backbone:
 
 
 def _build_lite() -> "nn.Module":
-    """Build EfficientNet-Lite0: torchvision's B0 with ReLU6 in place of SiLU, and without squeeze-and-excitation.
-
-    The published weights come from TensorFlow, which pads an even side only at its end, so that feature (i, j) is
-    centered ``stride - 1`` pixels further down and right. Here both ends are padded, as in the other backbones.
-    """
+    """Build EfficientNet-Lite0: torchvision's B0 with ReLU6 in place of SiLU, and without squeeze-and-excitation."""
     from torch import nn
 
     norm_layer = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
@@ -168,8 +166,11 @@ BACKBONES = {
         widths=(16, 24, 40, 80, 112, 192, 320, 1280),
         level=7,
         normalize="half",
+        end_padded=True,
     ),
 }
+# Of detectors of earlier versions: padded alike at both ends, where stages lie up to 15 px apart
+BACKBONES["efficientnet_lite0_centered"] = replace(BACKBONES["efficientnet_lite0"], end_padded=False)
 
 
 # Recipes ----------------------------------------------------------------------------------------------------------

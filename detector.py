@@ -31,7 +31,7 @@ from runtime.looks import image_statistics
 from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of, standardization
 
 FORMAT = "cutpaste-detector"
-VERSION = 6  # raise it when an older program could no longer read the file rightly
+VERSION = 7  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 EXPORT_AGAIN = "an exported file must be exported again"  # wherever it lies, where a detector file has changed
 CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
@@ -834,6 +834,7 @@ def _read(path: str | Path) -> tuple[Config, dict]:
     with damage_named(path, *DAMAGED):
         content = from_version_2(content) if version < 3 else content
         content = from_version_3(content) if version < 4 else content
+        content = from_version_6(content) if version < 7 else content
         try:
             config = Config.from_dict(content["config"])
         except UnknownSettingError as error:
@@ -873,6 +874,14 @@ def from_version_3(content: dict) -> dict:
         config["level"] = str(config["level"]).replace("4", "5")
     scale = {"center": torch.zeros((), dtype=torch.float64), "scale": torch.ones((), dtype=torch.float64)}
     return content | {"config": config, "members": [{name: content[name] for name in ("network", "levels")} | scale]}
+
+
+def from_version_6(content: dict) -> dict:
+    """Bring a file to version 7. Up to version 6 EfficientNet-Lite0 was padded at both ends."""
+    config = dict(content["config"])
+    if config.get("backbone") == "efficientnet_lite0":
+        config["backbone"] = "efficientnet_lite0_centered"
+    return content | {"config": config}
 
 
 def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:

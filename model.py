@@ -55,6 +55,20 @@ class SmallMapConv(nn.Conv2d):
         return products.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
+class EndPaddedConv(nn.Conv2d):
+    """A convolution of stride 2 that pads as TensorFlow does: an even side of a kernel of 3 at its end alone.
+
+    Weights that were trained so see each stage in the middle of its cells only if they are run so: with as much padding
+    at both ends, features of stride s lie s - 1 px from where the other backbones have them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), sides = self.kernel_size, x.shape[:1:-1]  # the last axis first, as functional.pad takes them
+        missing = [kernel - 2 + side % 2 for side in sides]
+        ends = [end for total in missing for end in (total // 2, total - total // 2)]
+        return functional.conv2d(functional.pad(x, ends), self.weight, self.bias, self.stride, groups=self.groups)
+
+
 class CutPasteNet(nn.Module):
     """Backbone and projection head: images (B, 3, H, W) in [0, 1] -> logits (B, C), embeddings (B, D).
 
@@ -74,6 +88,9 @@ class CutPasteNet(nn.Module):
         self.backbone = self.spec.build()
         for module in filter(SmallMapConv.replaces, self.backbone.modules()):
             module.__class__ = SmallMapConv
+        for module in self.backbone.modules() if self.spec.end_padded else ():
+            if isinstance(module, nn.Conv2d) and module.stride == (2, 2):
+                module.__class__ = EndPaddedConv
         self.frozen = self.batch_norm_frozen = False
         layers: list[nn.Module] = []
         width = self.spec.embedding_dim

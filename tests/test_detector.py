@@ -256,6 +256,18 @@ def test_a_patch_model_of_version_3_has_the_same_stages(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_lite_network_of_version_6_is_padded_as_it_was(tmp_path):
+    made = Detector(replace(PATCHES, backbone="efficientnet_lite0_centered", level=(2,))).fit(pictures(8))
+    save(made, tmp_path / "brick.pt")
+    content = load_tensors(tmp_path / "brick.pt", "detector")
+    content |= {"version": 6, "config": content["config"] | {"backbone": "efficientnet_lite0"}}
+    save_tensors(content, tmp_path / "brick.pt")
+    earlier, images = load(tmp_path / "brick.pt"), pictures(3, seed=1)
+    assert torch.equal(earlier(images)[0], made(images)[0])
+    save_tensors(content | {"version": 7}, tmp_path / "brick.pt")
+    assert not torch.allclose(load(tmp_path / "brick.pt")(images)[0], earlier(images)[0], rtol=0.01)
+
+
 # Patch models -----------------------------------------------------------------------------------------------------
 
 PATCHES = replace(CONFIG, height=64, width=96, l2=False, features="level", patches=PatchConfig(32, location="each"))

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = "cutpaste-checkpoint"
-VERSION = 7  # raise it when the layout of the saved state changes: states of other versions are refused
+VERSION = 8  # raise it when the layout of the saved state changes: states of other versions are refused
 SUFFIX = ".checkpoint"
 ANEW = "start anew with --overwrite"
 MOMENTUM, WEIGHT_DECAY = 0.9, 3e-5  # A.1
