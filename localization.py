@@ -188,7 +188,7 @@ class StageDensity(nn.Module):
         words = f"one {what} for all locations" if self.shared else f"one {what} for each location"
         if self.likelihoods:
             likelihoods = ", ".join(f"{kind} {value:.1f}" for kind, value in self.likelihoods.items())
-            words += f" (mean log likelihood of held-out normal images: {likelihoods})"
+            words += f", which fits held-out normal images better (mean log likelihood: {likelihoods})"
         return words
 
     def check(self, tensors: dict[str, object], width: int, alone: bool) -> None:
