@@ -554,6 +554,8 @@ class EnsembleMember(nn.Module):
                 new_level.origin = level.origin
             if len(other.levels) > 1:
                 new_level.center, new_level.scale = level.center, level.scale
+                if new_level.by_place:
+                    new_level.limit = level.limit
         return other.to(next(self.network.parameters()).device)
 
     def choose_axes(self, embeddings: Iterable[list[Tensor]]) -> None:
@@ -877,11 +879,16 @@ def from_version_3(content: dict) -> dict:
 
 
 def from_version_6(content: dict) -> dict:
-    """Bring a file to version 7. Up to version 6 EfficientNet-Lite0 was padded at both ends."""
-    config = dict(content["config"])
+    """Bring a file to version 7. Version 6 padded EfficientNet-Lite0 at both ends, and set no limit to what is
+    standardized by place."""
+    config, members = dict(content["config"]), []
     if config.get("backbone") == "efficientnet_lite0":
         config["backbone"] = "efficientnet_lite0_centered"
-    return content | {"config": config}
+    for member in content["members"]:
+        by_place = [name for name, value in member["levels"].items() if name.endswith(".center") and value.ndim]
+        limits = {name.replace("center", "limit"): torch.tensor(1e9, dtype=torch.float64) for name in by_place}
+        members.append(member | {"levels": member["levels"] | limits})
+    return content | {"config": config, "members": members}
 
 
 def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:

@@ -23,6 +23,7 @@ EACH_LEAST = 8  # images that one Gaussian for each location needs
 AXES_IMAGES = 32  # normal images that the principal axes are taken from
 WHITENED = 0.25  # of joined stages: a direction in which normal embeddings have variance v gets v ** (1 - WHITENED)
 PLACE_SOFTENED = 0.1  # of the deviation over all places, added to that of each place
+PLACE_LIMIT = 15.0  # deviations: a place that hardly varies does not decide alone, however far a distance is
 WINDOWS_AT_ONCE = 512  # that go through the network alone
 
 
@@ -150,7 +151,7 @@ class StageDensity(nn.Module):
     standardized place by place.
     Buffers: axes (D, d), directions of normal embeddings, empty where all are kept as they are; origin (d,), if joined:
     the mean of normal embeddings along them; center, scale () or (L,): the distances' mean and standard deviation on
-    held-out normal images, 0 and 1 if nothing is added.
+    held-out normal images, 0 and 1 if nothing is added; limit (), if by place: of deviations.
     likelihoods: of "shared" and "each", what "auto" has decided by; empty otherwise. It is not saved.
     """
 
@@ -173,6 +174,8 @@ class StageDensity(nn.Module):
         self.register_buffer("axes", torch.empty(0))
         if joined:
             self.register_buffer("origin", torch.zeros(()))
+        if by_place:
+            self.register_buffer("limit", torch.tensor(PLACE_LIMIT, dtype=torch.float64))
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
 
@@ -203,6 +206,7 @@ class StageDensity(nn.Module):
         if self.joined:
             rules["origin"] = TensorRule(() if all_kept else ("D",), (torch.float32,))
         rules |= standardization(alone, ("L",) if self.by_place else ())
+        rules |= {"limit": TensorRule((), least=0)} if self.by_place else {}
         rules |= {f"density.{name}": rule for name, rule in self.density.rules.items()}
         check_tensors(tensors, rules, sizes)
         if sizes.get("K", 1) not in (1, windows):
@@ -255,7 +259,9 @@ class StageDensity(nn.Module):
             self.scale = scale + PLACE_SOFTENED * self.scale  # a place that hardly varies is no judge alone
 
     def standardized(self, distances: Tensor) -> Tensor:
-        return (distances - self.center) / self.scale
+        """Return distances (B, L) in deviations from those of normal images; by place, at most ``limit``."""
+        deviations = (distances - self.center) / self.scale
+        return deviations.clamp(max=self.limit) if self.by_place else deviations
 
     def fit(self, projected: Tensor, with_held_out: bool) -> Tensor | None:
         """Fit the density to projected embeddings (n, L, d) of normal images.

@@ -11,6 +11,7 @@ from conftest import network_of
 
 import detector
 import detector as member
+import localization
 from config import Config, PatchConfig, SettingError
 from conformal import conformal_threshold
 from dataset import load_test, load_train
@@ -268,6 +269,19 @@ def test_a_lite_network_of_version_6_is_padded_as_it_was(tmp_path):
     assert not torch.allclose(load(tmp_path / "brick.pt")(images)[0], earlier(images)[0], rtol=0.01)
 
 
+def test_places_of_version_6_have_no_limit(tmp_path, patch_model, monkeypatch):
+    monkeypatch.setattr(localization, "PLACE_LIMIT", 0.5)
+    both, images = patch_model.refit(pictures(20), **BOTH), pictures(3, seed=1)
+    limited = both(images)[1]
+    both.members[0].levels[0].limit.fill_(1e9)
+    save(both, tmp_path / "brick.pt")
+    content = load_tensors(tmp_path / "brick.pt", "detector")
+    del content["members"][0]["levels"]["0.limit"]
+    save_tensors(content | {"version": 6}, tmp_path / "brick.pt")
+    assert torch.equal(load(tmp_path / "brick.pt")(images)[1], both(images)[1])
+    assert not torch.allclose(limited, both(images)[1], rtol=0.01)
+
+
 # Patch models -----------------------------------------------------------------------------------------------------
 
 PATCHES = replace(CONFIG, height=64, width=96, l2=False, features="level", patches=PatchConfig(32, location="each"))
@@ -380,11 +394,15 @@ def test_a_detector_can_be_exported(fitted, images, patch_model, changes):
 def test_both_is_the_sum_of_standardized_distances_the_gaussians_place_by_place(patch_model):
     both = patch_model.refit(pictures(20), **BOTH)
     images, (member,) = pictures(4, seed=1), both.members
+    images[3, :, 10:40:4, 10:40] = 255  # stripes
     gaussian, nearest = member.levels
     x = member.project(member.embed(both.prepare(images)))[0]
     assert (gaussian.center.shape, nearest.center.shape, x.shape) == ((8 * 12,), (), (4, 8 * 12, 64))
     expected = (gaussian.distances(x) - gaussian.center) / gaussian.scale
-    expected = expected + (nearest.distances(x) - nearest.center) / nearest.scale
+    assert gaussian.limit == 15
+    gaussian.limit.fill_(9)
+    assert expected[:3].max() < 9 < expected[3].max()  # no place has a greater say
+    expected = expected.clamp(max=9) + (nearest.distances(x) - nearest.center) / nearest.scale
     assert torch.allclose(both(images)[1], upsample(expected.float(), gaussian.grid, 4.0), rtol=1e-3, atol=1e-3)
     assert both.unit == "sum of standardized distances: Mahalanobis distance, distance to the nearest normal embedding"
     for density, level in (("torch", gaussian), ("nearest", nearest)):
