@@ -388,13 +388,8 @@ def covers_without(points: Tensor, chosen: Tensor) -> Tensor:
     if choices >= count - 1:  # all others are kept
         return ~torch.eye(count, dtype=torch.bool, device=points.device).expand(sets, -1, -1)
     x = points.mT.contiguous()  # (K, D, N)
-    means = ((x.sum(2, keepdim=True, dtype=torch.float64) - x) / (count - 1)).float()  # without each point
-    squares, spreads = (
-        torch.stack([squared_distances(values[:, None], center[..., None]) for values, center in zip(x, centers)])
-        for centers in (x, means)
-    )  # (K, N, N), of all points from each point, and from each mean
-    spreads.diagonal(dim1=1, dim2=2).fill_(math.inf)
-    first = spreads.min(2).indices  # (K, N)
+    squares = torch.stack([squared_distances(values[:, None], values[..., None]) for values in x])  # (K, N, N)
+    first = torch.stack([nearest_to_mean_without(values) for values in x])  # (K, N)
     states = squares.gather(1, chosen[..., None].expand(-1, -1, count)).cummin(1).values  # (K, choices, N)
 
     # A row for each point that makes a difference: the distances of all points from the nearest that is chosen without
@@ -413,6 +408,18 @@ def covers_without(points: Tensor, chosen: Tensor) -> Tensor:
     for rows in (slice(len(anew), None), slice(len(anew))):  # who begins anew may have a second row, which is wrong
         covers[row_sets[rows], left_out[rows]] = nearest[rows] == 0
     return covers
+
+
+def nearest_to_mean_without(points: Tensor) -> Tensor:
+    """Return for each of N points (D, N) which of the others is the nearest to their mean: (N,) int64."""
+    total, count = points.sum(1, keepdim=True, dtype=torch.float64), points.shape[1]
+    mean, means = total / count, ((total - points) / (count - 1)).float()
+    # Without a point the mean is not far away: only points near to it can be the nearest
+    spreads, moves = ((x - mean).norm(dim=0) for x in (points, means))
+    near = (spreads <= 1.01 * (spreads.kthvalue(2).values + 2 * moves.max())).nonzero()[:, 0]
+    squares = squared_distances(points[:, None, near], means[..., None])  # (N, fewer)
+    squares[near, torch.arange(len(near), device=near.device)] = math.inf
+    return near[squares.min(1).indices]
 
 
 def squared_distances(points: Tensor, centers: Tensor) -> Tensor:
