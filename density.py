@@ -24,7 +24,8 @@ SHARED_BYTES = 48 * 2**20  # largest size, as float64, of the embeddings that a 
 GAUSSIANS_AT_ONCE = 64  # whose embeddings are converted to float64 together, to bound the memory
 LOCAL_POINTS, SHARED_POINTS = 100, 4096  # normal embeddings that stand for all: for each location, or for all of them
 COVER_POOL = 50_000  # embeddings that they are chosen from
-LEFT_OUT_AT_ONCE = 8  # images whose nearest others are searched together
+LEFT_OUT_AT_ONCE = 8  # images whose nearest others are searched together in a shared memory
+LEFT_OUT_BYTES = 2**21  # of the distances between images at locations whose memories are reduced together
 
 
 class DensityError(ValueError):
@@ -297,18 +298,30 @@ class Nearest(Density):
         return Match((x - nearest).norm(dim=-1), locations.long(), images.long())
 
     def leave_one_out(self, embeddings: Tensor) -> Tensor:
-        """Return the distances (K, N) float64 of the embeddings (K, N, D) that it was fitted to, each from those of
-        other images alone.
+        """Return the distances (K, N) float64 of the embeddings (K, N, D) that it was fitted to, each by memories
+        fitted to the other images alone.
 
-        Where all embeddings are kept, that is the distance from a memory that the image has no part in. It is so, too,
-        of an embedding that ``cover`` has not chosen, if it did not decide the first choice: without it the same ones
-        would have been chosen. Without one that was chosen, later choices would differ: its distance is an estimate, by
-        a memory with one embedding less.
+        K > 1: exactly those of a fit without the image, see ``covers_without``. K = 1: the image's own embeddings do
+        not count. That is the same if all embeddings are kept. Else it is an estimate, a little too high, because a fit
+        without the image would choose others in place of those.
         """
-        windows = math.prod(self.shape) if self.count == 1 else 1
-        images = torch.arange(embeddings.shape[1], device=embeddings.device) // windows
-        parts = zip(embeddings.split(LEFT_OUT_AT_ONCE * windows, 1), images.split(LEFT_OUT_AT_ONCE * windows))
-        return torch.cat([self.match(part, numbers).distances for part, numbers in parts], 1).double()
+        (count, rows), windows = embeddings.shape[:2], math.prod(self.shape)
+        if count == 1:
+            images = torch.arange(rows, device=embeddings.device) // windows
+            parts = zip(embeddings.split(LEFT_OUT_AT_ONCE * windows, 1), images.split(LEFT_OUT_AT_ONCE * windows))
+            return torch.cat([self.match(part, numbers).distances for part, numbers in parts], 1).double()
+        x, squares = embeddings.to(self.points), []
+        for part in torch.arange(count, device=x.device).split(max(1, LEFT_OUT_BYTES // (4 * rows**2))):
+            points = x[part].half().float()
+            covers = covers_without(points, self.images[part].long())
+            # In float64, so that the rounding of matrix products does not matter
+            for memory, normal, cover_points in zip(part, points.double(), covers):
+                used = cover_points.any(0).nonzero()[:, 0]
+                normal, queries = normal[used], x[self.neighbors[memory]].double()  # (M, D), (J, N, D)
+                lengths = torch.where(cover_points[:, used], normal.square().sum(1), math.inf)  # (N, M), squared
+                closeness = (queries.flatten(0, 1) @ (-2 * normal.T)).view(-1, rows, len(used)).add_(lengths)
+                squares.append(closeness.amin(2) + queries.square().sum(2))
+        return torch.stack(squares).view(-1, rows)[self.inverse].amin(1).clamp(min=0).sqrt()
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -350,7 +363,7 @@ def cover(points: Tensor, count: int) -> Tensor:
 
     points: (K, N, D). Greedy k-centers: first the point nearest to the mean, then, again and again, the one that is
     furthest from all that are chosen. Of more than COVER_POOL points, so many random ones are looked at, always the
-    same. Distances are summed dimension by dimension, so that the choice does not depend on the number of threads.
+    same.
     """
     pool = None
     if points.shape[1] > COVER_POOL:
@@ -358,23 +371,73 @@ def cover(points: Tensor, count: int) -> Tensor:
         pool = pool.sort().values.to(points.device)
         points = points[:, pool]
     dimensions = points.permute(2, 0, 1).contiguous()  # (D, K, N)
-
-    def squared_distances(centers: Tensor) -> Tensor:
-        """Return the squared distances (K, N) of all points from one center (D, K, 1) of each set."""
-        total = torch.zeros_like(dimensions[0])
-        for values, center in zip(dimensions, centers):
-            difference = values - center
-            total.addcmul_(difference, difference)
-        return total
-
-    chosen = [squared_distances(dimensions.mean(2, keepdim=True)).argmin(1)]
+    # In float64 the sum is exact if the points have half precision: ``covers_without`` relies on that
+    mean = (dimensions.sum(2, keepdim=True, dtype=torch.float64) / dimensions.shape[2]).float()
+    chosen = [squared_distances(dimensions, mean).argmin(1)]
     nearest = torch.full_like(dimensions[0], math.inf)
     for _ in range(count - 1):
         centers = dimensions.gather(2, chosen[-1][None, :, None].expand(len(dimensions), -1, 1))
-        nearest = torch.minimum(nearest, squared_distances(centers))
+        nearest = torch.minimum(nearest, squared_distances(dimensions, centers))
         chosen.append(nearest.argmax(1))
     numbers = torch.stack(chosen, 1)
     return numbers if pool is None else pool[numbers]
+
+
+def covers_without(points: Tensor, chosen: Tensor) -> Tensor:
+    """Return which of N points stand for the others of each of K sets when one is left out: (K, N, N) bool, of a set,
+    the point left out, and all that are equal to a point that ``cover`` chooses from the others.
+
+    points: (K, N, D). chosen: (K, count), what ``cover`` chooses from all of them, in this order.
+    Leaving out a point changes nothing if it was not chosen and the same point is nearest to the mean of the others. If
+    it was chosen after others, these stay, and later choices are made anew. If the first choice changes, all are.
+    """
+    (sets, count, _), choices = points.shape, chosen.shape[1]
+    if choices >= count - 1:  # all others are kept
+        return ~torch.eye(count, dtype=torch.bool, device=points.device).expand(sets, -1, -1)
+    x = points.mT.contiguous()  # (K, D, N)
+    squares = torch.stack([squared_distances(values[:, None], values[..., None]) for values in x])  # (K, N, N)
+    first = torch.stack([nearest_to_mean_without(values) for values in x])  # (K, N)
+    states = squares.gather(1, chosen[..., None].expand(-1, -1, count)).cummin(1).values  # (K, choices, N)
+
+    # A row for each point that makes a difference: the distances of all points from the nearest that is chosen without
+    # it. First the rows that begin anew, then those of the points chosen second, third ..., which join later
+    anew = (first != chosen[:, :1]).nonzero()
+    numbers = torch.arange(sets, device=points.device).repeat(choices - 1)
+    row_sets, left_out = torch.cat([anew, torch.stack([numbers, chosen[:, 1:].T.flatten()], 1)]).unbind(1)
+    nearest = torch.cat([squares[anew[:, 0], first[anew.unbind(1)]], states[:, :-1].transpose(0, 1).flatten(0, 1)])
+    nearest[torch.arange(len(nearest), device=points.device), left_out] = -math.inf  # never the furthest
+    for step in range(1, choices):
+        active = slice(len(anew) + step * sets)
+        furthest = row_sets[active] * count + nearest[active].max(1).indices
+        torch.minimum(nearest[active], squares.flatten(0, 1).index_select(0, furthest), out=nearest[active])
+
+    covers = (states[:, -1:] == 0).repeat(1, count, 1)
+    for rows in (slice(len(anew), None), slice(len(anew))):  # who begins anew may have a second row, which is wrong
+        covers[row_sets[rows], left_out[rows]] = nearest[rows] == 0
+    return covers
+
+
+def nearest_to_mean_without(points: Tensor) -> Tensor:
+    """Return for each of N points (D, N) which of the others is the nearest to their mean: (N,) int64."""
+    total, count = points.sum(1, keepdim=True, dtype=torch.float64), points.shape[1]
+    mean, means = total / count, ((total - points) / (count - 1)).float()
+    # Without a point the mean is not far away: only points near to it can be the nearest
+    spreads, moves = ((x - mean).norm(dim=0) for x in (points, means))
+    near = (spreads <= 1.01 * (spreads.kthvalue(2).values + 2 * moves.max())).nonzero()[:, 0]
+    squares = squared_distances(points[:, None, near], means[..., None])  # (N, fewer)
+    squares[near, torch.arange(len(near), device=near.device)] = math.inf
+    return near[squares.min(1).indices]
+
+
+def squared_distances(points: Tensor, centers: Tensor) -> Tensor:
+    """Return the squared distances of points from centers, (D, ...) both, broadcast. They are summed dimension by
+    dimension, so that they depend on the two alone: not on the other points, not on the number of threads."""
+    difference = points[0] - centers[0]
+    total = difference.square()
+    for values, center in zip(points[1:], centers[1:]):
+        torch.sub(values, center, out=difference)
+        total.addcmul_(difference, difference)
+    return total
 
 
 # Estimates --------------------------------------------------------------------------------------------------------

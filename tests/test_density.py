@@ -19,6 +19,7 @@ from density import (
     KernelDensity,
     NotFiniteError,
     cover,
+    covers_without,
     fit_density,
     group_by_density,
     held_out,
@@ -354,24 +355,69 @@ def test_cover_is_greedy():
     assert len({*cover(points[:1], 30)[0].tolist()}) == 30
 
 
-def test_few_embeddings_that_cover_all_are_kept_and_leaving_one_out_needs_no_other_fit(monkeypatch):
-    """An image that was not chosen would have changed nothing: its score is exactly that of a fit without it. Without
-    itself, none is nearer than with itself."""
+def test_few_embeddings_that_cover_all_are_kept(monkeypatch):
     monkeypatch.setattr(density, "LOCAL_POINTS", 8)
-    x = several(30, 4, 3).half().float()
+    x = several(30, 4, 3)
     fitted = fit_density("nearest", x, False, (2, 2))
     assert fitted.points.shape == (4, 3, 8)
-    left_out = fitted.leave_one_out(x.transpose(0, 1))
-    unchosen = [image for image in range(30) if not (fitted.images == image).any()]
-    assert len(unchosen) > 3
+    assert torch.equal(fitted.images.long(), cover(x.transpose(0, 1).half().float(), 8))
+
+
+def with_copies(x):
+    """Embeddings (N, L, D), a third of which are copies of others; at one location there are no others."""
+    x, third = x.clone(), len(x) // 3
+    x[:third] = x[third : 2 * third]
+    x[:, 1] = x[torch.arange(len(x)) % third, 1]
+    return x
+
+
+ALIKE = pytest.mark.parametrize("change", [torch.clone, with_copies, torch.round, lambda x: (x / 8).round()])
+
+
+@ALIKE
+def test_covers_without_one_are_chosen_from_the_others(change):
+    """And their copies; among copies and many equal distances too. An image may decide the first choice, or be chosen,
+    or change nothing."""
+    points = change(several(30, 12, 3).float()).transpose(0, 1)
+    chosen, cases = cover(points, 8), set()
+    covers = covers_without(points, chosen)
     for image in range(30):
-        others = [i for i in range(30) if i != image]
-        without = fit_density("nearest", x[others], False, (2, 2))
-        expected = without.score(x[image : image + 1].transpose(0, 1))[:, 0].double()
-        if image in unchosen and torch.equal(without.points, fitted.points):
-            assert torch.allclose(left_out[:, image], expected, rtol=1e-6)
-        own = fitted.score(x[image : image + 1].transpose(0, 1))[:, 0]
-        assert (left_out[:, image] >= own.double() - 1e-6).all()
+        others = torch.tensor([i for i in range(30) if i != image])
+        expected = others[cover(points[:, others], 8)]
+        for one, own, row, without in zip(points, chosen, covers[:, image], expected):
+            assert torch.equal(row[others], (one[others, None] == one[without]).all(2).any(1))
+            cases.add((image in own, bool(own[0] != without[0])))  # chosen; the first choice changes
+    assert cases >= {(True, True), (True, False), (False, False)}
+    assert (False, True) in cases or change is not torch.clone
+
+
+@ALIKE
+@pytest.mark.parametrize("count", [30, 10, 9, 8, 4])  # 8 are kept, if there are so many
+def test_leaving_one_out_is_a_fit_to_the_others(monkeypatch, change, count):
+    """Of every image, at every location, beside the border too; in any number of parts."""
+    monkeypatch.setattr(density, "LOCAL_POINTS", 8)
+    x, shape = change(several(count, 12, 3).float()), (3, 4)
+    fitted = fit_density("nearest", x, False, shape)
+    left_out = fitted.leave_one_out(x.transpose(0, 1))
+    assert (left_out.shape, left_out.dtype) == ((12, count), torch.float64)
+    for image in range(count):
+        others = x[[i for i in range(count) if i != image]]
+        expected = fit_density("nearest", others, False, shape).score(x[image : image + 1].transpose(0, 1))
+        assert torch.allclose(left_out[:, image], expected[:, 0].double(), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(density, "LEFT_OUT_BYTES", 4 * count**2 * 5)
+    assert torch.equal(fitted.leave_one_out(x.transpose(0, 1)), left_out)
+
+
+def test_leaving_one_out_does_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(density, "LOCAL_POINTS", 8)
+    x, before, results = several(190, 4, 4).float(), torch.get_num_threads(), []  # 190^2: enough for two threads
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(fit_density("nearest", x, False, (2, 2)).leave_one_out(x.transpose(0, 1)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 def test_a_shared_memory_leaves_out_all_windows_of_an_image():
