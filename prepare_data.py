@@ -209,10 +209,10 @@ def elpv(args: argparse.Namespace, data_dir: Path) -> None:
         from elpv_dataset.utils import load_dataset
     except ImportError as error:
         raise InputError("the package elpv-dataset is not installed: pip install elpv-dataset") from error
-    images, probability, kinds = load_dataset()  # (N, 300, 300) uint8, (N,), (N,)
-    normal, bad = (np.flatnonzero((kinds == args.cells) & (probability == value)) for value in (0, 1))
-    train, held_out = split(normal, args.held_out, args.seed)
     with new_category(data_dir, args.name or f"solar_{args.cells}") as target:
+        images, probability, kinds = load_dataset()  # (N, 300, 300) uint8, (N,), (N,); seconds
+        normal, bad = (np.flatnonzero((kinds == args.cells) & (probability == value)) for value in (0, 1))
+        train, held_out = split(normal, args.held_out, args.seed)
         for kind, members in ((f"train/{GOOD}", train), (f"test/{GOOD}", held_out), ("test/defective", bad)):
             for index in members:
                 write_image(target / kind / f"cell{index + 1:04d}.png", images[index], compress_level=1)

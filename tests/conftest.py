@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forked import HAS_BF16, Forked
+from forked import HAS_BF16, Forked, rarely_collected
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,11 @@ torch.set_num_threads(1)  # the work is tiny: threads would cost more than they 
 TINY = ["--no-pretrained", "--size", "32", "--epochs", "12", "--batch_size", "4", "--test_epochs", "-1", "--amp", "off"]
 
 SMALL = ["--backbone", "mobilenet_v2", "--level", "3", "--epochs", "5"]  # beside TINY, for what trains several networks
+
+
+def pytest_collection_finish() -> None:
+    """Spare what has been imported from being searched for garbage again and again: a fifth of an export's time."""
+    rarely_collected()
 
 
 def run(*command: object, cwd: Path | None = None, preexec=None, **env: str) -> SimpleNamespace:
@@ -132,9 +137,14 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def models(data, tmp_path_factory) -> Path:
     """Detectors of brick and grass, trained for a few steps by run_training.py; read only."""
-    return made_once(
-        tmp_path_factory, "trained/models", lambda folder: train(data, folder, "--type", "brick,grass", by=run)
-    )[0]
+    return made_once(tmp_path_factory, "trained/models", lambda folder: train(data, folder, "--type", "brick,grass"))[0]
+
+
+@pytest.fixture(scope="session")
+def small(data, tmp_path_factory) -> Path:
+    """The folder of a detector of brick, trained in one go with the flags ``SMALL``; read only."""
+    flags = ("--type", "brick", *SMALL)
+    return made_once(tmp_path_factory, "small/models", lambda folder: train(data, folder, *flags))[0]
 
 
 @pytest.fixture(scope="session")
@@ -222,20 +232,19 @@ def browser() -> Iterator:
         browser.close()
 
 
-def train(data: Path, folder: Path, *flags: object, by=fork, **kwargs) -> SimpleNamespace:
-    """run_training.py, tiny, in a process of its own; TensorBoard's files lie beside the detectors."""
-    where = ("--data_dir", data, "--model_dir", folder, "--logdir", folder.parent / "logdirs")
-    return by("run_training.py", *where, *TINY, *flags, **kwargs)
+def training(data: Path, folder: Path, *flags: object) -> tuple:
+    """The words of run_training.py, tiny; TensorBoard's files lie beside the detectors."""
+    return "--data_dir", data, "--model_dir", folder, "--logdir", folder.parent / "logdirs", *TINY, *flags
 
 
-WHERE = ("--data_dir", "--model_dir", "--logdir")
+def train(data: Path, folder: Path, *flags: object, **kwargs) -> SimpleNamespace:
+    """run_training.py in a process of its own."""
+    return fork("run_training.py", *training(data, folder, *flags), **kwargs)
 
 
 def start(data, folder, *more, new=False):
     """run_training.py left running, state saved after every step, in a new process or a forked one."""
-    where = [data, folder, folder.parent / "logdirs"]
-    command = [ROOT / "run_training.py", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more]
-    command += ["--save_minutes", 0]
+    command = [ROOT / "run_training.py", *training(data, folder, *more), "--save_minutes", 0]
     if not new:
         return Forked(*command)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -244,8 +253,7 @@ def start(data, folder, *more, new=False):
 
 def again(script, data, folder, *more):
     """The same command as ``start``'s, in this process, but for how often it saves."""
-    where = [data, folder, folder.parent / "logdirs"]
-    return script("run_training", *(x for pair in zip(WHERE, where) for x in pair), *TINY, *more)
+    return script("run_training", *training(data, folder, *more))
 
 
 def wait_for_step(process, checkpoint, step):

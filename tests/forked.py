@@ -7,6 +7,7 @@ libraries take to import, seconds for each process, is spent once. The interpret
 one with it: here, because the tests' process and every forked script import this module before they ask torch.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -27,6 +28,12 @@ HAS_BF16 = os.environ.get("HAS_BF16") or None
 if HAS_BF16 is not None:
     for name in ("amx_tile", "avx512_bf16"):
         setattr(torch.cpu, f"_is_{name}_supported", lambda: HAS_BF16 == "1")
+
+
+def rarely_collected() -> None:
+    """Look for garbage more rarely, and not among what is there already: that of libraries is large."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 class Forked:
@@ -77,6 +84,7 @@ def _work(words: list[str], streams: tuple[str, str], cwd: Path | str, preexec: 
     sys.argv = words
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
+    rarely_collected()
     if preexec is not None:
         preexec()
     runpy.run_path(words[0], run_name="__main__")

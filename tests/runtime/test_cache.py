@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, room, same_weights
+from conftest import ROOT, SMALL, TINY, room, same_weights
 from forked import Forked
 from PIL import Image
 
@@ -400,7 +400,7 @@ def test_detectors_and_scores_do_not_depend_on_where_the_images_live(data, tmp_p
     scores = {}
     for name, flags in ways.items():
         where = ["--data_dir", data, "--type", "brick", "--model_dir", tmp_path / name, *flags]
-        done = script("run_training", *where, "--logdir", tmp_path / "logs", *TINY, "--epochs", 2)
+        done = script("run_training", *where, "--logdir", tmp_path / "logs", *TINY, *SMALL, "--epochs", 1)
         assert done.code == 0, done.err
         assert "cannot" not in done.err
         assert same_weights(tmp_path / "none/brick.pt", tmp_path / name / "brick.pt")

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, TINY, one_line, same_weights, wait_for_step
 from forked import Forked
+from torch.distributed import run as torch_run
 from torch.nn.functional import cross_entropy
 
 from config import config_of
@@ -24,13 +26,13 @@ from runtime.files import InputError, load_tensors
 
 
 def torchrun(*command, restarts):
-    """A script under torchrun on two CPU processes of one thread each, left running in a session of its own."""
+    """A script under torchrun on two CPU processes of one thread each, left running. They are forks of torchrun, which
+    is one itself: five processes that imported torch would take a minute of a processor."""
     where = ["--nnodes", 1, "--nproc_per_node", 2, "--max_restarts", restarts, "--local_addr", "127.0.0.1"]
-    store = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-    words = [sys.executable, "-m", "torch.distributed.run", *where, *store, ROOT / command[0], *command[1:]]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(word) for word in words], env=env, start_new_session=True, **pipes)
+    store = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", "--start_method", "fork", "--run_path"]
+    script = [ROOT / command[0], *command[1:]]
+    beside = partial(exec, f"import sys; sys.path[0] = {str(ROOT)!r}")  # as where the script is, not torchrun
+    return Forked(torch_run.__file__, *where, *store, *script, preexec=beside, GLOO_SOCKET_IFNAME="lo")
 
 
 def start_two_ranks(start):
@@ -76,7 +78,7 @@ def test_each_rank_trains_its_categories_and_eval_shares_them(data, models, tmp_
 
 
 def test_ranks_share_the_networks_of_a_detector(data, tmp_path, script):
-    more = ("--folds", 3, "--type", "brick,grass", *SMALL, "--epochs", 3)
+    more = ("--folds", 2, "--type", "brick,grass", *SMALL, "--epochs", 2)
     shared, alone = tmp_path / "shared" / "models", tmp_path / "alone" / "models"
     two_ranks(*flags(data, shared, *more))
     assert script("run_training", *flags(data, alone, *more)[1:]).code == 0
@@ -95,7 +97,7 @@ def child_pids(process):
 
 def test_a_killed_rank_is_restarted_and_interrupted_ranks_stop_at_one_step(data, tmp_path):
     """With one restart of torchrun: kill -9 of one rank in the middle, SIGTERM later, the same command after that."""
-    more = ("--type", "brick", "--save_minutes", 0, "--ddp", 1, *SMALL, "--epochs", 16)
+    more = ("--type", "brick", "--save_minutes", 0, "--ddp", 1, *SMALL, "--epochs", 12)
     plain = tmp_path / "plain" / "models"
     two_ranks(*flags(data, plain, *more))
     folder = tmp_path / "killed" / "models"
@@ -110,10 +112,10 @@ def test_a_killed_rank_is_restarted_and_interrupted_ranks_stop_at_one_step(data,
     assert process.returncode != 0
     assert err.count("brick: continuing at step") == 1
     (step,) = re.findall(r"brick: stopped at step (\d+), state saved", err)
-    assert load_tensors(state, "checkpoint")["step"] == int(step) < 16
+    assert load_tensors(state, "checkpoint")["step"] == int(step) < 12
     assert not (folder / "brick.pt").exists()
     done = two_ranks(*flags(data, folder, *more))
-    assert f"brick: continuing at step {step} of 16" in done.err
+    assert f"brick: continuing at step {step} of 12" in done.err
     assert same_weights(folder / "brick.pt", plain / "brick.pt")
     assert not state.exists()
 

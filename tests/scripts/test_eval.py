@@ -13,7 +13,7 @@ import pandas
 import pytest
 import tifffile
 import torch
-from conftest import TINY, contents, fork, made_once, one_line, run, train
+from conftest import TINY, again, contents, fork, made_once, one_line, train
 from PIL import Image
 from scipy.stats import beta
 
@@ -57,12 +57,12 @@ def held(data, tmp_path_factory):
     return made_once(tmp_path_factory, "held/models", lambda folder: train(data, folder, *flags))[0]
 
 
-def evaluated_once(tmp_path_factory, by, data, model_dir, *flags):
+def evaluated_once(tmp_path_factory, data, model_dir, *flags):
     """Return what eval.py --control 1 prints, and the folder of its tables."""
 
     def make(folder):
         where = ("--data_dir", data, "--model_dir", model_dir, "--eval_dir", folder)
-        done = by("eval.py", *where, "--control", 1, *flags)
+        done = fork("eval.py", *where, "--control", 1, *flags)
         (folder / "stdout").write_text(done.out)
         return SimpleNamespace(code=done.code, out="", err=done.err)
 
@@ -72,12 +72,12 @@ def evaluated_once(tmp_path_factory, by, data, model_dir, *flags):
 
 @pytest.fixture(scope="session")
 def evaluated(data, models, tmp_path_factory):
-    return evaluated_once(tmp_path_factory, run, data, models)
+    return evaluated_once(tmp_path_factory, data, models)
 
 
 @pytest.fixture(scope="session")
 def mapped(data, patch_models, tmp_path_factory):
-    return evaluated_once(tmp_path_factory, fork, data, patch_models, "--save_maps", 1)
+    return evaluated_once(tmp_path_factory, data, patch_models, "--save_maps", 1)
 
 
 @pytest.fixture
@@ -474,7 +474,7 @@ def test_a_rate_is_set_by_hand_after_labels_have_chosen_one(held, call, tmp_path
     assert row.false_alarm_rate == 0.25
 
 
-def test_many_missed_defects_come_with_advice_that_works(models, data, call, tmp_path):
+def test_many_missed_defects_come_with_advice_that_works(models, data, call, script, tmp_path):
     """The rate that it leads to is set, fewer are missed then, a low one is not warned about, and the same training
     command still finds its detector."""
     shutil.copytree(models, tmp_path / "models")
@@ -494,9 +494,7 @@ def test_many_missed_defects_come_with_advice_that_works(models, data, call, tmp
     after = call(tmp_path / "models")
     assert words not in after.err
     assert table(tmp_path / "models").detections[0] > row.detections
-    again = train(data, tmp_path / "models", "--type", "brick")
-    assert again.code == 0, again.err
-    assert "is finished; skipped" in again.err
+    assert "is finished; skipped" in again(script, data, tmp_path / "models", "--type", "brick").err
 
 
 def test_tables_of_another_density_say_what_they_replace(models, call, tmp_path):

@@ -218,7 +218,7 @@ def test_a_killed_run_is_continued(detectors, here, data, script):
     """Nothing is lost and nothing twice."""
     folder, sources, out = here / "many", find_images(data / "brick/train/good"), here / "killed.csv"
     folder.mkdir()
-    paths = [f"many/{number:03}.png" for number in range(320)]
+    paths = [f"many/{number:03}.png" for number in range(160)]
     for number, path in enumerate(paths):
         os.link(sources[number % 8], path)
     words = [detectors / "patch/brick.pt", "many", "--output", out]
@@ -228,14 +228,14 @@ def test_a_killed_run_is_continued(detectors, here, data, script):
     finally:
         process.kill()
         process.wait()
-    assert 20 < lines_in(out) < 320, "killed too late to tell"
+    assert 20 < lines_in(out) < 160, "killed too late to tell"
     with out.open("ab") as file:
-        file.write(b'many/320.png,0.1,"')
+        file.write(b'many/160.png,0.1,"')
     done = script("predict", *words)
     assert done.code == 0, done.err
     rows = rows_of(out)
     assert [row["path"] for row in rows] == paths
-    assert np.allclose(scores_of(rows), np.tile(scores_of(rows)[:8], 40), rtol=1e-5)
+    assert np.allclose(scores_of(rows), np.tile(scores_of(rows)[:8], 20), rtol=1e-5)
 
 
 def test_rows_of_another_detector_are_not_continued(detectors, here, script):

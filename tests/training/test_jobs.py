@@ -73,7 +73,7 @@ def test_overwriting_leaves_no_state_of_another_number_of_networks(tmp_path, tra
 def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     """It is shared by the networks and stored, and an interrupted run continues with it; another one is refused."""
     given = ["--data_dir", data, "--model_dir", tmp_path / "models", "--logdir", tmp_path / "logdirs"]
-    given += [*TINY, *SMALL, "--type", "brick", "--folds", 2, "--minutes", 0.2]  # on a busy machine too, steps are left
+    given += [*TINY, *SMALL, "--type", "brick", "--folds", 2, "--minutes", 0.1]  # on a busy machine too, steps are left
     for place in [place for place, flag in enumerate(given) if flag == "--epochs"][::-1]:
         del given[place : place + 2]
     process = Forked(run_training.__file__, "--save_minutes", 0, *given)
@@ -81,16 +81,16 @@ def test_a_budget_of_minutes_sets_the_number_of_steps(data, tmp_path, script):
     wait_for_step(process, state, 1)
     process.send_signal(signal.SIGINT)
     told = process.communicate()[1]
-    (steps,) = map(int, re.findall(r"brick: (\d+) steps in 0.1 minutes", told))
+    (steps,) = map(int, re.findall(r"brick: (\d+) steps in 0.05 minutes", told))
     assert process.returncode == 130
     assert load_tensors(state, "checkpoint")["config"]["epochs"] == steps
     done = script("run_training", *given)
     assert done.code == 0, done.err
     assert "steps in" not in done.err  # not planned anew
     config = load(tmp_path / "models/brick.pt").config
-    assert (config.epochs, config.minutes) == (steps, 0.2)
+    assert (config.epochs, config.minutes) == (steps, 0.1)
     assert "is finished; skipped" in script("run_training", *given).err
-    one_line(script("run_training", *given[:-1], 0.5), "minutes 0.2, now 0.5")
+    one_line(script("run_training", *given[:-1], 0.5), "minutes 0.1, now 0.5")
 
 
 def test_seeds_have_folders_of_their_own(seeds, data, tmp_path, train_brick):

@@ -76,23 +76,12 @@ def weights_of(network) -> torch.Tensor:
 # Continuing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def uninterrupted(script, data, tmp_path):
-    """The file of a detector of brick that is trained in one go."""
-
-    def call(*flags):
-        done = again(script, data, tmp_path / "whole/models", "--type", "brick", *flags)
-        assert done.code == 0, done.err
-        return tmp_path / "whole/models/brick.pt"
-
-    return call
-
-
-@pytest.mark.parametrize(
-    "flags", [SMALL, (*SMALL, "--level", 1, *PATCHES, "--location", "each")], ids=["whole", "patches"]
-)
-def test_killed_twice_equals_uninterrupted(data, uninterrupted, tmp_path, train_brick, flags):
-    folder = tmp_path / "models"
+@pytest.mark.parametrize("more", [(), ("--level", 1, *PATCHES, "--location", "each")], ids=["whole", "patches"])
+def test_killed_twice_equals_uninterrupted(data, small, tmp_path, script, train_brick, more):
+    folder, flags, uninterrupted = tmp_path / "models", (*SMALL, *more), small
+    if more:
+        uninterrupted = tmp_path / "whole/models"
+        assert again(script, data, uninterrupted, "--type", "brick", *flags).code == 0
     for step in (1, 3):
         process = start(data, folder, "--type", "brick", *flags)
         wait_for_step(process, folder / "brick.checkpoint", step)
@@ -102,11 +91,11 @@ def test_killed_twice_equals_uninterrupted(data, uninterrupted, tmp_path, train_
     done = train_brick(*flags)
     assert done.code == 0, done.err
     assert "brick: continuing at step" in done.err
-    assert same_weights(folder / "brick.pt", uninterrupted(*flags))
+    assert same_weights(folder / "brick.pt", uninterrupted / "brick.pt")
     assert not (folder / "brick.checkpoint").exists()
 
 
-def test_a_signal_saves_the_state_and_the_same_command_continues(data, uninterrupted, tmp_path, train_brick):
+def test_a_signal_saves_the_state_and_the_same_command_continues(data, small, tmp_path, train_brick):
     folder, flags = tmp_path / "models", (*SMALL, "--test_epochs", 2)
     process = start(data, folder, "--type", "brick", *flags, new=True)
     wait_for_step(process, folder / "brick.checkpoint", 1)
@@ -117,7 +106,7 @@ def test_a_signal_saves_the_state_and_the_same_command_continues(data, uninterru
     assert "Traceback" not in err
     done = train_brick(*flags)
     assert done.code == 0, done.err
-    assert same_weights(folder / "brick.pt", uninterrupted(*SMALL))  # looking at the test images changes nothing
+    assert same_weights(folder / "brick.pt", small / "brick.pt")  # looking at the test images changes nothing
 
 
 def test_an_interrupted_overwrite_continues_without_the_flag(data, models, tmp_path, train_brick):
