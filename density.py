@@ -279,23 +279,32 @@ class Nearest(Density):
         matrix products, whose rounding does not matter then: its distance is computed directly.
         """
         x = embeddings.to(self.points)
-        (count, batch, _), reach = x.shape, self.neighbors.shape[1] if self.count > 1 else 1
-        queries = x[self.neighbors].flatten(1, 2) if reach > 1 else x  # (K, J*N, D): whom each memory may be near to
-        closeness = torch.baddbmm(self.squares[:, None], queries, self.points, alpha=-2)  # less the query's own square
+        (count, batch, dims), reach = x.shape, self.neighbors.shape[1] if self.count > 1 else 1
+        queries = -2 * x
+        if reach > 1:  # (K, J*N, D): whom each memory may be near to
+            queries = queries.index_select(0, self.neighbors.flatten()).view(count, reach * batch, dims)
+        closeness = self.closeness(queries)  # less the query's own square
         if left_out is not None:
             left = self.images[:, None] == left_out.repeat(reach)[:, None]  # (K, J*N, M)
             closeness = closeness.masked_fill(left, math.inf)
-        best = closeness.amin(2)
-        memories = torch.arange(count, device=x.device)[:, None].expand(-1, batch)
-        rows = torch.arange(batch, device=x.device).expand(count, -1)
+        closeness = closeness.flatten(0, 1)
+        # Of the nearest of the memories around, (K, N): memory * J + place of the query among its neighbors
+        entries = torch.arange(count, device=x.device)[:, None].expand(-1, batch)
         if reach > 1:
-            choice = best.view(-1, batch)[self.inverse].argmin(1)  # (K, N): which of the memories around
-            entry = self.inverse.gather(1, choice)  # memory * J + place of the query among its neighbors
-            memories, rows = entry // reach, entry % reach * batch + rows
-        points = closeness[memories, rows].argmin(-1)  # (K, N)
+            best = closeness.amin(1).view(-1, batch).index_select(0, self.inverse.flatten()).view(count, reach, batch)
+            entries = self.inverse.gather(1, best.min(1).indices)  # argmin would take up to five times as long
+        memories, rows = entries // reach, entries * batch + torch.arange(batch, device=x.device)
+        points = closeness.index_select(0, rows.flatten()).min(1).indices.view(count, batch)
         nearest = self.points.mT[memories, points]
         locations, images = self.locations[memories, points], self.images[memories, points]
         return Match((x - nearest).norm(dim=-1), locations.long(), images.long())
+
+    def closeness(self, queries: Tensor) -> Tensor:
+        """Return |point|^2 - 2 x point (K, Q, M) of queries -2 x (K, Q, D) and the points of their memories."""
+        if is_in_onnx_export():  # ONNX Runtime adds in the product, by one dimension more, faster than after it
+            ones = torch.ones_like(queries[..., :1])
+            return torch.cat([queries, ones], 2) @ torch.cat([self.points, self.squares[:, None]], 1)
+        return (queries @ self.points).add_(self.squares[:, None])
 
     def leave_one_out(self, embeddings: Tensor) -> Tensor:
         """Return the distances (K, N) float64 of the embeddings (K, N, D) that it was fitted to, each by memories

@@ -96,7 +96,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--verbose", action="store_true", help="say all that the false-alarm rate promises")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
-    workers = "threads that decode images (default: one per core, 16 at most)"
+    workers = "threads that decode images, and as many that score with an .onnx file (default: one per core, 16 at most)"
     add("--workers", type=int_at_least(1), default=min(16, os.cpu_count() or 1), metavar="N", help=workers)
     return parser
 
@@ -250,7 +250,7 @@ def check_detector(args: argparse.Namespace, path: Path) -> "Config | Exported":
 
 def check_exported(args: argparse.Namespace, path: Path) -> Exported:
     """Return an exported detector. Raises InputError for flags that need more than it holds, or if a file is bad."""
-    exported = Exported.open(path)
+    exported = Exported.open(path, 1)  # by one thread a batch, see Model.of_exported
     for flag, reason in {
         "explain": "which holds no features to find the nearest normal image by",
         "ignore": "which ignores what its detector ignored when it was exported",
@@ -331,7 +331,7 @@ def load_model(
     that it stands for, None of an exported one; say what that rate promises, if it ``tells``. checked: what
     ``check_detector`` gave."""
     if isinstance(checked, Exported):
-        model, detector = Model.of_exported(checked, args.false_alarm_rate), None
+        model, detector = Model.of_exported(checked, args.false_alarm_rate, args.workers), None
     else:
         from detector import load
 

@@ -160,8 +160,6 @@ def open_session(path: Path, graph: bytes, threads: int):
         raise InputError(f"{path}: running it needs ONNX Runtime; pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors only
-    # Threads that wait sleep, so that others can decode images: a sixth of the time of predict.py on two cores
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common type but this
