@@ -270,8 +270,9 @@ def test_a_lite_network_of_version_6_is_padded_as_it_was(tmp_path):
 
 
 def test_places_of_version_6_have_no_limit(tmp_path, patch_model, monkeypatch):
-    monkeypatch.setattr(localization, "PLACE_LIMIT", 0.5)
+    monkeypatch.setattr(localization, "PLACE_LIMIT", 3.0)
     both, images = patch_model.refit(pictures(20), **BOTH), pictures(3, seed=1)
+    images[:, :, 10:40:4, 10:40] = 255  # stripes
     limited = both(images)[1]
     both.members[0].levels[0].limit.fill_(1e9)
     save(both, tmp_path / "brick.pt")
