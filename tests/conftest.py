@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -188,17 +188,19 @@ def detectors(data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def exported(data, detectors, tmp_path_factory) -> Path:
     """Folders "whole" and "patch" of the detectors of brick, and what export.py has made of them. Read only."""
+    import export
 
     def make(folder: Path) -> SimpleNamespace:
         for kind, flags in (("whole", ()), ("patch", ("--data_dir", data))):  # by kept normal images, and by all
             (folder / kind).mkdir(parents=True)
             for name in ("brick.pt", "brick.normals"):
                 shutil.copy(detectors / kind / name, folder / kind)
-            done = fork("export.py", folder / kind / "brick.pt", "--threads", 1, *flags)
-            assert done.code == 0, done.err
-            assert "decisions that differ: 0" in done.out
-            assert "ms an image" in done.out
-        return SimpleNamespace(code=0, out="", err=done.err)
+            words = [folder / kind / "brick.pt", "--threads", 1, *flags]
+            with redirect_stdout(io.StringIO()) as told:
+                export.main(export.get_parser().parse_args([*map(str, words)]))
+            assert "decisions that differ: 0" in told.getvalue()
+            assert "ms an image" in told.getvalue()
+        return SimpleNamespace(code=0, out="", err="")
 
     return made_once(tmp_path_factory, "exported/line", make)[0]
 

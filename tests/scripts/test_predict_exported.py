@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, fork, one_line, rows_of, wait_for
+from conftest import ROOT, contents, one_line, rows_of, wait_for
 from PIL import Image
 
 from config import Config, PatchConfig
@@ -159,7 +159,7 @@ def test_ignored_pixels_folds_and_looks(data, tmp_path, script):
     networks = [initial_network(config, member=number) for number in range(2)]
     train = load_train(data, "brick", (32, 32), 0, ignored=fill_index)
     save(Detector(config, networks, fill_index).fit(train.images), tmp_path / "brick.pt")
-    done = fork("export.py", tmp_path / "brick.pt", data / "brick/test")
+    done = script("export", tmp_path / "brick.pt", data / "brick/test", "--threads", 1)
     assert done.code == 0, done.err
     detector = load(tmp_path / "brick.pt")
     models = [Model.of(detector, False), Model.of_exported(Exported.open(tmp_path / "brick.onnx"))]
