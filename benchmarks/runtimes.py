@@ -58,6 +58,7 @@ KINDS = {  # as run_training.py makes them, from scratch and from ImageNet weigh
         else {"features": "level", "level": (1, 2, 3), "join": True, "density": "both", "patches": PatchConfig(64)}
     ),
 }
+ONE_IMAGE_ONLY = ("torch.compile",)  # for each other number of images it would compile for minutes
 FILES = 1000  # that predict.py scores: copies of the photographs
 Call = Callable[[np.ndarray], object]
 
@@ -69,7 +70,8 @@ def measure_runtimes(args: argparse.Namespace, photographs: list[Image.Image]) -
         for threads in sorted({1, os.cpu_count()}):
             calls = contestants(detector, graphs, threads)
             for batch, (turns, count) in BATCHES.items():
-                for name, figures in timed(calls, images[:batch], args.repeats * turns, count).items():
+                chosen = {name: pair for name, pair in calls.items() if batch == 1 or name not in ONE_IMAGE_ONLY}
+                for name, figures in timed(chosen, images[:batch], args.repeats * turns, count).items():
                     record(args, shared | {"threads": threads, "runtime": name, "batch_size": batch} | figures)
 
 
