@@ -96,7 +96,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--verbose", action="store_true", help="say all that the false-alarm rate promises")
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", type=zero_or_one, default=False, metavar="0|1", help="use the GPU (default: 0)")
-    workers = "threads that decode images, and that score with an .onnx file (default: one per core, 16 at most)"
+    workers = (
+        "threads that decode images, and as many that score with an .onnx file (default: one per core, 16 at most)"
+    )
     add("--workers", type=int_at_least(1), default=min(16, os.cpu_count() or 1), metavar="N", help=workers)
     return parser
 
