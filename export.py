@@ -130,13 +130,14 @@ def export(args: argparse.Namespace) -> None:
     """Write the files of a detector, if they decide as it does."""
     path = Path(args.output or Path(args.paths[0]).with_suffix(".onnx"))
     check_replaced(path)
+    say("loading torch and the detector")
     from prediction.exported import Exported
     from prediction.exporting import check_packages, described, facts_of, graph_of
 
     check_packages()
     detector = load_detector(args)
     images = load_pictures(args, detector)
-    say(f"{detector.config.category}: tracing the graph")
+    say(f"{detector.config.category}: tracing the graph, which takes half a minute for each network")
     graph, facts = graph_of(detector, args.opset), facts_of(detector, Path(args.paths[0]).read_bytes())
     exported = opened(args, path, graph, facts)
     comparison = compared(args, detector, exported, images)

@@ -3,13 +3,13 @@
     python benchmarks/speed.py
     python benchmarks/speed.py --only step --size 128
     python benchmarks/speed.py --cuda 1 --recipe paper fast --compile 0 1 --only views replay step launches
-    python benchmarks/speed.py --only runtimes
+    python benchmarks/speed.py --only runtimes line
 
 Measures in one process, each figure a median over repeats after a warm-up; things that are compared take turns, so
 that a slow minute of the machine meets both. For each recipe, compiled or not, it prints one JSON object and adds it as
 a row to the CSV file; a part that fails is told, and left empty. "runtimes" is another table: whole detectors in torch,
-ONNX Runtime and OpenVINO, a row for each kind of model, runtime, number of threads and of images. Images are
-photographs of textures, or those of --data_dir.
+ONNX Runtime and OpenVINO, a row for each kind of model, runtime, number of threads and of images; "line" is what
+predict.py scores of files with an exported detector. Images are photographs of textures, or those of --data_dir.
 """
 
 import argparse
@@ -81,7 +81,7 @@ from training.trainer import (
 ROOT = Path(__file__).resolve().parents[1]
 # The one that needs the least memory first; "replay" compares, and needs a GPU
 PARTS = ("scoring", "files", "views", "replay", "step", "launches", "augmentation", "conventional")
-RUNTIMES = "runtimes"  # the part with rows of its own
+RUNTIMES = ("runtimes", "line")  # parts with rows of their own
 ANY_RECIPE = ("views", "replay", "step", "launches")  # what can be measured of every recipe
 LAPS = LOG_EVERY  # steps between two stops of the clock on a GPU, where one step is too short to be measured alone
 AGREE = 1e-5  # values in [0, 1] that are closer are the same
@@ -92,8 +92,8 @@ BOXES = 1024  # drawn beforehand for each conventional view: drawing one by one 
 def get_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add = parser.add_argument_group("what is measured").add_argument
-    parts = f"{', '.join(PARTS)} (default: all of these), or {RUNTIMES}"
-    add("--only", choices=(*PARTS, RUNTIMES), nargs="+", default=PARTS, metavar="PART", help=parts)
+    parts = f"{', '.join(PARTS)} (default: all of these), or {', '.join(RUNTIMES)}"
+    add("--only", choices=(*PARTS, *RUNTIMES), nargs="+", default=PARTS, metavar="PART", help=parts)
     add("--size", type=size, default=(256, 256), metavar="S|WxH", help="of images in pixels (default: 256)")
     add("--batch_size", type=int_at_least(2), metavar="N", help="images per step (default: the recipe's, 32 of paper)")
     recipes = f"some of {', '.join(RECIPES)} (default: paper)"
@@ -116,12 +116,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if RUNTIMES in args.only:
-        from runtimes import measure_runtimes
+    if {*RUNTIMES} & {*args.only}:
+        from runtimes import measure_line, measure_runtimes
 
-        if args.cuda or [*args.only] != [RUNTIMES]:
-            raise argparse.ArgumentTypeError(f"--only {RUNTIMES} is measured alone, and on a CPU")
-        measure_runtimes(args, load_photographs(args.data_dir, IMAGES_AT_ONCE))
+        if args.cuda or not {*args.only} <= {*RUNTIMES}:
+            raise argparse.ArgumentTypeError(f"--only {' or '.join(RUNTIMES)} is measured alone, and on a CPU")
+        photographs = load_photographs(args.data_dir, IMAGES_AT_ONCE)
+        for part, measure_part in zip(RUNTIMES, (measure_runtimes, measure_line)):
+            if part in args.only:
+                measure_part(args, photographs)
         return
     device = choose_device(args.cuda)
     torch.backends.cudnn.deterministic = True  # as run_training.py

@@ -478,7 +478,7 @@ def runtimes_table() -> str:
     and in parentheses how many times the bare backbone; the newest rows count."""
     shown = ["backbone", "model", "threads", "batch_size"]
     rows = speed_rows("runtime", "backbone", "model", "scoring_ms", "scoring_p99_ms", "whole_over_bare")
-    rows = rows[rows.runtime.notna()].drop_duplicates([*shown, "runtime"], keep="last")
+    rows = rows[rows.scoring_ms.notna()].drop_duplicates([*shown, "runtime"], keep="last")
     names = list(dict.fromkeys(rows.runtime))
     cells = []
     for key, group in rows.groupby(shown, sort=False):
@@ -489,6 +489,23 @@ def runtimes_table() -> str:
             texts[row.runtime] = f"{row.scoring_ms:{digits}}{latest} ({row.whole_over_bare:.2f})"
         cells.append([*key, *(texts.get(name, "") for name in names)])
     return markdown(["backbone", "model", "threads", "images", *names], cells)
+
+
+def line_table() -> str:
+    """Show how many files predict.py scores in a second, of each exported model and size of files; the newest rows
+    count."""
+    shown = ["backbone", "model", "threads", "file_width", "file_height"]
+    rows = speed_rows("backbone", "model", "file_width", "file_height", "line_over_slower")
+    rows = rows[rows.line_over_slower.notna()].drop_duplicates(shown, keep="last")
+    rates = ("files_images_per_second", "decoding_images_per_second", "scored_per_second")
+    titles = ["backbone", "model", "files", "predict.py", "decoding alone", "scoring alone", "over the slower"]
+    cells = [
+        [row.backbone, row.model, f"{row.file_width:.0f} x {row.file_height:.0f}"]
+        + [f"{getattr(row, name):.0f}" for name in rates]
+        + [f"{row.line_over_slower:.2f}"]
+        for row in rows.itertuples()
+    ]
+    return markdown(titles, cells)
 
 
 TABLES = {
@@ -505,6 +522,7 @@ TABLES = {
     "speed_gpu": gpu_table,
     "launches": launches_table,
     "runtimes": runtimes_table,
+    "line": line_table,
 }
 
 

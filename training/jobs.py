@@ -205,7 +205,7 @@ def write_detector(job: Job, options: RunOptions, train_set: TrainSet | None = N
     }
     save_with_normals(detector, train_set, job.path, options)
     remove_checkpoints(job.folder, category)
-    say(f"{category}: wrote {job.path}")
+    say(f"{category}: wrote {job.path}, {job.path.stat().st_size / 1e6:.0f} MB")
 
 
 def fit_densities(detector: Detector, train_set: TrainSet, options: RunOptions) -> None:

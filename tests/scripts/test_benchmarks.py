@@ -199,11 +199,14 @@ def test_the_benchmark_of_speed_runs(data, tmp_path):
 
 
 def test_runtimes_are_measured(benchmarks, data, tmp_path, monkeypatch):
-    """One model in all runtimes that are installed; what they say is the same."""
+    """One model in all runtimes that are installed, but for torch.compile, which takes long; what they say is the same.
+    And predict.py on it."""
     speed, runtimes = benchmarks("speed"), benchmarks("runtimes")
     monkeypatch.setattr(runtimes, "BACKBONES", ("resnet18",))
     monkeypatch.setattr(runtimes, "KINDS", {"patch": runtimes.KINDS["patch"]})
     monkeypatch.setattr(runtimes, "BATCHES", {1: (1, 2), 3: (1, 1)})
+    monkeypatch.setattr(runtimes, "FILES", 9)
+    monkeypatch.delitem(runtimes.FORMS, "torch.compile")
     monkeypatch.setattr(runtimes.os, "cpu_count", lambda: 1)
     seen = {}
 
@@ -215,12 +218,27 @@ def test_runtimes_are_measured(benchmarks, data, tmp_path, monkeypatch):
 
     measured = runtimes.timed
     monkeypatch.setattr(runtimes, "timed", timed)
-    flags = ["--only", "runtimes", "--size", 48, "--repeats", 1, "--results", tmp_path / "speed.csv"]
+    flags = [
+        "--only",
+        "runtimes",
+        "line",
+        "--size",
+        48,
+        "--original",
+        64,
+        "--repeats",
+        1,
+        "--results",
+        tmp_path / "speed.csv",
+    ]
     flags += ["--data_dir", data / "brick/train/good"]
     speed.main(speed.get_parser().parse_args(list(map(str, flags))))
-    rows = table_of(tmp_path / "speed.csv")
+    *rows, line = table_of(tmp_path / "speed.csv")
+    assert line["runtime"] == "predict.py"
+    rates = [float(line[f"{name}_per_second"]) for name in ("files_images", "decoding_images", "scored")]
+    assert float(line["line_over_slower"]) == pytest.approx(rates[0] / min(rates[1:]), rel=1e-2)
     names = {row["runtime"] for row in rows}
-    assert {"torch", "onnxruntime", "onnxruntime int8"} <= names
+    assert {"torch", "torch, BatchNorm folded", "onnxruntime", "onnxruntime int8"} <= names
     assert len(rows) == 2 * len(names)
     for row in rows:
         assert 0 < float(row["bare_ms"]) < 1e5
