@@ -372,10 +372,16 @@ def test_weights_of_a_trunk(tmp_path, backbone):
             assert all(name.endswith("num_batches_tracked") for name in changed(network.backbone, full))
 
 
+@functools.cache
+def unchanged(backbone):
+    """A network and its state, which what is refused leaves as they are."""
+    network = make(backbone=backbone)
+    return network, state_of(network)
+
+
 def assert_refused(path, message, backbone="resnet18"):
     """And nothing is changed. Which flag helps is for the script to say."""
-    network = make(backbone=backbone)
-    before = state_of(network)
+    network, before = unchanged(backbone)
     with pytest.raises(WeightsError, match=message) as caught:
         load_backbone_weights(network, backbone, path)
     assert isinstance(caught.value, InputError)
