@@ -91,6 +91,13 @@ def script(monkeypatch, capsys):
 
 
 @pytest.fixture
+def benchmarks(monkeypatch):
+    """Lets the benchmarks be imported by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture
 def train_brick(script, data, tmp_path):
     """run_training.py for brick, tiny, in this process, into tmp_path/models: returns code, out, err."""
     return lambda *flags, data=data: again(script, data, tmp_path / "models", "--type", "brick", *flags)
@@ -288,6 +295,11 @@ def rows_of(content: str | Path) -> list[dict[str, str]]:
     if isinstance(content, Path):
         content = os.fsdecode(content.read_bytes())
     return list(csv.DictReader(io.StringIO(content, newline=""), strict=True))
+
+
+def lines_in(path: Path) -> int:
+    """How many whole lines a file has; 0 if there is none."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @contextmanager

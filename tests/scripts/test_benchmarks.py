@@ -1,7 +1,6 @@
 """The benchmarks: speed.py runs, a row keeps its digits, tables are filled wherever a document shows them."""
 
 import csv
-import importlib
 import json
 import shutil
 import statistics
@@ -20,12 +19,7 @@ from cutpaste import VIEWS, View, rows
 from image_ops import PasteParams, paste_
 from runtime.files import InputError
 
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    """Lets the benchmarks be imported by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def table_of(path):

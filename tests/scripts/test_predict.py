@@ -21,7 +21,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import ROOT, contents, one_line, rows_of, wait_for
+from conftest import ROOT, contents, lines_in, one_line, rows_of, wait_for
 from forked import Forked
 from PIL import Image
 
@@ -40,10 +40,6 @@ BOX = ("x", "y", "width", "height")
 def rows_on_stdout(done, code=0):
     assert done.code == code, done.err
     return rows_of(done.out)
-
-
-def lines_in(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def scores_of(rows):

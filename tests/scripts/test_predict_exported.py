@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, one_line, rows_of, wait_for
+from conftest import ROOT, contents, lines_in, one_line, rows_of, wait_for
 from PIL import Image
 
 from config import Config, PatchConfig
@@ -49,10 +49,6 @@ def check_same(rows, expected):
         assert row["score"] == other["score"] or float(row["score"]) == pytest.approx(
             float(other["score"]), rel=1e-5, abs=1e-5
         )
-
-
-def lines_in(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 # The same, without torch ------------------------------------------------------------------------------------------

@@ -21,11 +21,7 @@ SECTIONS = ["frozen", "patches", "ensemble", "finetune", "steps10000", "steps655
 NAME = r"eval\.py --model_dir reproduce/(.*?) --cuda "
 
 
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    """Lets the benchmarks be imported by name."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 def reproduce(*flags, script=SCRIPT, **env):
