@@ -262,9 +262,14 @@ def images(root: Path, rng: random.Random, number: int, count: int = 100) -> Out
 
 
 @cache
-def readers(root: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
-    """Return the files that are read, with what is read of them, to be compared."""
-    detector = load(root / "models/brick.pt")
+def reader(root: Path, kind: str) -> tuple[Path, Callable[[Path], object]]:
+    """Return the file of a kind that is read, with what is read of it, to be compared."""
+    path = root / "models/brick.pt"
+    if kind == "detector":
+        return path, lambda path: digest_of(dict(load(path).state_dict()))
+    if kind == "normal images":
+        detector = load(path)
+        return path.with_suffix(".normals"), lambda path: load_normals(path, detector).jpegs
     state = new_place(root, "state", os.getpid())
     process = start(training(root, state, STATE_STEPS))
     while not (state / "models/brick.checkpoint").exists():
@@ -272,11 +277,7 @@ def readers(root: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
         time.sleep(0.05)
     process.kill()
     process.wait()
-    return {
-        "detector": (root / "models/brick.pt", lambda path: digest_of(dict(load(path).state_dict()))),
-        "normal images": (root / "models/brick.normals", lambda path: load_normals(path, detector).jpegs),
-        "saved state": (state / "models/brick.checkpoint", lambda path: digest_of(load_checkpoint(path)["network"])),
-    }
+    return state / "models/brick.checkpoint", lambda path: digest_of(load_checkpoint(path)["network"])
 
 
 def continued(root: Path, path: Path, good: object, words: str) -> tuple[str, str]:
@@ -310,7 +311,7 @@ def reading(path: Path, read: Callable[[Path], object], good: object, words: str
 
 
 def damaged(root: Path, rng: random.Random, number: int, kind: str = "", count: int = 25) -> Outcomes:
-    source, read = readers(root)[kind]
+    source, read = reader(root, kind)
     content, good, place = source.read_bytes(), read(source), new_place(root, "damaged", kind, number)
     outcomes = []
     for index in range(count):
@@ -341,7 +342,7 @@ def forgeries(content: dict, rng: random.Random) -> Iterator[tuple[str, Callable
 def forge(root: Path, rng: random.Random, number: int, kind: str = "", count: int = 25) -> Outcomes:
     """Try forgeries of a kind of file; a tenth of them holds code."""
     warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
-    source, read = readers(root)[kind]
+    source, read = reader(root, kind)
     content, good, place = torch.load(source, weights_only=True), read(source), new_place(root, "forged", kind, number)
     path, marker, outcomes = place / source.name, place / "executed", []
     if kind == "saved state":  # some of it is checked as it is used: training goes on from it
