@@ -481,7 +481,7 @@ def runtimes_table() -> str:
     rows = rows[rows.scoring_ms.notna()].drop_duplicates([*shown, "runtime"], keep="last")
     names = list(dict.fromkeys(rows.runtime))
     cells = []
-    for key, group in rows.groupby(shown, sort=False):
+    for key, group in rows.groupby(shown):
         texts = {}
         for row in group.itertuples():
             digits = ".1f" if row.batch_size == 1 else ".0f"

@@ -14,7 +14,7 @@ from conformal import FalseAlarmGuarantee
 from detector import load
 from prediction.inputs import list_paths
 from prediction.outputs import COLUMNS, STATE, RowsFile, file_state
-from prediction.scorer import BatchScores, Model, Scorer
+from prediction.scorer import BatchScores, Model, Scorer, begun_ahead
 from reporting.overlays import drawn_above, region
 from runtime.files import InputError
 from runtime.image_files import decode, find_images, read_size
@@ -155,3 +155,18 @@ def test_broken_files_do_not_stop_the_others(detectors, data, here):
         assert row["error"].startswith(ways[number][1])
         assert len(row["error"].splitlines()) == 1
         assert {row[name] for name in COLUMNS[1:8]} == {None}
+
+
+@pytest.mark.parametrize(("count", "taken_by_first"), [(0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3, 4])])
+def test_so_many_batches_are_begun_before_the_first_is_waited_for(count, taken_by_first):
+    taken = []
+
+    def items():
+        for number in range(5):
+            taken.append(number)
+            yield number
+
+    given = begun_ahead(items(), count)
+    assert next(given) == 0
+    assert taken == taken_by_first
+    assert [*given] == [1, 2, 3, 4]
