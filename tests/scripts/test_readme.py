@@ -236,7 +236,7 @@ def test_each_table_has_one_place():
         **dict.fromkeys(("density", "choice", "peers"), "maps.md"),
         **dict.fromkeys(("paper", "paper_runs", "paper_made"), "results.md"),
         **dict.fromkeys(("transfer", "transfer_pixel"), "transfer.md"),
-        **dict.fromkeys(("speed", "speed_gpu", "launches", "runtimes"), "speed.md"),
+        **dict.fromkeys(("speed", "speed_gpu", "launches", "runtimes", "line"), "speed.md"),
     }
     assert sum(text.count("<!-- table: ") for text in PAGES.values()) == len(places)
 
