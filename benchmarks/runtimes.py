@@ -170,6 +170,7 @@ def folded(detector: Detector) -> Detector:
 
 def compiled(detector: Detector) -> Detector:
     """Return a copy whose networks torch compiles, for each shape when it first comes."""
+    torch.compiler.reset()  # of one function, torch compiles a few networks and numbers of threads only
     detector = copy.deepcopy(detector)
     for member in detector.members:
         member.network.features = torch.compile(member.network.features, dynamic=False)
