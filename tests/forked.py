@@ -47,7 +47,7 @@ class Forked:
             target=_work, args=(words, streams, cwd or os.getcwd(), preexec, {**os.environ, **env})
         )
         self.process.start()
-        weakref.finalize(self, self.process.kill)  # a test that fails leaves none running
+        weakref.finalize(self, _kill, self.process)  # a test that fails leaves none running
         self.pid, self.kill, self.terminate = self.process.pid, self.process.kill, self.process.terminate
 
     def poll(self) -> int | None:
@@ -70,6 +70,12 @@ class Forked:
     @property
     def returncode(self) -> int | None:
         return self.process.exitcode
+
+
+def _kill(process: multiprocessing.Process) -> None:
+    """Kill it if it runs: one that has ended has given back its number, which a thread of the tests may have by now."""
+    if process.is_alive():
+        process.kill()
 
 
 def _work(words: list[str], streams: tuple[str, str], cwd: Path | str, preexec: Callable | None, env: dict) -> None:
