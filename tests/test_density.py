@@ -394,7 +394,7 @@ def test_covers_without_one_are_chosen_from_the_others(change):
 @ALIKE
 @pytest.mark.parametrize("count", [30, 10, 9, 8, 4])  # 8 are kept, if there are so many
 def test_leaving_one_out_is_a_fit_to_the_others(monkeypatch, change, count):
-    """Of every image, at every location, beside the border too; in any number of parts."""
+    """Compare every image, at every location, beside the border too; in any number of parts."""
     monkeypatch.setattr(density, "LOCAL_POINTS", 8)
     x, shape = change(several(count, 12, 3).float()), (3, 4)
     fitted = fit_density("nearest", x, False, shape)
