@@ -528,6 +528,11 @@ def test_mistakes_get_one_line_and_change_nothing(detectors, here, script):
 # Watching ---------------------------------------------------------------------------------------------------------
 
 
+def interrupt():
+    """Do what a Ctrl-C does to a script in this process: call its handler, for a signal would be for pytest as well."""
+    signal.getsignal(signal.SIGINT)(signal.SIGINT, None)
+
+
 @pytest.fixture
 def aside():
     """Does something beside the script, in a thread; what fails there fails the test."""
@@ -539,7 +544,7 @@ def aside():
                 function()
             except BaseException as error:
                 errors.append(error)
-                os.kill(os.getpid(), signal.SIGINT)  # end the script that the test waits for
+                interrupt()  # the script that the test waits for
 
         threads.append(threading.Thread(target=work))
         threads[-1].start()
@@ -600,7 +605,7 @@ def test_a_watch_tells_renews_the_report_and_copies_what_needs_a_second_look(
         wait_for(lambda: (copies / "b.2.png").exists())
         shutil.copy("photos/d.png", "photos/more/a.png")  # mended
         wait_for(lambda: (copies / "more/a.2.png").exists())
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt()
 
     aside(camera)
     words = ["photos", "--watch", "--output", out, "--report", page, "--copy_anomalous", copies]
