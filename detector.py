@@ -31,7 +31,7 @@ from runtime.looks import image_statistics
 from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of, standardization
 
 FORMAT = "cutpaste-detector"
-VERSION = 7  # raise it when an older program could no longer read the file rightly
+VERSION = 8  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 EXPORT_AGAIN = "an exported file must be exported again"  # wherever it lies, where a detector file has changed
 CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
@@ -102,7 +102,7 @@ class Detector(nn.Module):
         self.metadata: dict = {}
         self.rate_chosen = ""  # how, in words, if labelled images have chosen the false-alarm rate
         self.train_files = ""  # dataset.files_digest of the images it was made from; empty if it is not known
-        networks = networks or [build_network(config) for _ in range(config.folds)]
+        networks = [network.folded() for network in networks or [build_network(config) for _ in range(config.folds)]]
         hidden = ignored_pixels(fill_index)
         self.members = nn.ModuleList(EnsembleMember(config, network, hidden, self.density) for network in networks)
         self.register_buffer("fill_index", fill_index)
@@ -753,9 +753,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     config, content = _read(path)
     with damage_named(path, *DAMAGED):
         _check(config, content)
-        with torch.random.fork_rng(devices=[]):
-            density = content.get("chosen_density", config.density)  # earlier files have none
-            detector = Detector(config, fill_index=content.get("sources", NOTHING_IGNORED), density=density)
+        networks = [load_network(config, part["network"], content["version"] >= 8) for part in content["members"]]
+        density = content.get("chosen_density", config.density)  # earlier files have none
+        detector = Detector(config, networks, content.get("sources", NOTHING_IGNORED), density=density)
         for member, part in zip(detector.members, content["members"]):
             load_member(member, part)
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
@@ -799,16 +799,26 @@ def _check(config: Config, content: dict) -> None:
         raise ValueError(f"white {white!r} is none of {', '.join(map(str, WHITES))}")
 
 
-def load_member(member: EnsembleMember, content: dict) -> None:
-    """Set a member to what a file holds of it. Raises ValueError, naming it, for what does not fit or cannot be."""
-    config, alone = member.config, member.config.folds == 1
-    rules = rules_of(member.network.state_dict())
-    for name in [name for name in rules if name.endswith("num_batches_tracked") and name not in content["network"]]:
+def load_network(config: Config, state: dict[str, Tensor], folded: bool) -> CutPasteNet:
+    """Return the network of a file. folded: its BatchNorm layers are, as in all files since version 8. Raises
+    ValueError, naming it, for what does not fit or cannot be."""
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(config)
+    network = network.folded() if folded else network
+    rules = rules_of(network.state_dict())
+    for name in [name for name in rules if name.endswith("num_batches_tracked") and name not in state]:
         del rules[name]  # which torch adds
-    check_tensors(content["network"], rules, {})
+    check_tensors(state, rules, {})
+    network.load_state_dict(state)
+    return network
+
+
+def load_member(member: EnsembleMember, content: dict) -> None:
+    """Set a member's densities to what a file holds of them. Raises ValueError, naming it, for what does not fit or
+    cannot be."""
+    config, alone = member.config, member.config.folds == 1
     for name, rule in standardization(alone).items():
         check_tensor(name, content[name], rule, {})
-    member.network.load_state_dict(content["network"])
     buffers: dict[str, dict[str, object]] = {str(number): {} for number in range(len(member.levels))}
     for name, value in content["levels"].items():
         number, _, buffer = name.partition(".")

