@@ -496,6 +496,8 @@ class Config:
 
 PATCH_SETTINGS = {entry.name: entry for entry in fields(PatchConfig)}
 SETTINGS = {entry.name: entry for entry in fields(Config) if entry.metadata} | PATCH_SETTINGS
+# Settings of the density alone: a finished detector can be fitted anew with others, without training
+REFITTED = ("features", "level", "join", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
 
 
 def resume(asked: dict, saved: dict) -> dict:
@@ -512,6 +514,14 @@ def resume(asked: dict, saved: dict) -> dict:
             was, now = flag_value(saved[name]), flag_value(value)
             raise SettingError(name, f"made with {name} {was}, now {now}")
     return {**asked, **saved}
+
+
+def refitted(config: Config, given: dict) -> Config:
+    """Return the settings with those of the density, REFITTED, that are given, by name. Raises SettingError for what
+    cannot be, and for maps of an image-level model."""
+    if config.patches is None and (names := [name for name in PATCH_SETTINGS if name in given]):
+        raise SettingError(names[0], "it is no patch model; leave the flag out or choose with --type")
+    return Config.from_dict(config.to_dict() | {name: given[name] for name in REFITTED if name in given})
 
 
 # Types of flags ---------------------------------------------------------------------------------------------------

@@ -379,6 +379,9 @@ class Detector(nn.Module):
         networks = [member.network for member in self.members]
         other = Detector(config, networks, self.fill_index, self.white, chosen_density)
         other.metadata, other.rate_chosen = dict(self.metadata), self.rate_chosen
+        if config.density != "auto":
+            for name in ("density_chosen", "density_aurocs"):
+                other.metadata.pop(name, None)
         return other
 
     def untrained(self) -> "Detector":
@@ -741,10 +744,12 @@ def made_from(path: str | Path) -> tuple[int | None, str]:
     return content["metadata"].get("train_images"), content.get("train_files", "")
 
 
-def rate_chosen(path: str | Path) -> str:
-    """Return in words how labelled images have chosen a detector file's false-alarm rate; empty if they have not.
-    Raises InputError as ``load`` does."""
-    return _read(path)[1].get("rate_chosen", "")
+def set_since(path: str | Path) -> list[str]:
+    """Return the names of the settings that a detector file was given after its training. Raises InputError as ``load``
+    does."""
+    content = _read(path)[1]
+    rate = ["false_alarm_rate"] if content.get("rate_chosen") else []
+    return [*rate, *content["metadata"].get("refitted", "").split()]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:

@@ -14,21 +14,20 @@ from itertools import groupby
 from pathlib import Path
 
 from config import (
-    PATCH_SETTINGS,
+    REFITTED,
     Config,
     SettingError,
     add_data_flags,
     add_given_flags,
     given_settings,
+    refitted,
     storage,
     with_flag,
 )
 from runtime.cli import Rule, check_usage, choose_device, folder_name, html_file, new_parser, run_script, zero_or_one
 from runtime.files import InputError, check_replaceable, check_writable, csv_table, say, write_files
 
-# Settings that flags may repeat, and settings that flags may change
-AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")
-REFITTED = ("features", "level", "join", "density", "l2", *(name for name in PATCH_SETTINGS if name != "patch_size"))
+AGREEING = ("backbone", "variant", "head_layer", "normalize", "size")  # settings that flags may repeat
 MANY_BAD = 0.2  # share of good parts; a rate above it is only written if a person says it
 
 
@@ -96,7 +95,7 @@ from reporting.tables import (
     seed_row,
 )
 from runtime.distributed import from_environment
-from training.choice import choose_density
+from training.choice import with_settings
 
 
 def main(args: argparse.Namespace) -> None:
@@ -182,10 +181,7 @@ def evaluate_category(args: argparse.Namespace, path: Path, device: torch.device
     test, train = load_test(*where), load_train(*where) if changed or args.control else None
     try:
         if changed:
-            detector = detector.changed(**changed)
-            if changed.get("density") == "auto":
-                detector = choose_density(detector, train.images)
-            detector.fit(train.images)
+            detector = with_settings(detector, changed, train.images).fit(train.images)
             for note in detector.notes():
                 say(f"{category}: {note}")
         if args.control:
@@ -330,10 +326,8 @@ def check_flags(args: argparse.Namespace, path: Path) -> None:
         if name in given and given[name] != settings[name]:
             reason = f"{given[name]} was asked for, but {path} has {settings[name]}; leave the flag out"
             raise InputError(with_flag(SettingError(name, reason)))
-    if config.patches is None and (patch_only := [name for name in PATCH_SETTINGS if name in given]):
-        raise InputError(f"--{patch_only[0]}: {path} is no patch model; leave the flag out or choose with --type")
     try:
-        changed = Config.from_dict(settings | changes(args))
+        changed = refitted(config, given)
     except SettingError as error:
         raise InputError(f"{with_flag(error)} ({path})") from error
     if config.patches is None and (args.heatmaps or args.save_maps) and not has_gradient(changed.density):

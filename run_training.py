@@ -18,6 +18,7 @@ from pathlib import Path
 from config import (
     BACKBONES,
     RECIPES,
+    REFITTED,
     Config,
     SettingError,
     add_config_flags,
@@ -66,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew, replacing detectors and saved states")
     refit = (
         "fit the densities and the threshold of finished detectors anew to train/good as it is now; train nothing, and "
-        "change no setting but a given --false_alarm_rate"
+        "change only what is given of density and maps, and --false_alarm_rate"
     )
     add("--refit", action="store_true", help=refit)
     add("--list_backbones", action="store_true", help="print the networks with their stages, and stop")
@@ -102,6 +103,9 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.refit and args.overwrite:
         raise argparse.ArgumentTypeError("--refit keeps the networks, --overwrite trains them anew; choose one")
+    given = given_settings(args)
+    for name in REFITTED if args.refit else ():
+        setattr(args, name, None)  # they are changes of the detector's settings, no settings of their own
     try:
         config = config_of(args, "any")
     except SettingError as error:
@@ -119,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         with reserved((job.folder for job in jobs), ranks):
             for job in ranks.shard(jobs):
                 with hints():
-                    refit_detector(job, options, given_settings(args))
+                    refit_detector(job, options, given)
         return
     check_ranks(args, config, ranks)
     with reserved((job.folder for job in jobs), ranks):

@@ -92,6 +92,13 @@ def choose(aurocs: dict[str, float]) -> str:
     return next(density for density in CANDIDATES if aurocs[density] >= best - margin)
 
 
+def with_settings(detector: Detector, changes: dict, images: Tensor) -> Detector:
+    """Return a detector of the same networks with other settings, by name, not yet fitted; a density "auto" is chosen.
+    Raises SettingError for what cannot be, InputError as ``Judge`` does."""
+    other = detector.changed(**changes)
+    return choose_density(other, images) if changes.get("density") == "auto" else other
+
+
 def choose_density(detector: Detector, images: Tensor) -> Detector:
     """Return a detector of the same networks with the density that the judge prefers, not yet fitted; how it was chosen
     is in its metadata. Raises InputError as ``Judge`` does."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import Config, SettingError, resume
+from config import REFITTED, Config, SettingError, flag_value, refitted, resume, with_flag
 from conformal import BY_HAND
 from dataset import TestSet, TrainSet, files_digest, has_test_images, load_fill_index, load_test, load_train
 from detector import (
@@ -24,8 +24,8 @@ from detector import (
     load,
     load_config,
     made_from,
-    rate_chosen,
     save,
+    set_since,
 )
 from normals import normals_path, save_normals
 from runtime import cache
@@ -34,7 +34,7 @@ from runtime.distributed import Ranks
 from runtime.files import KILLED_AFTER, InputError, check_writable, damage_named, locked_folder, remove_abandoned, say
 from runtime.image_files import FULL_RANGE
 from runtime.tensors import check_tensors, rules_of
-from training.choice import choose_density
+from training.choice import choose_density, with_settings
 from training.trainer import (
     ANEW,
     Precision,
@@ -234,17 +234,17 @@ def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     """Fit the densities, the threshold and the calibration scores of a finished detector anew to the training images
     that are there now; its networks stay.
 
-    given: the settings that flags name. A false-alarm rate is the new one; the others must be the detector's, as those
-    that are not given are. Raises InputError if they are not, if there is no detector, or if images that a network has
-    learned from would come to be among those that it must not know.
+    given: the settings that flags name. Those of the density and the false-alarm rate are the new ones; the others must
+    be the detector's, as those that are not given are. Raises InputError if they are not, if there is no detector, or
+    if images that a network has learned from would come to be among those that it must not know.
     """
     category = job.config.category
     if not job.finished:
         raise InputError(f"{job.path}: no finished detector, so nothing to fit anew; leave --refit out")
     detector = load(job.path, options.device)
-    config, rate = detector.config, given.get("false_alarm_rate", detector.config.false_alarm_rate)
-    asked = job.config.to_dict()
-    _check_agreement({name: asked[name] for name in given if name != "false_alarm_rate"}, config, job.path)
+    config, asked, new = detector.config, job.config.to_dict(), (*REFITTED, "false_alarm_rate")
+    _check_agreement({name: asked[name] for name in given if name not in new}, config, job.path)
+    changes = {name: given[name] for name in new if name in given}
     if config.epochs and (config.folds > 1 or config.holdout):
         flag = "--folds" if config.folds > 1 else "--holdout"
         reason = f"was trained with {flag}, which new images would shift: nothing could be promised any more"
@@ -252,15 +252,25 @@ def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     where = (options.data_dir, category, config.size, options.workers, options.storage)
     train_set = load_train(*where, detector.fill_index, detector.white, job.paths)
     check_enough(config, len(train_set))
-    before, refitted = detector.metadata.get("train_images"), detector.changed(false_alarm_rate=rate)
+    try:
+        refitted(config, given)
+        other = with_settings(detector, changes, train_set.images)
+    except SettingError as error:
+        raise InputError(f"{with_flag(error)} ({job.path})") from error
+    before, rate = detector.metadata.get("train_images"), other.config.false_alarm_rate
     if rate != config.false_alarm_rate:
-        refitted.rate_chosen = BY_HAND
-    fit_densities(refitted, train_set, options)
-    refitted.metadata["train_images"] = len(train_set)
-    refitted.train_files = files_digest(train_set.paths)
-    save_with_normals(refitted, train_set, job.path, options)
+        other.rate_chosen = BY_HAND
+    settings, new_settings = config.to_dict(), other.config.to_dict()
+    changed = [name for name in REFITTED if settings.get(name) != new_settings.get(name)]
+    if changed:
+        other.metadata["refitted"] = " ".join(sorted({*detector.metadata.get("refitted", "").split(), *changed}))
+    fit_densities(other, train_set, options)
+    other.metadata["train_images"] = len(train_set)
+    other.train_files = files_digest(train_set.paths)
+    save_with_normals(other, train_set, job.path, options)
     count = f"{len(train_set)} images ({before} before)"
-    say(f"{category}: fitted {job.path} anew to {count}; its networks stay; {EXPORT_AGAIN}")
+    now = "".join(f"; now {name} {flag_value(new_settings.get(name))}" for name in changed)
+    say(f"{category}: fitted {job.path} anew to {count}{now}; its networks stay; {EXPORT_AGAIN}")
     if rate != config.false_alarm_rate:
         say(f"{category}: {job.path} decides at {rate:g} from now on")
 
@@ -319,8 +329,8 @@ def check_settings(job: Job) -> None:
     asked = config.to_dict()
     if config.minutes:
         del asked["epochs"]  # the number of steps that the minutes came to is the saved one
-    if path == job.path and rate_chosen(path):
-        del asked["false_alarm_rate"]  # the detector has been given another one since
+    for name in set_since(path) if path == job.path else ():
+        asked.pop(name, None)
     _check_agreement(asked, saved, path)
 
 

@@ -198,7 +198,7 @@ def test_a_refit_takes_settings_that_are_not_given_from_the_detector(data, tmp_p
     assert again.code == 0, again.err
     assert "from now on" not in again.err
     assert load(path).config == refitted.config
-    one_line(script("run_training", *where, "--refit", "--density", "kde"), "made with density torch, now kde")
+    one_line(script("run_training", *where, "--refit", "--variant", "scar"), "made with variant 3way, now scar")
     assert "is finished; skipped" in train_brick(*flags).err
 
 
@@ -317,3 +317,36 @@ def test_bad_input_gets_one_line(data, tmp_path, train_brick):
         fails("--cuda 1", flags=("--cuda", 1), data=data)
     (tmp_path / "file").write_text("")
     fails("file/models", flags=("--model_dir", tmp_path / "file/models"), data=data)
+
+
+def test_a_refit_takes_new_settings_of_the_density(data, tmp_path, script, train_brick):
+    """As eval.py does, but into the file; the command that trained it finds it finished all the same."""
+    flags = ["--size", 32, "--patch_size", 32, "--window", 16, "--no-pretrained", "--epochs", 0, "--head_layer", 0]
+    assert train_brick(*flags).code == 0
+    path = tmp_path / "models/brick.pt"
+    made = load(path)
+    where = ["--data_dir", data, "--logdir", tmp_path / "logdirs", "--type", "brick", "--model_dir", path.parent]
+    done = script("run_training", *where, "--refit", "--sigma", 3, "--density", "nearest")
+    assert done.code == 0, done.err
+    assert "now density nearest; now sigma 3.0; its networks stay" in done.err
+    expected = made.refit(load_train(data, "brick", (32, 32), 0).images, sigma=3.0, density="nearest")
+    refitted = load(path)
+    assert refitted.config == expected.config
+    assert torch.equal(refitted.calibration_scores, expected.calibration_scores)
+    assert "is finished; skipped (--overwrite trains it anew)" in train_brick(*flags).err
+    one_line(train_brick(*flags, "--stride", 4), "made with stride 8, now 4")
+    done = script("run_training", *where, "--refit", "--density", "auto")
+    assert done.code == 0, done.err
+    chosen = load(path)
+    assert (chosen.config.density, chosen.config.patches.sigma) == ("auto", 3.0)
+    assert chosen.metadata["refitted"] == "density sigma"
+    assert script("run_training", *where, "--refit", "--density", "torch").code == 0
+    assert "density_chosen" not in load(path).metadata
+    one_line(script("run_training", *where, "--refit", "--density", "kde"), "--density: kde cannot be fitted", str(path))
+    one_line(script("run_training", *where, "--refit", "--head_layer", 2), "made with head_layer 0, now 2")
+
+
+def test_a_refit_of_an_image_level_model_takes_no_settings_of_maps(data, tmp_path, script, train_brick):
+    assert train_brick("--size", 32, "--no-pretrained", "--epochs", 0).code == 0
+    where = ["--data_dir", data, "--logdir", tmp_path / "logdirs", "--model_dir", tmp_path / "models"]
+    one_line(script("run_training", *where, "--type", "brick", "--refit", "--sigma", 3), "--sigma: it is no patch model")
