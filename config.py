@@ -216,6 +216,7 @@ LEVELS = tuple(range(1, 1 + max(len(spec.stages) for spec in BACKBONES.values())
 INVISIBLE = ("keep", "drop")
 LEARNING_RATES = {"sgd": 0.03, "adam": 0.001}  # sgd: the paper's
 EACH_DIMS = 64  # dimensions of the Gaussians where each location has its own
+JOINED_WINDOW = 24  # pixels, where a pretrained network's stages are seen together; see docs/studies.md
 FROZEN_SHARE = 5 / 37  # of the steps in which the head trains alone on pretrained weights: 2,560 of 18,944 (A.4)
 
 
@@ -260,7 +261,13 @@ class PatchConfig:
     )
     # Crops below 32 leave the last stage a single feature, whose gradient in bfloat16 oneDNN computes from memory that
     # nobody wrote: the loss is NaN in some runs
-    window: int = setting(16, int_within(8, 4096), "maps", "side of the windows that are scored, in pixels")
+    window: int = setting(
+        16,
+        int_within(8, 4096),
+        "maps",
+        "side of the windows that are scored, in pixels",
+        f"{JOINED_WINDOW} for pretrained patch models with --join 1, unless by recipe paper; else 16",
+    )
     stride: int = setting(8, int_within(1, 4096), "maps", "distance between windows, in pixels")
     dense: bool = setting(True, zero_or_one, "maps", "1: run the network once per image; 0: on each window alone")
     location: str = setting(
@@ -521,6 +528,8 @@ def refitted(config: Config, given: dict) -> Config:
     cannot be, and for maps of an image-level model."""
     if config.patches is None and (names := [name for name in PATCH_SETTINGS if name in given]):
         raise SettingError(names[0], "it is no patch model; leave the flag out or choose with --type")
+    if config.patches and config.join and not given.get("join", True):
+        given = {"window": PatchConfig.window} | given  # JOINED_WINDOW fits no stage of stride 16
     return Config.from_dict(config.to_dict() | {name: given[name] for name in REFITTED if name in given})
 
 
@@ -630,6 +639,8 @@ def config_of(args: argparse.Namespace, category: str) -> Config:
     if recipe != "paper" and "patch_size" in values and values.get("pretrained", Config.pretrained):
         normalize = BACKBONES[values.get("backbone", Config.backbone)].normalize
         values = {"density": "both", "join": values.get("dense", True), "normalize": normalize} | values
+        if values["join"]:
+            values = {"window": JOINED_WINDOW} | values
     values["category"] = category
     patches = {name: values.pop(name) for name in PATCH_SETTINGS if name in values}
     if patches and "patch_size" not in patches:

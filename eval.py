@@ -309,7 +309,8 @@ def replaced(args: argparse.Namespace, paths: list[Path], out_dir: Path) -> str:
     if not changes(args) or not (out_dir / "results.csv").exists():
         return ""
     stored_settings = [load_config(path).to_dict() for path in paths]
-    if all(Config.from_dict(settings | changes(args)).to_dict() == settings for settings in stored_settings):
+    given = given_settings(args)
+    if all(refitted(Config.from_dict(settings), given).to_dict() == settings for settings in stored_settings):
         return ""
     return ", of other densities than the detectors' own, in place of earlier ones; another --eval_dir keeps both"
 

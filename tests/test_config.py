@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 
 import run_training
-from config import RECIPES, SETTINGS, Config, PatchConfig, SettingError, config_of, resume, with_flag
+from config import RECIPES, SETTINGS, Config, PatchConfig, SettingError, config_of, refitted, resume, with_flag
 
 PATCHES = Config("brick", patches=PatchConfig(), level=(1, 2))
 ALL = tuple(range(1, 9))
@@ -25,7 +25,7 @@ def test_defaults_from_scratch_are_the_papers():
     assert parsed("--no-pretrained").frozen_steps == 0
     assert parsed("--optim", "adam", "--no-pretrained").lr == 0.001
     patches = parsed("--patch_size", 64, "--level", "2,3", "--stride", 16)
-    assert patches.patches == PatchConfig(64, stride=16)
+    assert patches.patches == PatchConfig(64, window=24, stride=16)
     assert (patches.l2, patches.levels) == (False, (2, 3))
 
 
@@ -46,11 +46,23 @@ def test_a_recipe_sets_what_no_flag_sets():
 def test_pretrained_patch_models_see_their_stages_together():
     """Unless the recipe is the paper's, or each window goes through the network alone."""
     made = parsed("--patch_size", 64)
-    assert (made.density, made.join, made.normalize) == ("both", True, "imagenet")
+    assert (made.density, made.join, made.normalize, made.patches.window) == ("both", True, "imagenet", 24)
     assert parsed("--patch_size", 64, "--backbone", "efficientnet_lite0").normalize == "half"  # as its weights
     assert not parsed("--recipe", "paper", "--patch_size", 64).join
     assert not parsed("--patch_size", 64, "--dense", 0).join
+    assert parsed("--patch_size", 64, "--join", 0).patches.window == 16
+    assert parsed("--patch_size", 64, "--no-pretrained", "--join", 1).patches.window == 16
+    assert parsed("--patch_size", 64, "--window", 32).patches.window == 32
     assert parsed("--patch_size", 64, "--density", "nearest", "--normalize", "image").density == "nearest"
+
+
+def test_stages_apart_have_windows_that_fit_them():
+    together = parsed("--patch_size", 64)
+    assert refitted(together, {"join": False}).patches.window == 16
+    assert refitted(together, {"density": "torch"}).patches.window == 24
+    assert refitted(replace(together, density="torch"), {"join": False, "window": 32}).patches.window == 32
+    with pytest.raises(SettingError, match="no patch model"):
+        refitted(parsed(), {"sigma": 3.0})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ must tell the pasted images from those held out. Owns what is pasted, the densit
 import torch
 from torch import Tensor
 
+from config import refitted
 from cutpaste import make_views_and_sample, sample_params, visible
 from density import DensityError
 from detector import Detector, EnsembleMember, all_but, category_seed, evenly_spaced, stream, unseen_by
@@ -92,11 +93,11 @@ def choose(aurocs: dict[str, float]) -> str:
     return next(density for density in CANDIDATES if aurocs[density] >= best - margin)
 
 
-def with_settings(detector: Detector, changes: dict, images: Tensor) -> Detector:
-    """Return a detector of the same networks with other settings, by name, not yet fitted; a density "auto" is chosen.
-    Raises SettingError for what cannot be, InputError as ``Judge`` does."""
-    other = detector.changed(**changes)
-    return choose_density(other, images) if changes.get("density") == "auto" else other
+def with_settings(detector: Detector, given: dict, images: Tensor) -> Detector:
+    """Return a detector of the same networks with the settings of the density that are given, see config.refitted, not
+    yet fitted; a density "auto" is chosen. Raises SettingError for what cannot be, InputError as ``Judge`` does."""
+    other = detector.changed(**refitted(detector.config, given).to_dict())
+    return choose_density(other, images) if given.get("density") == "auto" else other
 
 
 def choose_density(detector: Detector, images: Tensor) -> Detector:

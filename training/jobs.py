@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import REFITTED, Config, SettingError, flag_value, refitted, resume, with_flag
+from config import REFITTED, Config, SettingError, flag_value, resume, with_flag
 from conformal import BY_HAND
 from dataset import TestSet, TrainSet, files_digest, has_test_images, load_fill_index, load_test, load_train
 from detector import (
@@ -244,7 +244,6 @@ def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     detector = load(job.path, options.device)
     config, asked, new = detector.config, job.config.to_dict(), (*REFITTED, "false_alarm_rate")
     _check_agreement({name: asked[name] for name in given if name not in new}, config, job.path)
-    changes = {name: given[name] for name in new if name in given}
     if config.epochs and (config.folds > 1 or config.holdout):
         flag = "--folds" if config.folds > 1 else "--holdout"
         reason = f"was trained with {flag}, which new images would shift: nothing could be promised any more"
@@ -253,18 +252,17 @@ def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     train_set = load_train(*where, detector.fill_index, detector.white, job.paths)
     check_enough(config, len(train_set))
     try:
-        refitted(config, given)
-        other = with_settings(detector, changes, train_set.images)
+        other = with_settings(detector, given, train_set.images)
     except SettingError as error:
         raise InputError(f"{with_flag(error)} ({job.path})") from error
-    before, rate = detector.metadata.get("train_images"), other.config.false_alarm_rate
-    if rate != config.false_alarm_rate:
-        other.rate_chosen = BY_HAND
+    before, rate = detector.metadata.get("train_images"), given.get("false_alarm_rate", config.false_alarm_rate)
     settings, new_settings = config.to_dict(), other.config.to_dict()
     changed = [name for name in REFITTED if settings.get(name) != new_settings.get(name)]
     if changed:
         other.metadata["refitted"] = " ".join(sorted({*detector.metadata.get("refitted", "").split(), *changed}))
     fit_densities(other, train_set, options)
+    if rate != config.false_alarm_rate:
+        other.set_false_alarm_rate(rate, BY_HAND)
     other.metadata["train_images"] = len(train_set)
     other.train_files = files_digest(train_set.paths)
     save_with_normals(other, train_set, job.path, options)

@@ -342,11 +342,15 @@ def test_a_refit_takes_new_settings_of_the_density(data, tmp_path, script, train
     assert chosen.metadata["refitted"] == "density sigma"
     assert script("run_training", *where, "--refit", "--density", "torch").code == 0
     assert "density_chosen" not in load(path).metadata
-    one_line(script("run_training", *where, "--refit", "--density", "kde"), "--density: kde cannot be fitted", str(path))
+    one_line(
+        script("run_training", *where, "--refit", "--density", "kde"), "--density: kde cannot be fitted", str(path)
+    )
     one_line(script("run_training", *where, "--refit", "--head_layer", 2), "made with head_layer 0, now 2")
 
 
 def test_a_refit_of_an_image_level_model_takes_no_settings_of_maps(data, tmp_path, script, train_brick):
     assert train_brick("--size", 32, "--no-pretrained", "--epochs", 0).code == 0
     where = ["--data_dir", data, "--logdir", tmp_path / "logdirs", "--model_dir", tmp_path / "models"]
-    one_line(script("run_training", *where, "--type", "brick", "--refit", "--sigma", 3), "--sigma: it is no patch model")
+    one_line(
+        script("run_training", *where, "--type", "brick", "--refit", "--sigma", 3), "--sigma: it is no patch model"
+    )
