@@ -24,7 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from config import Config, PatchConfig  # noqa: E402
+from config import JOINED_WINDOW, Config, PatchConfig  # noqa: E402
 from dataset import TestSet, load_masks, load_test, load_train  # noqa: E402
 from detector import Detector, initial_network  # noqa: E402
 from reporting.metrics import image_metrics, pixel_metrics  # noqa: E402
@@ -101,7 +101,8 @@ def timed(fit: Callable[[], object], score: Callable[[Tensor], tuple[Tensor, Ten
 def this_project(args: argparse.Namespace, category: str, images: Tensor, test: TestSet, density: str) -> Scored:
     """Fit a pretrained patch model as it is, by the defaults but for the density."""
     settings = {"join": True, "normalize": "imagenet", "epochs": 0, "weights": args.weights}
-    config = Config(category, backbone=BACKBONE, density=density, patches=PatchConfig(64), **settings)
+    patches = PatchConfig(64, window=JOINED_WINDOW)
+    config = Config(category, backbone=BACKBONE, density=density, patches=patches, **settings)
     detector = Detector(config, [initial_network(config)])
     return timed(lambda: detector.fit(images), detector, test)
 

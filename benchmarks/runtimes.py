@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from config import Config, PatchConfig
+from config import JOINED_WINDOW, Config, PatchConfig
 from detector import Detector, initial_network
 from prediction.exported import Exported, open_session
 from prediction.exporting import (
@@ -54,7 +54,8 @@ KINDS = {  # as run_training.py makes them, from scratch and from ImageNet weigh
     "patch": lambda backbone: (
         {"features": "level", "level": (1,), "density": "torch", "patches": PatchConfig(48, location="shared")}
         if backbone == "resnet18"
-        else {"features": "level", "level": (1, 2, 3), "join": True, "density": "both", "patches": PatchConfig(64)}
+        else {"features": "level", "level": (1, 2, 3), "join": True, "density": "both"}
+        | {"patches": PatchConfig(64, window=JOINED_WINDOW)}
     ),
 }
 ONE_IMAGE_ONLY = ("torch.compile",)  # for each other number of images it would compile for minutes
