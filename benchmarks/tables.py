@@ -237,6 +237,8 @@ def density_rows() -> DataFrame:
     for normalize, words in {"image": "each image's", "imagenet": "ImageNet's"}.items():
         other = rows.normalize.eq(normalize) & as_trained.ne(normalize) & joined & rows.pretrained
         rows.loc[other, "described"] += f", {words} normalization"
+    other = rows.window.ne(config.JOINED_WINDOW) & joined & rows.pretrained
+    rows.loc[other, "described"] += ", window " + rows.window[other].astype(str)
     return newest("results/density.csv", rows.drop(columns=SINGLE), ["network", "described", "category"], ["seed"])
 
 

@@ -110,8 +110,9 @@ def test_tables_show_the_deviation_of_several_seeds(tables):
 # Rows of one column of the README's table of results, by what they must have
 FAST = {"recipe": "fast", "minutes": "10.0", "note": "", "device": "AMD EPYC", "patch_size": "48", "batch_size": "28"}
 FROZEN = {"patch_size": "64", "features": "level", "epochs": "0"}
+WINDOW = {"window": "24"}  # of stages that are seen together
 LITE, MOBILE = (
-    FROZEN | {"density": "both", "join": "True", "normalize": normalize, "backbone": name}
+    FROZEN | WINDOW | {"density": "both", "join": "True", "normalize": normalize, "backbone": name}
     for name, normalize in (("efficientnet_lite0", "half"), ("mobilenet_v2", "imagenet"))
 )
 TRANSFER = FROZEN | {"backbone": "efficientnet_lite0", "level": "3,5", "invisible": "keep", "freeze_bn": "True"}
