@@ -7,7 +7,7 @@ which images. Knows nothing of flags or of training.
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from config import DENSITY_SUMS, EACH_DIMS, VARIANTS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
@@ -36,6 +37,7 @@ SUFFIX = ".pt"
 EXPORT_AGAIN = "an exported file must be exported again"  # wherever it lies, where a detector file has changed
 CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
 DAMAGED = "detector", "train it again"
+CELLS = 4  # images are compared by a map of so many features down and across
 WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white
 APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
 # A density is fitted to no more images than that: 20 for each of 512 dimensions estimate a Gaussian well
@@ -139,6 +141,17 @@ class Detector(nn.Module):
         """Return the stage whose features tell which normal image is nearest: the last one of stride 16."""
         return self.members[0].network.spec.middle[-1]
 
+    @property
+    def compared_width(self) -> int:
+        """Return D, of what ``compared`` returns."""
+        return self.members[0].network.spec.widths[self.comparison_level - 1] * CELLS**2
+
+    @property
+    def normals_digest(self) -> str:
+        """Return what two trainings do not share: all that decides a detector decides what it says of its normal
+        images."""
+        return hashlib.blake2b(self.calibration_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
     # Scoring ------------------------------------------------------------------------------------------------------
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +196,7 @@ class Detector(nn.Module):
     def predict_batch(self, images: Tensor, explain: bool = False) -> BatchPrediction:
         """Return scores, p-values and maps of images as ``forward`` takes them.
 
-        explain: keep the features that ``heat`` and normals.compared need, so that no network runs again.
+        explain: keep the features that ``heat`` and ``compared`` need, so that no network runs again.
         """
         return self.predict_prepared(self.prepare(images), explain)
 
@@ -207,6 +220,16 @@ class Detector(nn.Module):
         for member, features in zip(self.members, prediction.features, strict=True):
             maps.append(member.grad_cam({level: x[chosen] for level, x in features.items()}))
         return self._mean_map(maps)
+
+    def compared(self, features: Mapping[int, Tensor]) -> Tensor:
+        """Return what images are compared by, (B, D) float32 of unit length: the first member's features (B, C, h, w)
+        at ``comparison_level``, averaged to CELLS x CELLS.
+
+        They keep where things are, so that a part is found in the same pose; means over the image do not. And they know
+        a grid turned the same way whose wires lie elsewhere, which pixels do not.
+        """
+        cells = functional.adaptive_avg_pool2d(features[self.comparison_level].float(), CELLS)
+        return functional.normalize(cells.flatten(1), dim=1)
 
     def nearest_windows(
         self, prediction: BatchPrediction, chosen: Tensor, points: Sequence[tuple[int, int]]

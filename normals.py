@@ -3,7 +3,6 @@
 <model_dir>/<category>.normals      at most KEPT training images as JPEG files, their names, embeddings
 """
 
-import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
 from dataset import TrainSet
 from detector import Detector, batches_of, evenly_spaced
@@ -27,7 +25,6 @@ KEPT = 1000  # normal images that are kept
 ANEW = "train anew with --explain 1 --overwrite"
 QUALITY = 85  # of their JPEG files
 UNIT_ERROR = 0.01  # of the length of an embedding, which is kept in half precision
-CELLS = 4  # an embedding is a map of so many features down and across
 
 
 # The file ---------------------------------------------------------------------------------------------------------
@@ -61,32 +58,22 @@ class Normals:
         return (embeddings.cpu() @ self.embeddings.T).argmax(1).tolist()
 
 
-def compared(features: Tensor) -> Tensor:
-    """Return what images are compared by, (B, D) float32 of unit length: their features (B, C, h, w) at the detector's
-    ``comparison_level``, averaged to CELLS x CELLS.
-
-    They keep where things are, so that a part is found in the same pose; means over the image do not. And they know a
-    grid turned the same way whose wires lie elsewhere, which pixels do not.
-    """
-    return functional.normalize(functional.adaptive_avg_pool2d(features.float(), CELLS).flatten(1), dim=1)
-
-
 @torch.inference_mode()
 def save_normals(detector: Detector, train: TrainSet, path: str | Path) -> None:
     """Write the file of a fitted detector, whole or not at all: at most KEPT of its training images, evenly spaced.
     Raises OSError if it cannot be written."""
-    jpegs, embeddings, level = [], [], detector.comparison_level
+    jpegs, embeddings = [], []
     numbers = evenly_spaced(len(train), KEPT)
     for block in batches_of(detector, train.images, numbers=numbers):
-        features = detector.members[0].features(detector.prepare(block), [level])
-        embeddings.append(compared(features[level]).half().cpu())
+        features = detector.members[0].features(detector.prepare(block), [detector.comparison_level])
+        embeddings.append(detector.compared(features).half().cpu())
         pictures = map(Image.fromarray, block.permute(0, 2, 3, 1).cpu().numpy())
         # Subsampled, colors of thin lines would get lost
         jpegs += [encode(picture, "JPEG", quality=QUALITY, subsampling="4:4:4") for picture in pictures]
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "detector": digest(detector),
+        "detector": detector.normals_digest,
         "numbers": numbers.tolist(),
         "names": [train.paths[number].name for number in numbers.tolist()],
         "lengths": [len(jpeg) for jpeg in jpegs],
@@ -107,7 +94,7 @@ def load_normals(path: str | Path, detector: Detector) -> Normals:
     if content.get("version") not in (1, VERSION):
         versions = f"format {content.get('version')}, this program reads {VERSION}"
         raise InputError(f"{path}: {versions}; update the program, or {ANEW}")
-    if content.get("detector") != digest(detector):
+    if content.get("detector") != detector.normals_digest:
         raise InputError(f"{path}: was written with another detector than the one beside it; {ANEW}")
     with damage_named(path, "normals", ANEW):
         return _checked(content, detector, Path(path))
@@ -123,9 +110,8 @@ def _checked(content: dict, detector: Detector, path: Path) -> Normals:
         raise ValueError(f"numbers are not those of {len(names)} images")
     if len(lengths) != len(names) or not all(type(length) is int and length > 0 for length in lengths):
         raise ValueError(f"lengths are not those of {len(names)} images")
-    network = detector.members[0].network
-    width = network.spec.widths[detector.comparison_level - 1] * CELLS**2
-    check_tensor("embeddings", content["embeddings"], TensorRule((len(names), width), (torch.float16,)), {})
+    rule = TensorRule((len(names), detector.compared_width), (torch.float16,))
+    check_tensor("embeddings", content["embeddings"], rule, {})
     check_tensor("jpegs", content["jpegs"], TensorRule((sum(lengths),), (torch.uint8,)), {})
     embeddings = content["embeddings"].float()
     if ((embeddings.norm(dim=1) - 1).abs() > UNIT_ERROR).any():
@@ -136,8 +122,3 @@ def _checked(content: dict, detector: Detector, path: Path) -> Normals:
             if image.size != detector.config.size[::-1] or image.mode != "RGB":
                 raise ValueError(f"{name} is {image.mode} of {image.size}, not RGB of {detector.config.size[::-1]}")
     return Normals(path, numbers, names, jpegs, embeddings)
-
-
-def digest(detector: Detector) -> str:
-    """Return what two trainings do not share: all that decides a detector decides what it says of its normal images."""
-    return hashlib.blake2b(detector.calibration_scores.cpu().numpy().tobytes(), digest_size=16).hexdigest()

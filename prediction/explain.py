@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from density import has_gradient
 from detector import Detector
-from normals import Normals, compared
+from normals import Normals
 from prediction.scorer import BatchScores, heat_maps
 from reporting import overlays
 from reporting.overlays import crop, rescaled
@@ -72,7 +72,7 @@ class Explainer:
             self.remove(paths[index])
         if not len(anomalous):
             return
-        features = prediction.source.features[0][self.detector.comparison_level][anomalous]
+        embeddings = self.detector.compared(prediction.source.features[0])[anomalous]
         heats = heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous)
         arguments = (
             [paths[i] for i in anomalous.tolist()],
@@ -81,7 +81,7 @@ class Explainer:
             prediction.scores[anomalous].tolist(),
             prediction.p_values[anomalous].tolist(),
             heats,
-            self.compare(prediction, anomalous, heats, self.normals.nearest(compared(features))),
+            self.compare(prediction, anomalous, heats, self.normals.nearest(embeddings)),
         )
         list(self.pool.map(self.draw, *arguments))  # which waits for all of them
 

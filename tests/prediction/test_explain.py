@@ -16,7 +16,7 @@ from config import Config, PatchConfig
 from dataset import TrainSet, load_train, train_paths
 from detector import Detector, initial_network, load, save
 from image_ops import NOTHING_IGNORED
-from normals import compared, load_normals, save_normals
+from normals import load_normals, save_normals
 from prediction.explain import Explainer, crop
 from prediction.outputs import Drawings, RowsFile
 from prediction.scorer import as_arrays
@@ -32,7 +32,7 @@ def train_set(images):
 
 def embedded(detector, images):
     """Return what images are compared by."""
-    return compared(detector.predict_batch(images, explain=True).features[0][detector.comparison_level])
+    return detector.compared(detector.predict_batch(images, explain=True).features[0])
 
 
 def untrained(images, **settings):
