@@ -231,38 +231,36 @@ class Detector(nn.Module):
         cells = functional.adaptive_avg_pool2d(features[self.comparison_level].float(), CELLS)
         return functional.normalize(cells.flatten(1), dim=1)
 
-    def nearest_windows(
-        self, prediction: BatchPrediction, chosen: Tensor, points: Sequence[tuple[int, int]]
-    ) -> list[tuple[int, tuple[int, int]]] | None:
-        """Return which normal window is nearest to the one around a point (y, x) of each of the ``chosen`` images: the
-        number of its training image, and how many pixels down and right of the point's window it lies.
+    def nearest_windows(self, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> Tensor | None:
+        """Return which normal window is nearest to the one where the map of each of the ``chosen`` images is highest,
+        (n, 3) int64: the number of its training image, and how many pixels down and right it lies.
 
         prediction: of ``predict_batch(explain=True)``, of a patch model; several members: by the first. None if its
         density keeps no normal windows, or it scores each window alone.
         """
-        member = self.members[0]
-        if (level := member.nearest_level) is None or not self.config.dense or self.config.patches is None:
+        member, config = self.members[0], self.config
+        if (level := member.nearest_level) is None or not config.dense or prediction.maps is None:
             return None
         features = {number: x[chosen] for number, x in prediction.features[0].items()}
-        embeddings = [grid.pool(features[number]).float() for grid, number in zip(member.grids, self.config.levels)]
+        embeddings = [grid.pool(features[number]).float() for grid, number in zip(member.grids, config.levels)]
         x = level.project([embeddings[stage] for stage in level.stages])
         match = level.density.match(group_by_density(x, level.shared))
         locations, images = (
-            (part.view(x.shape[:2]) if level.shared else part.T).cpu() for part in (match.locations, match.images)
+            part.unflatten(1, x.shape[:2])[0] if level.shared else part.T for part in (match.locations, match.images)
         )
-        down, across = level.grid.centers
-        results = []
-        for row, (y, x_point) in enumerate(points):
-            place = int((down - y - 0.5).abs().argmin()) * len(across) + int((across - x_point - 0.5).abs().argmin())
-            other = int(locations[row, place])
-            shifts = [
-                round(float(centers[there] - centers[here]))
-                for centers, there, here in zip(
-                    (down, across), divmod(other, len(across)), divmod(place, len(across)), strict=True
-                )
-            ]
-            results.append((int(images[row, place]), tuple(shifts)))
-        return results
+        highest, (height, width) = prediction.maps[chosen].flatten(1).argmax(1), config.size
+        row, column = (
+            (centers - 0.5 - torch.arange(side)[:, None]).abs().argmin(1).to(highest.device)[places]
+            for centers, side, places in zip(
+                level.grid.centers, (height, width), (highest // width, highest % width), strict=True
+            )
+        )
+        across = level.grid.shape[1]
+        window = (row * across + column)[:, None]
+        other = locations.gather(1, window)[:, 0]
+        down, right = other // across - row, other % across - column
+        stride = level.grid.stride
+        return torch.stack([images.gather(1, window)[:, 0], stride * down, stride * right], 1)
 
     def _mean_map(self, maps: Sequence[Tensor | None]) -> Tensor | None:
         """Return the mean over members of maps (B, H, W). Where hidden, not even an image that is anomalous everywhere

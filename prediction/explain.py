@@ -81,24 +81,19 @@ class Explainer:
             prediction.scores[anomalous].tolist(),
             prediction.p_values[anomalous].tolist(),
             heats,
-            self.compare(prediction, anomalous, heats, self.normals.nearest(embeddings)),
+            self.compare(prediction, anomalous, self.normals.nearest(embeddings)),
         )
         list(self.pool.map(self.draw, *arguments))  # which waits for all of them
 
-    def compare(
-        self, prediction: BatchScores, anomalous: np.ndarray, heats: Sequence[np.ndarray], nearest: list[int]
-    ) -> list[Comparison]:
+    def compare(self, prediction: BatchScores, anomalous: np.ndarray, nearest: list[int]) -> list[Comparison]:
         """Return what each image is compared with: the normal window nearest to the one where its map is highest, if
         the density knows it and its image is kept; else the nearest of the normal images, by number."""
         whole = [Comparison(number, f"nearest normal: {self.normals.names[number]}") for number in nearest]
-        if not self.has_maps:
-            return whole
-        points = [tuple(map(int, np.unravel_index(heat.argmax(), heat.shape))) for heat in heats]
-        windows = self.detector.nearest_windows(prediction.source, anomalous, points) or []
+        windows = self.detector.nearest_windows(prediction.source, anomalous)
         kept = {number: index for index, number in enumerate(self.normals.numbers)}
-        for row, (number, shift) in enumerate(windows):
+        for row, (number, *shift) in enumerate(() if windows is None else windows.tolist()):
             if (index := kept.get(number)) is not None:
-                whole[row] = Comparison(index, f"nearest normal window: {self.normals.names[index]}", shift)
+                whole[row] = Comparison(index, f"nearest normal window: {self.normals.names[index]}", tuple(shift))
         return whole
 
     def draw(

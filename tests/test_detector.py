@@ -444,12 +444,15 @@ def test_the_nearest_normal_window_is_told_with_its_shift(patch_model, location)
     images = pictures(20)
     made = patch_model.refit(images, **NEAREST | {"location": location}, holdout=0.5)
     kept = [image for image in range(20) if image not in member.unseen_by(made.config, 20, 0)]
-    moved = images[kept[3]].roll((8, 8), (1, 2))[None]
+    moved = torch.stack([images[kept[3]].roll((8, 8), (1, 2)), images[kept[5]].roll((-8, 8), (1, 2))])
     prediction = made.predict_batch(moved, explain=True)
-    ((image, shift),) = made.nearest_windows(prediction, torch.tensor([0]), [(32, 48)])
-    assert (image, shift) == (kept[3], (-8, -8))
+    maps = torch.zeros_like(prediction.maps)
+    maps[0, 32, 48] = maps[1, 24, 32] = 1  # highest there
+    windows = made.nearest_windows(prediction._replace(maps=maps))
+    assert windows.tolist() == [[kept[3], -8, -8], [kept[5], 8, -8]]
+    assert made.nearest_windows(prediction._replace(maps=maps), torch.tensor([1])).tolist() == windows[1:].tolist()
     plain = patch_model.refit(images, location="each")
-    assert plain.nearest_windows(plain.predict_batch(moved, explain=True), torch.tensor([0]), [(32, 48)]) is None
+    assert plain.nearest_windows(plain.predict_batch(moved, explain=True)) is None
 
 
 def test_threshold_of_a_patch_model_is_of_held_out_maxima(patch_model):
