@@ -117,6 +117,11 @@ class Detector(nn.Module):
         return next(self.members[0].network.parameters()).device
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Return (H, W) of its images."""
+        return self.config.size
+
+    @property
     def batch_size(self) -> int:
         """Return the number of images that go through it together."""
         if self.config.patches is None:

@@ -72,7 +72,7 @@ class Explainer:
             self.remove(paths[index])
         if not len(anomalous):
             return
-        embeddings = self.detector.compared(prediction.source.features[0])[anomalous]
+        embeddings = self.detector.compared(prediction.source.features[0]).cpu().numpy()[anomalous]
         heats = heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous)
         arguments = (
             [paths[i] for i in anomalous.tolist()],

@@ -1,7 +1,7 @@
 """Messages, and files that are written whole or not at all.
 
 Owns ``InputError``, the line on stderr, atomic writing, the mark of this program's files, the bytes of CSV files, and
-files of tensors and plain values, verified when read.
+archives: of tensors and plain values, or of any parts; both are verified when read.
 """
 
 import csv
@@ -14,7 +14,7 @@ import stat
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,7 @@ MARK = "Made by CutPaste"
 HEAD = 4096
 PART = ".cutpaste-part"  # the suffix of a file that is not whole yet
 KILLED_AFTER = 24 * 3600  # seconds since its last byte until such a file is taken for a killed run's
+RESTORE = "restore it or train again"  # what to do about a damaged file
 FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of what a spreadsheet computes
 
 
@@ -228,7 +229,26 @@ def csv_table(rows: Sequence[dict], columns: Iterable[str] = ()) -> bytes:
     return csv_record(columns) + b"".join(csv_record(map(row.get, columns)) for row in rows)
 
 
-# Tensors and plain values -----------------------------------------------------------------------------------------
+# Archives ---------------------------------------------------------------------------------------------------------
+
+
+def archive_of(parts: Mapping[str, bytes]) -> bytes:
+    """Return the content of a zip archive of parts by name, not compressed: the same bytes for the same parts."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(zipfile.ZipInfo(name), part)  # which has no time
+    return buffer.getvalue()
+
+
+def load_parts(path: str | Path, what: str, way_out: str = RESTORE) -> dict[str, bytes]:
+    """Read the parts of an archive that is not compressed, whose CRCs must match: no file can fill the memory with more
+    than it holds. what: names the kind of file in messages. Raises InputError, naming the file, as ``load_tensors``."""
+    data = Path(path).read_bytes()
+    with all_told(path, what, way_out), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise zipfile.BadZipFile
+        return {part.filename: archive.read(part) for part in archive.infolist()}
 
 
 def save_tensors(content: dict, path: str | Path) -> None:
@@ -257,7 +277,7 @@ def load_tensors(path: str | Path, what: str) -> dict:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     data = io.BytesIO(Path(path).read_bytes())  # here what the disk says is an OSError; in torch.load damage is one too
-    try:
+    with all_told(path, what, RESTORE):
         with zipfile.ZipFile(data) as archive:
             # No CRC covers the attributes; torch leaves the memory of a tensor with those of a folder as it was
             if archive.testzip() or any(part.external_attr for part in archive.infolist()):
@@ -265,11 +285,19 @@ def load_tensors(path: str | Path, what: str) -> dict:
         data.seek(0)
         content = torch.load(data, map_location="cpu", weights_only=True)
         content.pop("checksum", None)  # of files written before the archive's own was read
-    except Exception as error:  # neither reader has an error of its own: a text file may end in an IndexError
+    return content
+
+
+@contextmanager
+def all_told(path: str | Path, what: str, way_out: str) -> Iterator[None]:
+    """Turn whatever a reader of archives raises into an InputError: none has an error of its own, and a text file may
+    end in an IndexError."""
+    try:
+        yield
+    except Exception as error:
         if memory_is_full(error):
             raise
-        raise InputError(f"{path}: truncated, damaged or not a {what} file; restore it or train again") from error
-    return content
+        raise InputError(f"{path}: truncated, damaged or not a {what} file; {way_out}") from error
 
 
 @contextmanager

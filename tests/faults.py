@@ -18,6 +18,7 @@ docs/reliability.md holds; exits with 1 if anything was lost, crashed, was execu
 import argparse
 import csv
 import io
+import json
 import os
 import random
 import resource
@@ -41,12 +42,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from forged import Code, forged  # noqa: E402
+from forged import Code, forged, forged_parts  # noqa: E402
 from forked import SERVER, Forked  # noqa: E402
 
 from detector import load  # noqa: E402
-from normals import load_normals  # noqa: E402
-from runtime.files import PART, InputError  # noqa: E402
+from normals import EMBEDDINGS, LIST, load_normals  # noqa: E402
+from runtime.files import PART, InputError, archive_of, load_parts  # noqa: E402
 from runtime.image_files import decode  # noqa: E402
 from training.trainer import load_checkpoint  # noqa: E402
 
@@ -138,8 +139,6 @@ def result(kind: str, place: Path) -> object:
         left = [path.name for path in (place / "models").iterdir() if path.suffix not in (".pt", ".normals")]
         return digest_of({name: content[name] for name in ("members", "threshold", "normal_scores")}), left
     if kind in ("prediction", "watching"):
-        import json
-
         rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
         drawn = sorted(path.name for path in (place / "heat").rglob("*.*") if path.suffix != PART)
         return sorted(tuple((k, v) for k, v in row.items() if k not in STATE) for row in rows), drawn
@@ -322,35 +321,40 @@ def damaged(root: Path, rng: random.Random, number: int, kind: str = "", count: 
 
 
 def forgeries(content: dict, rng: random.Random) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """Yield forgeries in a random order; those of normal images, which have few tensors, in ever other places."""
-    listed = list(forged(content))
-    rng.shuffle(listed)
-    yield from listed
-    while "lengths" in content:
-        names, lengths, embeddings = (content[name] for name in ("names", "lengths", "embeddings"))
-        at, jpegs = rng.randrange(len(names)), content["jpegs"].clone()
-        jpegs[sum(lengths[:at]) + rng.randrange(2)] = rng.randrange(0, 0xD8)
-        yield "no JPEG", partial(dict, content, jpegs=jpegs)
-        other = [length + (rng.randint(1, 99) if number == at else 0) for number, length in enumerate(lengths)]
-        yield "a longer JPEG", partial(dict, content, lengths=other)
-        scaled = embeddings.clone()
+    """Yield forgeries in a random order; those of normal images, which have few parts, in ever other places."""
+    parts = LIST in content
+    forgeries = list(forged_parts(content) if parts else forged(content))
+    rng.shuffle(forgeries)
+    yield from forgeries
+    while parts:
+        listed, embeddings = json.loads(content[LIST]), np.frombuffer(content[EMBEDDINGS], "<f2")
+        names, scaled = listed["names"], embeddings.reshape(len(listed["names"]), -1).copy()
+        at = rng.randrange(len(names))
+        jpeg = bytearray(content[f"{at}.jpg"])
+        jpeg[rng.randrange(2)] = rng.randrange(0, 0xD8)
+        yield "no JPEG", partial(dict, content, **{f"{at}.jpg": bytes(jpeg)})
         scaled[at] *= rng.choice((0, 0.5, 2))
-        yield "another length", partial(dict, content, embeddings=scaled)
-        yield "a number for a name", partial(dict, content, names=[*names[:at], at, *names[at + 1 :]])
+        yield "another length", partial(dict, content, **{EMBEDDINGS: scaled.tobytes()})
+        listed |= {"names": [*names[:at], at, *names[at + 1 :]]}
+        yield "a number for a name", partial(dict, content, **{LIST: json.dumps(listed).encode()})
 
 
 def forge(root: Path, rng: random.Random, number: int, kind: str = "", count: int = 25) -> Outcomes:
     """Try forgeries of a kind of file; a tenth of them holds code."""
     warnings.filterwarnings("ignore", "Validating sparse tensor invariants")
     source, read = reader(root, kind)
-    content, good, place = torch.load(source, weights_only=True), read(source), new_place(root, "forged", kind, number)
+    good, place = read(source), new_place(root, "forged", kind, number)
+    content = load_parts(source, kind) if kind == "normal images" else torch.load(source, weights_only=True)
     path, marker, outcomes = place / source.name, place / "executed", []
     if kind == "saved state":  # some of it is checked as it is used: training goes on from it
         path, good = place / "models" / source.name, expected(root, "continued")
     for index, (words, make) in enumerate(islice(forgeries(content, rng), count)):
         code = index % 10 == 9
         path.parent.mkdir(exist_ok=True)
-        torch.save(content | {rng.choice([*content]): Code(f"touch {marker}")} if code else make(), path)
+        if code or LIST not in content:
+            torch.save(content | {rng.choice([*content]): Code(f"touch {marker}")} if code else make(), path)
+        else:
+            path.write_bytes(archive_of(make()))
         outcomes.append(
             continued(root, path, good, words) if kind == "saved state" else reading(path, read, good, words)
         )

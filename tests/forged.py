@@ -4,13 +4,17 @@ Each forgery is a description and content, changed in one place. What could be t
 """
 
 import copy
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from normals import EMBEDDINGS, LIST
 
 OPTIONAL = ("appearance", "sources", "white", "chosen_density")  # earlier versions wrote none
 FREE = ("normal_scores", "appearance")  # how many values these have is told by nothing else
@@ -125,3 +129,40 @@ def forged(content: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
     if "config" in content:
         for words, config in forged_settings(content["config"], "members" in content):
             yield words, partial(dict, content, config=config)
+
+
+# Normal images ----------------------------------------------------------------------------------------------------
+
+
+def of_version_2(parts: dict[str, bytes]) -> dict:
+    """Return the tensors and values that a file of normal images of version 2 held, of the parts of version 3."""
+    listed = json.loads(parts[LIST])
+    jpegs = [parts[f"{number}.jpg"] for number in range(len(listed["names"]))]
+    embeddings = torch.frombuffer(bytearray(parts[EMBEDDINGS]), dtype=torch.float16)
+    return listed | {
+        "version": 2,
+        "lengths": [*map(len, jpegs)],
+        "jpegs": torch.frombuffer(bytearray(b"".join(jpegs)), dtype=torch.uint8),
+        "embeddings": embeddings.view(len(jpegs), -1),
+    }
+
+
+def forged_parts(parts: dict[str, bytes]) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """Yield forgeries of the parts of a file of normal images: descriptions, and functions that make the parts."""
+    listed, values = json.loads(parts[LIST]), np.frombuffer(parts[EMBEDDINGS], "<f2")
+    for words, make in forged(listed):
+        yield words, lambda make=make: parts | {LIST: json.dumps(make()).encode()}
+    for name, other in (("names", listed["names"][1:]), ("names", [*listed["names"], "x"]), ("numbers", [0.5])):
+        yield f"other {name}", partial(dict, parts, **{LIST: json.dumps(listed | {name: other}).encode()})
+    for text in (b"", b"[]", b"7", b"{", b"\xff", b"[" * 100_000):
+        yield f"the list is {text[:9]}", partial(dict, parts, **{LIST: text})
+    for value in (math.nan, math.inf, -math.inf, 2, 0):
+        changed = values.copy()
+        changed[: len(values) // len(listed["names"])] = value
+        yield f"an embedding is {value}", partial(dict, parts, **{EMBEDDINGS: changed.tobytes()})
+    for name, part in parts.items():
+        for other in (b"", part[:-1] if name == EMBEDDINGS else part[:20], part + part if name == EMBEDDINGS else b"x"):
+            yield f"{name} has {len(other)} bytes", partial(dict, parts, **{name: other})
+        yield f"{name} is missing", partial(with_value, parts, (name,), removed)
+    yield "one part more", partial(dict, parts, more=b"")
+    yield "one JPEG more", partial(dict, parts, **{f"{len(listed['names'])}.jpg": parts["0.jpg"]})

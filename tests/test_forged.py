@@ -1,17 +1,19 @@
 """Files with a right checksum that cannot be: each is refused in one line that names it, and no code in one runs."""
 
 import random
+import zipfile
+from functools import partial
 
 import pytest
 import torch
 from conftest import SMALL, one_line, rows_of
-from forged import Code, forged
+from forged import Code, forged, forged_parts, of_version_2
 
 from config import Config, PatchConfig
 from dataset import load_train
 from detector import Detector, initial_network, load, save
 from normals import load_normals, normals_path
-from runtime.files import InputError, load_tensors
+from runtime.files import InputError, load_parts, load_tensors
 from training.trainer import Precision, RunOptions, Trainer, load_checkpoint
 
 TRIED = 25  # of each kind of file; tests/faults.py tries all
@@ -22,11 +24,11 @@ def some_of(content, count=TRIED):
     return random.Random(0).sample(forgeries, min(count, len(forgeries)))
 
 
-def refused(path, read, forgeries):
+def refused(path, read, forgeries, write=torch.save):
     """Return the descriptions of the forgeries that are not refused."""
     accepted = []
     for words, make in forgeries:
-        torch.save(make(), path)
+        write(make(), path)
         try:
             read(path)
             accepted.append(words)
@@ -58,10 +60,28 @@ def test_detectors(data, detectors, three, tmp_path, kind):
     assert {*accepted} <= {"sources has another dtype"}  # of an empty one, of which nothing is taken
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
 def test_normal_images(detectors, tmp_path):
     source, path = normals_path(detectors / "patch/brick.pt"), tmp_path / "brick.normals"
-    made, content = load(detectors / "patch/brick.pt"), load_tensors(source, "normals")
+    made, parts = load(detectors / "patch/brick.pt"), load_parts(source, "normals")
+
+    def write(parts, path, compression=zipfile.ZIP_STORED):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, part in parts.items():
+                archive.writestr(name, part)
+
+    write(parts, path)
+    load_normals(path, made)
+    for exported in (False, True):
+        read = lambda path: load_normals(path, made, exported)  # noqa: E731, B023
+        assert refused(path, read, forged_parts(parts), write) == []
+        packed = partial(write, compression=zipfile.ZIP_DEFLATED)
+        assert refused(path, read, [("it is compressed", lambda: parts)], packed) == []
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_normal_images_of_version_2(detectors, tmp_path):
+    source, path = normals_path(detectors / "patch/brick.pt"), tmp_path / "brick.normals"
+    made, content = load(detectors / "patch/brick.pt"), of_version_2(load_parts(source, "normals"))
     assert refused(path, lambda path: load_normals(path, made), forged(content)) == []
     jpegs = content["jpegs"].clone()
     jpegs[-content["lengths"][-1] :] = 255

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, contents, network_of, one_line, rows_of
+from forged import of_version_2
 from PIL import Image
 
 import normals as normals_module
@@ -21,7 +22,7 @@ from prediction.explain import Explainer, crop
 from prediction.outputs import Drawings, RowsFile
 from prediction.scorer import as_arrays
 from reporting.overlays import encoded, region
-from runtime.files import InputError, load_tensors, save_tensors, write_file
+from runtime.files import InputError, load_parts, save_tensors, write_file
 
 NAMES = [f"{i}.png" for i in range(8)]
 
@@ -32,7 +33,7 @@ def train_set(images):
 
 def embedded(detector, images):
     """Return what images are compared by."""
-    return detector.compared(detector.predict_batch(images, explain=True).features[0])
+    return detector.compared(detector.predict_batch(images, explain=True).features[0]).detach().numpy()
 
 
 def untrained(images, **settings):
@@ -82,6 +83,20 @@ def test_the_nearest_is_that_of_a_slow_loop(patch):
     assert normals.nearest(embedded(detector, images)) == list(range(8))
 
 
+def test_files_of_earlier_versions_hold_the_same(detectors, tmp_path):
+    """Version 1 kept no numbers: its images were the first ones."""
+    source, detector = detectors / "patch/brick.normals", load(detectors / "patch/brick.pt")
+    expected, content = load_normals(source, detector), of_version_2(load_parts(source, "normals"))
+    path = tmp_path / "brick.normals"
+    first = {name: value for name, value in content.items() if name != "numbers"} | {"version": 1}
+    for earlier in (content, first):
+        save_tensors(earlier, path)
+        normals = load_normals(path, detector)
+        assert normals.content() == expected.content() == source.read_bytes()
+        with pytest.raises(InputError, match=r"brick\.normals: of an earlier version, .*; do this"):
+            load_normals(path, detector, exported=True, way_out="do this")
+
+
 def test_many_images_are_thinned_out_and_keep_their_colors(patch, tmp_path, monkeypatch):
     detector, _, _ = patch
     ramp = torch.linspace(0, 255, 64)
@@ -92,7 +107,7 @@ def test_many_images_are_thinned_out_and_keep_their_colors(patch, tmp_path, monk
     normals = load_normals(tmp_path / "brick.normals", detector)
     numbers = [0, 1, 3, 4, 6]
     assert normals.names == [NAMES[i] for i in numbers]
-    assert torch.allclose(normals.embeddings, embedded(detector, images[numbers]), atol=1e-3)
+    assert np.allclose(normals.embeddings, embedded(detector, images[numbers]), atol=1e-3)
     for number, i in enumerate(numbers):
         expected = images[i].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(normals.image(number) - expected).mean() < 2
@@ -266,7 +281,7 @@ def test_files_that_do_not_fit_get_one_line(detectors, here, script):
     shutil.copytree(detectors / "whole", "models")
     words = ["predict", "models/brick.pt", "photos", "--explain", "why", "--output", "out.csv"]
     path, other = here / "models/brick.normals", here / "models/grass.normals"
-    content, detector = load_tensors(path, "normals"), load(here / "models/brick.pt")
+    content, detector = of_version_2(load_parts(path, "normals")), load(here / "models/brick.pt")
     shutil.copy(other, path)
     one_line(script(*words), "models/brick.normals", "another detector", "--explain 1")
     for replacement, told in (
