@@ -9,7 +9,6 @@ recall in industrial anomaly detection", CVPR 2022 (nearest normal embeddings, a
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -190,14 +189,6 @@ class KernelDensity(Density):
         return -scores.mean().item()
 
 
-class Match(NamedTuple):
-    """Hold the nearest normal embeddings of embeddings (K, N, D), each (K, N)."""
-
-    distances: Tensor  # float32
-    locations: Tensor  # int64, of the window that it is the embedding of
-    images: Tensor  # int64, its image's number
-
-
 class Nearest(Density):
     """The distance to the nearest normal embedding.
 
@@ -269,11 +260,11 @@ class Nearest(Density):
     def score(self, embeddings: Tensor) -> Tensor:
         """Return the distances (K, N) float32, in the unit of the embeddings, of embeddings (K, N, D)."""
         if embeddings.ndim == 2:
-            return self.match(embeddings[None]).distances[0]
-        return self.match(embeddings).distances
+            return self.distances(embeddings[None])[0]
+        return self.distances(embeddings)
 
-    def match(self, embeddings: Tensor, left_out: Tensor | None = None) -> Match:
-        """Return the nearest normal embeddings of embeddings (K, N, D).
+    def distances(self, embeddings: Tensor, left_out: Tensor | None = None) -> Tensor:
+        """Return the distances (K, N) float32 to the nearest normal embeddings of embeddings (K, N, D).
 
         left_out: (N,), the number of an image for each, whose embeddings do not count. The nearest one is searched by
         matrix products, whose rounding does not matter then: its distance is computed directly.
@@ -295,9 +286,22 @@ class Nearest(Density):
             entries = self.inverse.gather(1, best.min(1).indices)  # argmin would take up to five times as long
         memories, rows = entries // reach, entries * batch + torch.arange(batch, device=x.device)
         points = closeness.index_select(0, rows.flatten()).min(1).indices.view(count, batch)
-        nearest = self.points.mT[memories, points]
-        locations, images = self.locations[memories, points], self.images[memories, points]
-        return Match((x - nearest).norm(dim=-1), locations.long(), images.long())
+        return (x - self.points.mT[memories, points]).norm(dim=-1)
+
+    def nearest_at(self, embeddings: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which normal embedding is nearest to each of embeddings (N, D), one of each window of these numbers
+        (N,): its window, and its image's number, both (N,) int64."""
+        x = embeddings.to(self.points)
+        if self.count > 1:
+            memories = self.neighbors[places]  # (N, J)
+            products = (x[:, None, None] @ self.points[memories])[:, :, 0]  # (N, J, M)
+        else:
+            memories = torch.zeros_like(places)[:, None]
+            products = (x @ self.points).transpose(0, 1)
+        closeness, rows = self.squares[memories] - 2 * products, torch.arange(x.shape[0], device=x.device)
+        best = closeness.amin(2).argmin(1)
+        memory, point = memories[rows, best], closeness[rows, best].argmin(1)
+        return self.locations[memory, point].long(), self.images[memory, point].long()
 
     def closeness(self, queries: Tensor) -> Tensor:
         """Return |point|^2 - 2 x point (K, Q, M) of queries -2 x (K, Q, D) and the points of their memories."""
@@ -318,7 +322,7 @@ class Nearest(Density):
         if count == 1:
             images = torch.arange(rows, device=embeddings.device) // windows
             parts = zip(embeddings.split(LEFT_OUT_AT_ONCE * windows, 1), images.split(LEFT_OUT_AT_ONCE * windows))
-            return torch.cat([self.match(part, numbers).distances for part, numbers in parts], 1).double()
+            return torch.cat([self.distances(part, numbers) for part, numbers in parts], 1).double()
         x, squares = embeddings.to(self.points), []
         for part in torch.arange(count, device=x.device).split(max(1, LEFT_OUT_BYTES // (4 * rows**2))):
             points = x[part].half().float()

@@ -21,7 +21,7 @@ from torch.nn import functional
 from config import DENSITY_SUMS, EACH_DIMS, VARIANTS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from dataset import choose_categories
-from density import DENSITIES, DensityError, group_by_density, has_gradient
+from density import DENSITIES, DensityError, has_gradient
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, to_float
 from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
@@ -52,13 +52,17 @@ class BatchPrediction(NamedTuple):
     """Hold what a detector says of B images.
 
     scores: (B,) float64, higher is more anomalous. p_values: (B,), see conformal.p_values. maps: (B, H, W) float32 of a
-    patch model, else None. features: what an explanation needs, see ``Detector.predict_batch``; else empty.
+    patch model, else None. What explains them is there if it was asked for, see ``Detector.predict_batch``. features:
+    of the members, by stage. compared: (B, D), see ``Detector.compared``. windows: (B, 3) or None, see
+    ``Detector.nearest_windows``.
     """
 
     scores: Tensor
     p_values: Tensor
     maps: Tensor | None
     features: tuple[dict[int, Tensor], ...] = ()
+    compared: Tensor | None = None
+    windows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -183,13 +187,11 @@ class Detector(nn.Module):
         scores, maps = self.score_by_member(prepared)
         return scores.mean(0), maps
 
-    def score_by_member(
-        self, prepared: Tensor, features: Sequence[dict[int, Tensor]] = ()
-    ) -> tuple[Tensor, Tensor | None]:
+    def score_by_member(self, prepared: Tensor, projected: Sequence[list[Tensor]] = ()) -> tuple[Tensor, Tensor | None]:
         """Return the scores (K, B) float64 by each of K members, and the maps (B, H, W) float32 or None of all.
 
-        features: what EnsembleMember.features gives of ``prepared``, of each member, if it is there already."""
-        members = zip(self.members, features or [None] * len(self.members))
+        projected: what EnsembleMember.project gives of ``prepared``, of each member, if it is there already."""
+        members = zip(self.members, projected or [None] * len(self.members))
         scores, maps = zip(*(member(prepared, computed) for member, computed in members))
         return torch.stack(scores), self._mean_map(maps)
 
@@ -201,19 +203,24 @@ class Detector(nn.Module):
     def predict_batch(self, images: Tensor, explain: bool = False) -> BatchPrediction:
         """Return scores, p-values and maps of images as ``forward`` takes them.
 
-        explain: keep the features that ``heat`` and ``compared`` need, so that no network runs again.
+        explain: keep the features that ``heat`` needs, so that no network runs again, and say what normal images to
+        compare them with.
         """
         return self.predict_prepared(self.prepare(images), explain)
 
     def predict_prepared(self, prepared: Tensor, explain: bool = False) -> BatchPrediction:
         """Return what ``predict_batch`` does of images as ``prepare`` gives them."""
-        features: list[dict[int, Tensor]] = []
-        if explain:
-            levels = {*self.config.levels} if self.config.dense else set()
-            features = [member.features(prepared, levels) for member in self.members[1:]]
-            features.insert(0, self.members[0].features(prepared, {*levels, self.comparison_level}))
-        scores, maps = self.score_by_member(prepared, features)
-        return BatchPrediction(scores.mean(0), self.p_values(scores), maps, tuple(features))
+        if not explain:
+            scores, maps = self.score_by_member(prepared)
+            return BatchPrediction(scores.mean(0), self.p_values(scores), maps)
+        levels = {*self.config.levels} if self.config.dense else set()
+        features = [member.features(prepared, levels) for member in self.members[1:]]
+        features.insert(0, self.members[0].features(prepared, {*levels, self.comparison_level}))
+        members = zip(self.members, features)
+        projected = [member.project(member.embed(prepared, computed)) for member, computed in members]
+        scores, maps = self.score_by_member(prepared, projected)
+        said = scores.mean(0), self.p_values(scores), maps, tuple(features)
+        return BatchPrediction(*said, self.compared(features[0]), self.nearest_windows(projected[0], maps))
 
     def heat(self, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> Tensor:
         """Return the maps (n, H, W) float32 of the ``chosen`` images of a batch: those of a patch model, else Grad-CAM
@@ -236,36 +243,27 @@ class Detector(nn.Module):
         cells = functional.adaptive_avg_pool2d(features[self.comparison_level].float(), CELLS)
         return functional.normalize(cells.flatten(1), dim=1)
 
-    def nearest_windows(self, prediction: BatchPrediction, chosen: Tensor | slice = slice(None)) -> Tensor | None:
-        """Return which normal window is nearest to the one where the map of each of the ``chosen`` images is highest,
-        (n, 3) int64: the number of its training image, and how many pixels down and right it lies.
+    def nearest_windows(self, projected: Sequence[Tensor], maps: Tensor | None) -> Tensor | None:
+        """Return which normal window is nearest to the one where the map of each image (B, H, W) is highest, (B, 3)
+        int64: the number of its training image, and how many pixels down and right it lies.
 
-        prediction: of ``predict_batch(explain=True)``, of a patch model; several members: by the first. None if its
-        density keeps no normal windows, or it scores each window alone.
+        projected: what EnsembleMember.project of the first member gives. None if its densities keep no normal windows,
+        and of an image-level model.
         """
-        member, config = self.members[0], self.config
-        if (level := member.nearest_level) is None or not config.dense or prediction.maps is None:
+        member = self.members[0]
+        if (level := member.nearest_level) is None or maps is None:
             return None
-        features = {number: x[chosen] for number, x in prediction.features[0].items()}
-        embeddings = [grid.pool(features[number]).float() for grid, number in zip(member.grids, config.levels)]
-        x = level.project([embeddings[stage] for stage in level.stages])
-        match = level.density.match(group_by_density(x, level.shared))
-        locations, images = (
-            part.unflatten(1, x.shape[:2])[0] if level.shared else part.T for part in (match.locations, match.images)
-        )
-        highest, (height, width) = prediction.maps[chosen].flatten(1).argmax(1), config.size
+        images = torch.arange(maps.shape[0], device=maps.device)
+        y = maps.amax(2).argmax(1)  # several times as fast as the place of the maximum among all pixels
         row, column = (
-            (centers - 0.5 - torch.arange(side)[:, None]).abs().argmin(1).to(highest.device)[places]
-            for centers, side, places in zip(
-                level.grid.centers, (height, width), (highest // width, highest % width), strict=True
-            )
+            (centers - 0.5 - torch.arange(side)[:, None]).abs().argmin(1).to(maps.device)[places]
+            for centers, side, places in zip(level.grid.centers, self.size, (y, maps[images, y].argmax(1)))
         )
-        across = level.grid.shape[1]
-        window = (row * across + column)[:, None]
-        other = locations.gather(1, window)[:, 0]
-        down, right = other // across - row, other % across - column
-        stride = level.grid.stride
-        return torch.stack([images.gather(1, window)[:, 0], stride * down, stride * right], 1)
+        window = row * level.grid.shape[1] + column
+        other, number = level.density.nearest_at(projected[[*member.levels].index(level)][images, window], window)
+        places = torch.cartesian_prod(*map(torch.arange, level.grid.shape)).to(maps.device)
+        shifts = level.grid.stride * (places[other] - places[window])
+        return torch.cat([number[:, None], shifts], 1)
 
     def _mean_map(self, maps: Sequence[Tensor | None]) -> Tensor | None:
         """Return the mean over members of maps (B, H, W). Where hidden, not even an image that is anomalous everywhere
@@ -492,17 +490,16 @@ class EnsembleMember(nn.Module):
             return f"sum of {len(self.levels)} standardized {units[0]}s"
         return f"sum of standardized distances: {', '.join(units)}"
 
-    def forward(self, prepared: Tensor, features: dict[int, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, prepared: Tensor, projected: list[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return standardized scores (B,) float64 and maps (B, H, W) float32 or None.
 
-        prepared: as Detector.prepare gives them. features: of them, if they are there already.
+        prepared: as Detector.prepare gives them. projected: what ``project`` gives of them, if it is there already.
         """
-        return self.standardized(*self.score_embeddings(self.embed(prepared, features)))
+        return self.standardized(*self.score_projected(projected or self.project(self.embed(prepared))))
 
-    def score_embeddings(self, embeddings: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return scores (B,) and maps (B, H, W) or None, not standardized, of the embeddings that ``embed`` gives."""
-        distances = [level.distances(x) for level, x in zip(self.levels, self.project(embeddings))]
-        return self.aggregate(distances)
+    def score_projected(self, projected: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return scores (B,) and maps (B, H, W) or None, not standardized, of what ``project`` gives."""
+        return self.aggregate([level.distances(x) for level, x in zip(self.levels, projected)])
 
     def features(self, prepared: Tensor, levels: Iterable[int]) -> dict[int, Tensor]:
         """Return the network's features (B, D, h, w) of whole images at these stages, by stage, in one pass."""

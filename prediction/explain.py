@@ -72,7 +72,7 @@ class Explainer:
             self.remove(paths[index])
         if not len(anomalous):
             return
-        embeddings = self.detector.compared(prediction.source.features[0]).cpu().numpy()[anomalous]
+        embeddings = prediction.source.compared.cpu().numpy()[anomalous]
         heats = heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous)
         arguments = (
             [paths[i] for i in anomalous.tolist()],
@@ -89,9 +89,9 @@ class Explainer:
         """Return what each image is compared with: the normal window nearest to the one where its map is highest, if
         the density knows it and its image is kept; else the nearest of the normal images, by number."""
         whole = [Comparison(number, f"nearest normal: {self.normals.names[number]}") for number in nearest]
-        windows = self.detector.nearest_windows(prediction.source, anomalous)
+        windows = prediction.source.windows
         kept = {number: index for index, number in enumerate(self.normals.numbers)}
-        for row, (number, *shift) in enumerate(() if windows is None else windows.tolist()):
+        for row, (number, *shift) in enumerate(() if windows is None else windows[anomalous].tolist()):
             if (index := kept.get(number)) is not None:
                 whole[row] = Comparison(index, f"nearest normal window: {self.normals.names[index]}", tuple(shift))
         return whole

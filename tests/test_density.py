@@ -335,12 +335,13 @@ def test_nearest_embeddings_against_a_loop(shared, radius):
     """Their distances, windows and images, at the border too."""
     x, new, shape = several(6, 12, 3), several(4, 12, 3, seed=1), (3, 4)
     x = x.half().float()  # as they are kept
-    match = fit_density("nearest", x, shared, shape).match(group_by_density(new.float(), shared))
-    parts = [part.view(4, 12) if shared else part.T for part in match]
+    density = fit_density("nearest", x, shared, shape)
+    distances = density.score(group_by_density(new.float(), shared))
+    distances = distances.view(4, 12) if shared else distances.T
     for (row, place), expected in nearest_by_loops(x, new.float(), shape, radius).items():
-        distance, *where = (part[row, place].item() for part in parts)
-        assert math.isclose(distance, expected[0], rel_tol=1e-5)
-        assert tuple(where) == expected[1:]
+        assert math.isclose(distances[row, place].item(), expected[0], rel_tol=1e-5)
+        where = density.nearest_at(new[row, place][None], torch.tensor([place]))
+        assert tuple(part.item() for part in where) == expected[1:]
 
 
 def test_cover_is_greedy():

@@ -431,11 +431,13 @@ def test_the_nearest_normal_embedding_knows_its_image(patch_model):
     made = patch_model.refit(pictures(20), **NEAREST)
     (level,), member = made.members[0].levels, made.members[0]
     x = member.project(member.embed(made.prepare(pictures(20))))[0].transpose(0, 1)
-    match = level.density.match(x)
-    assert torch.equal(match.images, torch.arange(20).expand(96, 20))
-    assert torch.equal(match.locations, torch.arange(96)[:, None].expand(96, 20))
-    assert match.distances.max() < 0.01 * x.norm(dim=-1).mean()
-    assert made.calibration_scores.min() > match.distances.max()  # they leave out the image itself
+    distances = level.density.distances(x)
+    windows = torch.arange(96).repeat_interleave(20)
+    locations, images = level.density.nearest_at(x.flatten(0, 1), windows)
+    assert torch.equal(images, torch.arange(20).repeat(96))
+    assert torch.equal(locations, windows)
+    assert distances.max() < 0.01 * x.norm(dim=-1).mean()
+    assert made.calibration_scores.min() > distances.max()  # they leave out the image itself
 
 
 @pytest.mark.parametrize("location", ["each", "shared"])
@@ -445,14 +447,13 @@ def test_the_nearest_normal_window_is_told_with_its_shift(patch_model, location)
     made = patch_model.refit(images, **NEAREST | {"location": location}, holdout=0.5)
     kept = [image for image in range(20) if image not in member.unseen_by(made.config, 20, 0)]
     moved = torch.stack([images[kept[3]].roll((8, 8), (1, 2)), images[kept[5]].roll((-8, 8), (1, 2))])
-    prediction = made.predict_batch(moved, explain=True)
-    maps = torch.zeros_like(prediction.maps)
+    first, maps = made.members[0], torch.zeros(2, 64, 96)
+    projected = first.project(first.embed(made.prepare(moved)))
     maps[0, 32, 48] = maps[1, 24, 32] = 1  # highest there
-    windows = made.nearest_windows(prediction._replace(maps=maps))
-    assert windows.tolist() == [[kept[3], -8, -8], [kept[5], 8, -8]]
-    assert made.nearest_windows(prediction._replace(maps=maps), torch.tensor([1])).tolist() == windows[1:].tolist()
-    plain = patch_model.refit(images, location="each")
-    assert plain.nearest_windows(plain.predict_batch(moved, explain=True)) is None
+    assert made.nearest_windows(projected, maps).tolist() == [[kept[3], -8, -8], [kept[5], 8, -8]]
+    prediction = made.predict_batch(moved, explain=True)
+    assert torch.equal(prediction.windows, made.nearest_windows(projected, prediction.maps))
+    assert patch_model.refit(images, location="each").predict_batch(moved, explain=True).windows is None
 
 
 def test_threshold_of_a_patch_model_is_of_held_out_maxima(patch_model):

@@ -66,7 +66,7 @@ class Judge:
         """Return the scores (n,) that each candidate gives images (n, 3, H, W)."""
         embeddings = list(stream(self.detector, images, self.network.embed))
         return {
-            density: torch.cat([candidate.score_embeddings(batch)[0] for batch in embeddings]).cpu()
+            density: torch.cat([candidate.score_projected(candidate.project(batch))[0] for batch in embeddings]).cpu()
             for density, candidate in self.candidates.items()
         }
 

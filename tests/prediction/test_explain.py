@@ -33,7 +33,7 @@ def train_set(images):
 
 def embedded(detector, images):
     """Return what images are compared by."""
-    return detector.compared(detector.predict_batch(images, explain=True).features[0]).detach().numpy()
+    return detector.predict_batch(images, explain=True).compared.detach().numpy()
 
 
 def untrained(images, **settings):
