@@ -375,7 +375,7 @@ def make_scorer(
 
         normals = load_normals(normals_path(task.detector), detector)
         target, remove = (partial(of, folders=task.folders) for of in (drawings.panel, drawings.remove_panel))
-        shows.append(Explainer(detector, normals, target, pool, remove).on_batch)
+        shows.append(Explainer(model, normals, target, pool, remove).on_batch)
     draw = None
     if drawings.every_image:
         decided = {"threshold": model.threshold, "white": model.white}

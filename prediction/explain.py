@@ -1,6 +1,6 @@
 """Show why an image is called anomalous: a panel of the photograph, its heat, and the normal image nearest to it.
 
-Owns how a panel looks.
+Owns how a panel looks. Works on arrays; imports no torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,13 +8,10 @@ from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from density import has_gradient
-from detector import Detector
 from normals import Normals
-from prediction.scorer import BatchScores, heat_maps
+from prediction.scorer import BatchScores, Model
 from reporting import overlays
 from reporting.overlays import crop, rescaled
 from runtime.files import InputError, say, shown, write_file
@@ -41,24 +38,21 @@ class Comparison(NamedTuple):
 class Explainer:
     """Draw a panel of each image that is called anomalous. ``on_batch`` is a callback of a Scorer.
 
-    target: path of an image -> the file of its panel; where it raises InputError, a message says so and nothing is
-    drawn. pool: draws several at once. remove: called with the path of each image that is not anomalous.
+    model: says what normal images are compared by, see BatchScores. normals: those beside it. target: path of an image
+    -> the file of its panel; where it raises InputError, a message says so and nothing is drawn. pool: draws several at
+    once. remove: called with the path of each image that is not anomalous.
     """
 
     def __init__(
         self,
-        detector: Detector,
+        model: Model,
         normals: Normals,
         target: Callable[[str], str],
         pool: Executor,
         remove: Callable[[str], object] = lambda path: None,
     ) -> None:
-        self.detector, self.normals, self.target, self.pool, self.remove = detector, normals, target, pool, remove
-        self.threshold, self.rate = detector.threshold.item(), detector.guarantee.rate
-        self.has_maps = detector.config.patches is not None
-        self.has_heat = self.has_maps or has_gradient(detector.config.density)
+        self.model, self.normals, self.target, self.pool, self.remove = model, normals, target, pool, remove
 
-    @torch.inference_mode()
     def on_batch(
         self,
         paths: Sequence[str],
@@ -67,13 +61,13 @@ class Explainer:
         prediction: BatchScores,
     ) -> None:
         """Draw the anomalous ones of a batch; see ``scorer.Callback``."""
-        anomalous = np.flatnonzero(prediction.p_values <= self.rate)
-        for index in np.flatnonzero(prediction.p_values > self.rate).tolist():
+        rate = self.model.guarantee.rate
+        anomalous = np.flatnonzero(prediction.p_values <= rate)
+        for index in np.flatnonzero(prediction.p_values > rate).tolist():
             self.remove(paths[index])
         if not len(anomalous):
             return
-        embeddings = prediction.source.compared.cpu().numpy()[anomalous]
-        heats = heat_maps(self.detector, prediction, anomalous) if self.has_heat else [None] * len(anomalous)
+        heats = self.model.heat(prediction, anomalous) if self.model.heat else [None] * len(anomalous)
         arguments = (
             [paths[i] for i in anomalous.tolist()],
             [sizes[i] for i in anomalous.tolist()],
@@ -81,17 +75,18 @@ class Explainer:
             prediction.scores[anomalous].tolist(),
             prediction.p_values[anomalous].tolist(),
             heats,
-            self.compare(prediction, anomalous, self.normals.nearest(embeddings)),
+            self.compare(prediction, anomalous),
         )
         list(self.pool.map(self.draw, *arguments))  # which waits for all of them
 
-    def compare(self, prediction: BatchScores, anomalous: np.ndarray, nearest: list[int]) -> list[Comparison]:
+    def compare(self, prediction: BatchScores, anomalous: np.ndarray) -> list[Comparison]:
         """Return what each image is compared with: the normal window nearest to the one where its map is highest, if
-        the density knows it and its image is kept; else the nearest of the normal images, by number."""
+        the density knows it and its image is kept; else the nearest of the normal images."""
+        nearest = self.normals.nearest(prediction.compared[anomalous])
         whole = [Comparison(number, f"nearest normal: {self.normals.names[number]}") for number in nearest]
-        windows = prediction.source.windows
+        windows = () if prediction.windows is None else prediction.windows[anomalous].tolist()
         kept = {number: index for index, number in enumerate(self.normals.numbers)}
-        for row, (number, *shift) in enumerate(() if windows is None else windows[anomalous].tolist()):
+        for row, (number, *shift) in enumerate(windows):
             if (index := kept.get(number)) is not None:
                 whole[row] = Comparison(index, f"nearest normal window: {self.normals.names[index]}", tuple(shift))
         return whole
@@ -107,18 +102,19 @@ class Explainer:
         normal: Comparison,
     ) -> None:
         """Write the panel of an image (h, w, 3) with its heat (h, w), next to what it is compared with."""
-        if heat is not None and not self.has_maps and heat.max() <= 0:
+        model = self.model
+        if heat is not None and not model.has_maps and heat.max() <= 0:
             heat = None
         lines = [
-            f"{self.detector.config.category}: {path}",
-            f"score {score:.3g}, p-value {p:.2g} (anomalous up to {self.rate:.2g})",
+            f"{model.category}: {path}",
+            f"score {score:.3g}, p-value {p:.2g} (anomalous up to {model.guarantee.rate:.2g})",
         ]
-        level = overlays.drawn_above(heat, self.threshold, True) if self.has_maps else None
+        level = overlays.drawn_above(heat, model.threshold, True) if model.has_maps else None
         try:
             target = self.target(path)
-            photograph = overlays.own_pixels(path, pixels, self.detector.white)
+            photograph = overlays.own_pixels(path, pixels, model.white)
             pictures = [("photograph", photograph), (normal.title, self.normals.image(normal.number))]
-            picture = panel(lines, pictures, size, heat, self.threshold, level, normal.shift)
+            picture = panel(lines, pictures, size, heat, model.threshold, level, normal.shift)
             write_file(overlays.encoded(picture, target), target)
         except InputError as error:
             say(f"no panel: {' '.join(str(error).splitlines())}")

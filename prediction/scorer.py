@@ -49,12 +49,16 @@ class BatchScores(NamedTuple):
     """Hold what a model says of B images, as arrays.
 
     scores, p_values: (B,) float64, see detector.BatchPrediction. maps: (B, H, W) float32 of a patch model, else None.
-    source: what a detector of torch has said, for Grad-CAM and panels; None of other forms.
+    compared: (B, D) float32 of unit length, what normal images are compared by; windows: (B, 3) of a patch model that
+    knows nearest windows, see Detector.nearest_windows; both None where panels are not asked for. source: what a
+    detector of torch has said, for Grad-CAM; None of other forms.
     """
 
     scores: np.ndarray
     p_values: np.ndarray
     maps: np.ndarray | None
+    compared: np.ndarray | None = None
+    windows: np.ndarray | None = None
     source: "BatchPrediction | None" = None
 
 
@@ -69,8 +73,9 @@ class Model:
 
     begin: images (B, H, W, 3) uint8, at most ``batch_size`` of ``size`` (H, W) -> what ``end`` takes; a GPU is not
     waited for. end: that -> the images as the model sees them, and what it says of them. ahead: takes an iterator of
-    what ``begin`` gives, and gives it on when it should be waited for. heat: what the model says -> maps (B, H, W)
-    float32 in the score's unit. has_maps: True if the score is the maximum of the map. An image with a p-value <=
+    what ``begin`` gives, and gives it on when it should be waited for. heat: what the model says, and which of its
+    images are chosen (default: all) -> their maps (n, H, W) float32 in the score's unit; None if it has none. has_maps:
+    True if the score is the maximum of the map. An image with a p-value <=
     guarantee.rate is anomalous. white: of 16-bit images, see image_files.decode. category, unit: of the scores, in
     words. calibration_scores (n,): of normal images; appearance (n, 3): how those look, see looks.image_statistics; n
     is 0 if that is not known. made: for gallery.facts_of: settings, metadata, what runs it.
@@ -78,7 +83,7 @@ class Model:
 
     begin: Callable[[np.ndarray], T]
     end: Callable[[T], tuple[np.ndarray, BatchScores]]
-    heat: Callable[[BatchScores], np.ndarray]
+    heat: Callable[..., np.ndarray] | None
     size: tuple[int, int]
     batch_size: int
     threshold: float
@@ -97,6 +102,7 @@ class Model:
         """Return a detector of torch as a Model. explain: keep the features that Grad-CAM and panels need."""
         import torch
 
+        from density import has_gradient
         from runtime.gpu import issued_ahead, to_device
 
         @torch.inference_mode()
@@ -111,16 +117,18 @@ class Model:
                 pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
             return pixels, as_arrays(prediction)
 
+        has_maps = detector.config.patches is not None
+        has_heat = has_maps or has_gradient(detector.config.density)
         return cls(
             begin=begin,
             end=end,
-            heat=torch.inference_mode()(partial(heat_maps, detector)),
+            heat=torch.inference_mode()(partial(heat_maps, detector)) if has_heat else None,
             size=detector.config.size,
             batch_size=detector.batch_size,
             threshold=detector.threshold.item(),
             calibration_scores=detector.calibration_scores.cpu().numpy(),
             guarantee=detector.guarantee,
-            has_maps=detector.config.patches is not None,
+            has_maps=has_maps,
             white=detector.white,
             category=detector.config.category,
             unit=detector.unit,
@@ -154,7 +162,7 @@ class Model:
         return cls(
             begin=lambda images: (images, pool.submit(exported.run, images)),
             end=end,
-            heat=lambda prediction: prediction.maps,
+            heat=(lambda prediction, chosen=slice(None): prediction.maps[chosen]) if exported.has_maps else None,
             size=exported.size,
             batch_size=EXPORTED_BATCH,
             threshold=threshold,
@@ -182,7 +190,8 @@ def begun_ahead(items: Iterable[T], count: int) -> Iterator[T]:
 
 def as_arrays(prediction: "BatchPrediction") -> BatchScores:
     """Return what a detector of torch says of a batch as arrays; waits for a GPU."""
-    return BatchScores(*(None if part is None else part.cpu().numpy() for part in prediction[:3]), prediction)
+    parts = *prediction[:3], prediction.compared, prediction.windows
+    return BatchScores(*(None if part is None else part.cpu().numpy() for part in parts), prediction)
 
 
 def heat_maps(detector: "Detector", prediction: BatchScores, chosen: np.ndarray | slice = slice(None)) -> np.ndarray:

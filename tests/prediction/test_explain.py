@@ -20,7 +20,7 @@ from image_ops import NOTHING_IGNORED
 from normals import load_normals, save_normals
 from prediction.explain import Explainer, crop
 from prediction.outputs import Drawings, RowsFile
-from prediction.scorer import as_arrays
+from prediction.scorer import Model, as_arrays
 from reporting.overlays import encoded, region
 from runtime.files import InputError, load_parts, save_tensors, write_file
 
@@ -141,7 +141,8 @@ def explain(detector, normals, images, paths, target):
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         prediction = detector.predict_batch(images, explain=True)
         pixels, said = images.permute(0, 2, 3, 1).numpy(), as_arrays(prediction)
-        Explainer(detector, normals, target, pool).on_batch(paths, [(64, 64)] * len(paths), pixels, said)
+        model = Model.of(detector, explain=True)
+        Explainer(model, normals, target, pool).on_batch(paths, [(64, 64)] * len(paths), pixels, said)
     return prediction
 
 
