@@ -21,9 +21,9 @@ def main(model: str, *paths: str) -> None:
     graph, facts = Path(model).read_bytes(), json.loads(Path(model).with_suffix(".json").read_text("utf-8"))
     if hashlib.sha256(graph).hexdigest() != facts["sha256"]:
         sys.exit(f"{model}: is not the file that its .json was written with (their sha256 differs)")
-    session = onnxruntime.InferenceSession(graph)
+    session, rows = onnxruntime.InferenceSession(graph), csv.writer(sys.stdout, lineterminator="\n")
+    names = ["scores", "p_values", "maps"][: 2 + facts["has_maps"]]  # there may be more, for other uses
     (height, width), total, errors = facts["size"], len(facts["calibration_scores"]) + 1, []
-    rows = csv.writer(sys.stdout, lineterminator="\n")
     rows.writerow(["path", "score", "p_value", "anomalous", "x", "y", "width", "height"])
     for path in paths:
         try:
@@ -32,7 +32,7 @@ def main(model: str, *paths: str) -> None:
             errors.append(f"{path}: {error}")
             continue
         pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-        scores, p_values, *maps = session.run(None, {"images": pixels[None]})  # of a batch of one
+        scores, p_values, *maps = session.run(names, {"images": pixels[None]})  # of a batch of one
         anomalous = bool(p_values[0] <= facts["rate"])
         box = region(maps[0][0], facts["threshold"], image.size) if maps and anomalous else [None] * 4
         p_value = round(float(p_values[0]) * total) / total  # it is a whole number of (n + 1)-ths

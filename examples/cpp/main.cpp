@@ -77,7 +77,8 @@ int main(int argc, char** argv) try {
     Ort::Session session(env, model.c_str(), Ort::SessionOptions{});
     std::vector<int64_t> shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
     shape[0] = 1;  // a batch of one: (1, H, W, 3)
-    const char *inputs[] = {"images"}, *outputs[] = {"scores", "p_values", "maps"};
+    const char *inputs[] = {"images"}, *outputs[] = {"scores", "p_values", "maps"};  // of those that there are
+    const bool has_maps = facts.compare(place_of(facts, "has_maps"), 5, " true") == 0;
     auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
 
     std::printf("path,score,p_value,anomalous,x,y,width,height\n");
@@ -85,12 +86,11 @@ int main(int argc, char** argv) try {
         std::vector<uint8_t> pixels = read_image(argv[i], shape[1], shape[2]);
         Ort::Value images =
             Ort::Value::CreateTensor<uint8_t>(memory, pixels.data(), pixels.size(), shape.data(), shape.size());
-        const auto answers =
-            session.Run(Ort::RunOptions{nullptr}, inputs, &images, 1, outputs, session.GetOutputCount());
+        const auto answers = session.Run(Ort::RunOptions{nullptr}, inputs, &images, 1, outputs, 2 + has_maps);
         const float score = *answers[0].GetTensorData<float>(), p = *answers[1].GetTensorData<float>();
-        const bool anomalous = p <= rate, has_map = answers.size() > 2;
+        const bool anomalous = p <= rate;
         std::printf("%s,%.9g,%.17g,%d,", argv[i], score, std::round(p * total) / total, anomalous);
-        if (anomalous && has_map)
+        if (anomalous && has_maps)
             print_region(answers[2].GetTensorData<float>(), shape[1], shape[2], threshold);
         else
             std::printf(",,,\n");
