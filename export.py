@@ -8,6 +8,8 @@
 The graph goes from pixels, images (B, H, W, 3) uint8 at the detector's --size, to the decision: scores, p_values and,
 of a patch model, maps in the score's unit. An image is anomalous where p_value <= rate, which the .json says with all
 else that a reader needs: how to resize, threshold, unit, calibration scores, versions. Grad-CAM is not in the graph.
+For the panels of predict.py --explain the graph also gives what normal images are compared by, and the detector's
+.normals file comes to lie beside: where the network runs far enough for the score alone, or with --explain 1.
 
 Both score real images before anything is written: the normal training images in --data_dir, those in the .normals file
 beside the detector, or the IMAGES that are named. If a score or a map differs by more than 1e-4, relative to the score
@@ -20,9 +22,10 @@ give in int8: the training images must be in --data_dir.
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from runtime.cli import check_usage, int_at_least, int_within, new_parser, progress_bar, run_script
+from runtime.cli import check_usage, int_at_least, int_within, new_parser, progress_bar, run_script, zero_or_one
 from runtime.files import InputError, print_line, say, write_files
 
 OPSETS = 18, 25  # of ONNX, that torch's exporter writes
@@ -41,6 +44,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--half", action="store_true", help="compute the networks in float16, for processors that can")
     add("--int8", action="store_true", help="compute the networks in int8, in the ranges that normal images show")
     add("--accept", action="store_true", help="with --half or --int8: write the file although decisions change")
+    explain = "give what predict.py --explain needs (default: 1 if normal images lie beside and it is almost free)"
+    add("--explain", type=zero_or_one, metavar="0|1", help=explain)
     add = parser.add_argument_group("check").add_argument
     add("--check", metavar="FILE", help="an .onnx file that is checked instead, against DETECTOR if it is given")
     add = parser.add_argument_group("data").add_argument
@@ -64,8 +69,8 @@ def check_words(args: argparse.Namespace) -> None:
         raise argparse.ArgumentTypeError("--int8 takes no images: it needs the training images, in --data_dir")
     if args.accept and not (args.half or args.int8):
         raise argparse.ArgumentTypeError("--accept goes with --half or --int8: float32 must decide the same")
-    if args.check and (args.output or args.half or args.int8):
-        raise argparse.ArgumentTypeError("--check writes nothing: no --output, --half, --int8")
+    if args.check and (args.output or args.half or args.int8 or args.explain is not None):
+        raise argparse.ArgumentTypeError("--check writes nothing: no --output, --half, --int8, --explain")
     for path in filter(None, (args.output, args.check)):
         if not path.endswith(".onnx"):
             raise argparse.ArgumentTypeError(f"{path}: the name of an .onnx file is needed")
@@ -131,28 +136,35 @@ def export(args: argparse.Namespace) -> None:
     path = Path(args.output or Path(args.paths[0]).with_suffix(".onnx"))
     check_replaced(path)
     say("loading torch and the detector")
+    from normals import normals_path
     from prediction.exported import Exported
     from prediction.exporting import check_packages, described, facts_of, graph_of
 
     check_packages()
     detector = load_detector(args)
+    normals = kept_normals(args, detector, normals_path(path))
+    normals_digest = normals.digest if normals else None
     images = load_pictures(args, detector)
     say(f"{detector.config.category}: tracing the graph, which takes half a minute for each network")
-    graph, facts = graph_of(detector, args.opset), facts_of(detector, Path(args.paths[0]).read_bytes())
+    graph = graph_of(detector, args.opset, bool(normals))
+    facts = facts_of(detector, Path(args.paths[0]).read_bytes(), normals=normals_digest)
     exported = opened(args, path, graph, facts)
     comparison = compared(args, detector, exported, images)
     if not comparison.fits:
         raise InputError(f"{path}: not written: the graph does not say what {args.paths[0]} says: {comparison.words()}")
     if args.half or args.int8:
-        graph, facts = smaller(args, detector, graph, images)
+        graph, facts = smaller(args, detector, graph, images, normals_digest)
         exported = opened(args, path, graph, facts)
         changed = compared(args, detector, exported, images).changed + tell_labelled(args, detector, exported)
         if changed and not args.accept:
             what = f"{facts['precision']} changes {changed} decisions"
             raise InputError(f"{path}: not written: {what}; --accept writes it anyway")
-    write_files({path: graph, path.with_suffix(".json"): described(facts, graph, exported)})
+    contents = {path: graph, path.with_suffix(".json"): described(facts, graph, exported)}
+    contents |= {normals_path(path): normals.content()} if normals else {}
+    write_files(contents)
     Exported.open(path, args.threads)
-    say(f"{path}, {path.with_suffix('.json').name}: {len(graph) / 1e6:.1f} MB; Grad-CAM is not in the graph")
+    names, size = ", ".join(other.name for other in [*contents][1:]), sum(map(len, contents.values())) / 1e6
+    say(f"{path}, {names}: {size:.1f} MB; Grad-CAM is not in the graph")
 
 
 def opened(args: argparse.Namespace, path: Path, graph: bytes, facts: dict):
@@ -164,8 +176,25 @@ def opened(args: argparse.Namespace, path: Path, graph: bytes, facts: dict):
     return exported
 
 
-def smaller(args: argparse.Namespace, detector, graph: bytes, images) -> tuple[bytes, dict]:
-    """Return the graph that --half or --int8 asks for, and its facts."""
+def kept_normals(args: argparse.Namespace, detector, target: Path):
+    """Return the normal images beside the detector that panels are to show, None if they are not. target: the path
+    that they are written to. Raises InputError if they are asked for and not right, or would replace another file."""
+    from normals import ANEW, load_normals, normals_path, read_normals
+    from prediction.exporting import explains_free
+
+    beside = normals_path(args.paths[0])
+    wanted = args.explain
+    if wanted is None and beside.is_file() and not (wanted := explains_free(detector)):
+        say(f"{beside.name} is left out: for predict.py --explain the network must run further, see --explain 1")
+    if not wanted:
+        return None
+    normals = load_normals(beside, detector, way_out=f"{ANEW}, or leave it out with --explain 0")
+    check_own(target, read_normals)
+    return normals
+
+
+def smaller(args: argparse.Namespace, detector, graph: bytes, images, normals: str | None) -> tuple[bytes, dict]:
+    """Return the graph that --half or --int8 asks for, and its facts. normals: see ``facts_of``."""
     from prediction.exporting import (
         INT8_NEEDS,
         calibration_batches,
@@ -178,13 +207,14 @@ def smaller(args: argparse.Namespace, detector, graph: bytes, images) -> tuple[b
 
     source, category = Path(args.paths[0]).read_bytes(), detector.config.category
     if args.half:
-        return in_half_precision(graph), facts_of(detector, source, "float16")
+        return in_half_precision(graph), facts_of(detector, source, "float16", normals)
     if len(images) < INT8_NEEDS:
         raise InputError(f"{category}: {len(images)} training images, --int8 needs {INT8_NEEDS} to know what is normal")
     say(f"{category}: fitting the densities to what int8 makes of the training images")
     refitted = fitted_to_int8(detector, images, args.threads)
     batches = (batch.permute(0, 2, 3, 1).contiguous().numpy() for batch in calibration_batches(images))
-    return in_int8(graph_of(refitted, args.opset), batches), facts_of(refitted, source, "int8")
+    graph = graph_of(refitted, args.opset, normals is not None)
+    return in_int8(graph, batches), facts_of(refitted, source, "int8", normals)
 
 
 def check_replaced(path: Path) -> None:
@@ -192,13 +222,18 @@ def check_replaced(path: Path) -> None:
     from prediction.exported import read_facts
 
     facts = path.with_suffix(".json")
-    if facts.exists():
+    check_own(facts, read_facts)
+    if path.exists() and not facts.exists():
+        raise InputError(f"{path}: is there already, without the .json of this script; take another --output")
+
+
+def check_own(path: Path, read: Callable[[Path], object]) -> None:
+    """Raise InputError if a file would be replaced that is none which ``read`` takes."""
+    if path.exists():
         try:
-            read_facts(facts)
+            read(path)
         except InputError as error:
             raise InputError(f"{error}; it would be replaced: move it away, or take another --output") from error
-    elif path.exists():
-        raise InputError(f"{path}: is there already, without the .json of this script; take another --output")
 
 
 # Both -------------------------------------------------------------------------------------------------------------

@@ -115,7 +115,19 @@ def load_normals(path: str | Path, owner: Owner, exported: bool = False, way_out
     is not right. Raises InputError if it is missing, damaged, of a newer format, or of another training; if exported,
     of an earlier format, too."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; no normal images were kept: {way_out}")
+        raise InputError(f"{path}: no such file, which holds the normal images; copy it here, or {way_out}")
+    with damage_named(path, "normals", way_out):
+        listed, parts = read_normals(path, exported, way_out)
+        if listed.get("detector") != owner.normals_digest:
+            raise InputError(f"{path}: was written with another detector than the one beside it; {way_out}")
+        if LIST not in parts:
+            parts = _earlier_parts(listed, owner.compared_width)
+        return _checked(listed, parts, owner, Path(path))
+
+
+def read_normals(path: str | Path, exported: bool = False, way_out: str = ANEW) -> tuple[dict, dict[str, bytes]]:
+    """Return what a file of normal images lists, and its parts, neither checked: of an earlier version tensors among
+    the former. Raises InputError for any other file, see ``load_normals``."""
     parts = load_parts(path, "normals", f"restore it, or {way_out}")
     with damage_named(path, "normals", way_out):
         if LIST in parts:
@@ -129,11 +141,7 @@ def load_normals(path: str | Path, owner: Owner, exported: bool = False, way_out
         if listed.get("version") not in ((VERSION,) if LIST in parts else (1, 2)):
             versions = f"format {listed.get('version')}, this program reads {VERSION}"
             raise InputError(f"{path}: {versions}; update the program, or {way_out}")
-        if listed.get("detector") != owner.normals_digest:
-            raise InputError(f"{path}: was written with another detector than the one beside it; {way_out}")
-        if LIST not in parts:
-            parts = _earlier_parts(listed, owner.compared_width)
-        return _checked(listed, parts, owner, Path(path))
+        return listed, parts
 
 
 def _earlier_parts(content: dict, width: int) -> dict[str, bytes]:

@@ -129,7 +129,9 @@ def check_words(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     check_usage(get_parser(), check_words)  # at once: what is imported below takes a while, torch seconds
 
+from normals import load_normals, normals_path
 from prediction.drift import Drift
+from prediction.exported import ANEW as EXPORT_ANEW
 from prediction.exported import Exported
 from prediction.inputs import Task, list_paths, pair_folders, watch
 from prediction.outputs import COLUMNS, Drawings, RowsFile, check_written, copy_below
@@ -254,7 +256,6 @@ def check_exported(args: argparse.Namespace, path: Path) -> Exported:
     """Return an exported detector. Raises InputError for flags that need more than it holds, or if a file is bad."""
     exported = Exported.open(path, 1)  # by one thread a batch, see Model.of_exported
     for flag, reason in {
-        "explain": "which holds no features to find the nearest normal image by",
         "ignore": "which ignores what its detector ignored when it was exported",
         "cuda": "which is run on the CPU",
     }.items():
@@ -263,6 +264,11 @@ def check_exported(args: argparse.Namespace, path: Path) -> Exported:
     for flag in ("masks", "heatmaps"):
         if getattr(args, flag) and not exported.has_maps:
             raise InputError(f"--{flag}: {path} is no patch model, it has no map; {path.stem}.pt draws --heatmaps")
+    if args.explain:
+        if exported.normals_digest is None:
+            lacks = "gives nothing to find the nearest normal image by"
+            raise InputError(f"--explain: {path} {lacks}; {EXPORT_ANEW} --explain 1")
+        load_normals(normals_path(path), exported, exported=True, way_out=EXPORT_ANEW)
     return exported
 
 
@@ -272,7 +278,6 @@ def check_trained(args: argparse.Namespace, path: Path) -> "Config":
     from dataset import ignored_path
     from density import has_gradient
     from detector import load, load_config
-    from normals import load_normals, normals_path
 
     config = load_config(path)
     if args.masks and config.patches is None:
@@ -328,12 +333,11 @@ def find_ignored(
 
 def load_model(
     args: argparse.Namespace, task: Task, ignored: "torch.Tensor | None", checked: "Config | Exported", tells: bool
-) -> "tuple[Model, Detector | None]":
+) -> "tuple[Model, Detector | Exported]":
     """Return a task's model, with the ignored region (H, W) bool and the rate that were asked for, and the detector
-    that it stands for, None of an exported one; say what that rate promises, if it ``tells``. checked: what
-    ``check_detector`` gave."""
+    that it stands for; say what that rate promises, if it ``tells``. checked: what ``check_detector`` gave."""
     if isinstance(checked, Exported):
-        model, detector = Model.of_exported(checked, args.false_alarm_rate, args.workers), None
+        model, detector = Model.of_exported(checked, args.false_alarm_rate, args.workers), checked
     else:
         from detector import load
 
@@ -353,7 +357,7 @@ def make_scorer(
     args: argparse.Namespace,
     task: Task,
     model: Model,
-    detector: "Detector | None",
+    detector: "Detector | Exported",
     drawings: Drawings,
     galleries: "list[Gallery]",
     pool: Executor,
@@ -370,10 +374,9 @@ def make_scorer(
     warn = gallery.warnings.append if gallery else lambda words: None
     drift = Drift(model.category, model.appearance, model.guarantee, warn)
     if args.explain:
-        from normals import load_normals, normals_path
         from prediction.explain import Explainer
 
-        normals = load_normals(normals_path(task.detector), detector)
+        normals = load_normals(normals_path(task.detector), detector, exported=isinstance(detector, Exported))
         target, remove = (partial(of, folders=task.folders) for of in (drawings.panel, drawings.remove_panel))
         shows.append(Explainer(model, normals, target, pool, remove).on_batch)
     draw = None

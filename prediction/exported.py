@@ -1,6 +1,8 @@
 """A detector that has left torch: the graph of an .onnx file and the .json file beside it, run by ONNX Runtime.
 
-<name>.onnx     images (B, H, W, 3) uint8 -> scores (B,), p_values (B,), of patch models maps (B, H, W), all float32
+<name>.onnx     images (B, H, W, 3) uint8 -> scores (B,), p_values (B,), of patch models maps (B, H, W), all float32;
+                what panels need, where export.py has put it in: compared (B, D) float32, of patch models that know
+                nearest windows also windows (B, 3) int64, see detector.BatchPrediction
 <name>.json     all that a reader needs beside the graph: ``RULES`` names it
 
 Owns the reading of both, and which images tell whether a runtime computes what it should. Imports no torch: a computer
@@ -18,9 +20,9 @@ import numpy as np
 
 from runtime.files import InputError
 
-FORMAT, VERSION = "cutpaste onnx", 1
+FORMAT, VERSION = "cutpaste onnx", 2
 SUFFIX, FACTS_SUFFIX = ".onnx", ".json"
-INPUT, OUTPUTS = "images", ("scores", "p_values", "maps")
+INPUT, OUTPUTS = "images", ("scores", "p_values", "maps", "compared", "windows")  # by Answers
 PRECISIONS = {"float32": 1e-4, "float16": 1e-2, "int8": 1e-2}  # and how far other processors may be off, relatively
 PROBES = 4  # images that every runtime is tried with
 ANEW = "export it again with export.py"
@@ -61,22 +63,26 @@ RULES: dict[str, Callable[[object], bool]] = {
     "metadata": lambda x: isinstance(x, dict),  # how the detector was trained
     "config": lambda x: isinstance(x, dict),
     "detector": lambda x: isinstance(x, str),  # sha256 of the .pt file
+    "normals": lambda x: x is None or isinstance(x, str),  # whose normal images panels show, if the graph compares them
     "versions": lambda x: isinstance(x, dict),
 }
 
 
 class Answers(NamedTuple):
-    """Hold what a graph says of B images, float32. maps: None of an image-level model."""
+    """Hold what a graph says of B images: the outputs of these names; None for what it lacks."""
 
     scores: np.ndarray
     p_values: np.ndarray
-    maps: np.ndarray | None
+    maps: np.ndarray | None = None
+    compared: np.ndarray | None = None
+    windows: np.ndarray | None = None
 
 
 class Exported:
     """A graph with its facts: ``Exported.open(path).run(images)``.
 
-    facts: what the .json file holds, see RULES. size: (H, W) of its images.
+    facts: what the .json file holds, see RULES. size: (H, W) of its images. normals_digest, compared_width: see
+    normals.Owner; None and 0 if the graph gives nothing to compare normal images by.
     """
 
     def __init__(self, path: Path, session, facts: dict) -> None:
@@ -87,6 +93,9 @@ class Exported:
         self.rate: float = facts["rate"]
         self.white: int = facts["white"]
         self.has_maps: bool = facts["has_maps"]
+        self.normals_digest: str | None = facts["normals"]
+        shapes = {part.name: part.shape for part in session.get_outputs()}
+        self.outputs, self.compared_width = [*shapes], shapes.get("compared", [0])[-1]
         # What differences are relative to where a score is smaller: sums of standardized distances may be near 0
         self.scale = max(abs(self.threshold), float(np.std(facts["calibration_scores"])), 1e-12)
 
@@ -107,10 +116,10 @@ class Exported:
 
     def check(self) -> None:
         """Raise InputError for a graph that takes or gives something else than the facts say."""
-        names = [*OUTPUTS[: 2 + self.has_maps]]
-        (height, width), given = self.size, [part.name for part in self.session.get_outputs()]
+        names = outputs_of(self.has_maps, bool(self.normals_digest), "windows" in self.outputs)
+        height, width = self.size
         taken = [(part.name, part.type, part.shape[1:]) for part in self.session.get_inputs()]
-        if given != names or taken != [(INPUT, "tensor(uint8)", [height, width, 3])]:
+        if self.outputs != names or taken != [(INPUT, "tensor(uint8)", [height, width, 3])]:
             shape = f"{INPUT} (B, {height}, {width}, 3) uint8 to {', '.join(names)}"
             raise InputError(f"{self.path}: is no detector of its .json file, which goes from {shape}; {ANEW}")
 
@@ -119,8 +128,8 @@ class Exported:
         if images.dtype != np.uint8 or images.shape[1:] != (*self.size, 3):
             needed = f"(B, {self.size[0]}, {self.size[1]}, 3) uint8"
             raise InputError(f"{self.path}: takes images {needed}, not {images.shape} {images.dtype}")
-        answers = self.session.run(None, {INPUT: np.ascontiguousarray(images)})
-        return Answers(*answers[:2], answers[2] if self.has_maps else None)
+        answers = self.session.run(self.outputs, {INPUT: np.ascontiguousarray(images)})
+        return Answers(**dict(zip(self.outputs, answers)))
 
     def probe(self) -> Answers:
         """Return what the graph says of ``probe_images``."""
@@ -133,6 +142,11 @@ class Exported:
         return largest_difference(self.probe().scores, expected, self.scale)
 
 
+def outputs_of(maps: bool, compared: bool, windows: bool) -> list[str]:
+    """Return the names of what a graph gives."""
+    return [name for name, given in zip(OUTPUTS, (True, True, maps, compared, compared and windows)) if given]
+
+
 def read_facts(path: Path) -> dict:
     """Return what the .json file beside a graph holds. Raises InputError if it is missing, damaged, or of another
     version."""
@@ -143,9 +157,11 @@ def read_facts(path: Path) -> dict:
         facts = json.loads(path.read_bytes())
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{path}: is not of an exported detector; {ANEW}")
-    if facts.get("version") != VERSION:
+    if facts.get("version") not in (1, VERSION):
         versions = f"format {facts.get('version')}, this program reads {VERSION}"
         raise InputError(f"{path}: {versions}; update the program, or {ANEW}")
+    if facts["version"] == 1:  # which compared no normal images
+        facts["normals"] = None
     for name, holds in RULES.items():
         if name not in facts or not holds(facts[name]):
             raise InputError(f"{path}: damaged: {name} is missing or not what it must be; restore it, or {ANEW}")

@@ -1,7 +1,8 @@
 """Bring a detector out of torch: its graph, the facts beside it, smaller weights, and the comparison with the detector.
 
 Owns what goes into the .onnx and .json files that prediction/exported.py reads. The graph takes pixels and gives the
-decision: filling, normalization, networks, densities, maps, scores, p-values. Grad-CAM is not in it.
+decision: filling, normalization, networks, densities, maps, scores, p-values; and, if it is to explain, what normal
+images are compared by. Grad-CAM is not in it.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from detector import Detector, EnsembleMember, evenly_spaced
 from image_ops import ignored_pixels
-from prediction.exported import FORMAT, INPUT, OUTPUTS, RESIZE, VERSION, Exported, digest, largest_difference
+from prediction.exported import FORMAT, INPUT, RESIZE, VERSION, Exported, digest, largest_difference, outputs_of
 from runtime.files import InputError
 
 PACKAGES = "onnx", "onnxscript", "onnxruntime"
@@ -45,23 +46,32 @@ def check_packages() -> None:
 
 
 class Decision(nn.Module):
-    """All that a detector says, as a graph gives it: images (B, H, W, 3) uint8 -> scores, p_values, maps float32."""
+    """All that a detector says, as a graph gives it: images (B, H, W, 3) uint8 -> what exported.Answers names. explain:
+    what normal images are compared by, too."""
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, explain: bool) -> None:
         super().__init__()
-        self.detector = detector
+        self.detector, self.explain = detector, explain
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        prediction = self.detector.predict_batch(images.permute(0, 3, 1, 2))
+        prediction = self.detector.predict_batch(images.permute(0, 3, 1, 2), self.explain)
         answers = prediction.scores.float(), prediction.p_values.float()
-        return answers if prediction.maps is None else (*answers, prediction.maps)
+        rest = prediction.maps, prediction.compared, prediction.windows
+        return *answers, *(part for part in rest if part is not None)
 
 
-def graph_of(detector: Detector, opset: int = OPSET) -> bytes:
+def graph_of(detector: Detector, opset: int = OPSET, explain: bool = False) -> bytes:
     """Return the content of an .onnx file of a detector on the CPU."""
-    config = detector.config
-    images = torch.zeros(SEEN_AT_ONCE, *config.size, 3, dtype=torch.uint8)
-    return traced(Decision(detector), images, OUTPUTS[: 2 + (config.patches is not None)], opset)
+    images = torch.zeros(SEEN_AT_ONCE, *detector.size, 3, dtype=torch.uint8)
+    has_maps = detector.config.patches is not None
+    names = outputs_of(has_maps, explain, has_maps and detector.members[0].nearest_level is not None)
+    return traced(Decision(detector, explain), images, names, opset)
+
+
+def explains_free(detector: Detector) -> bool:
+    """Return whether a detector's network runs, for its score alone, as far as what images are compared by needs: ONNX
+    Runtime computes all that is in a graph, whatever is asked for."""
+    return detector.config.dense and detector.comparison_level <= max(detector.config.levels)
 
 
 def traced(module: nn.Module, images: Tensor, outputs: Sequence[str], opset: int = OPSET) -> bytes:
@@ -101,9 +111,9 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def facts_of(detector: Detector, source: bytes, precision: str = "float32") -> dict:
+def facts_of(detector: Detector, source: bytes, precision: str = "float32", normals: str | None = None) -> dict:
     """Return what a .json file says of a detector; ``described`` adds what it says of a graph. source: the content of
-    the detector's file."""
+    the detector's file. normals: Detector.normals_digest of whose normal images its panels show."""
     import onnx
     import onnxruntime
 
@@ -129,6 +139,7 @@ def facts_of(detector: Detector, source: bytes, precision: str = "float32") -> d
         "metadata": detector.metadata,
         "config": detector.config.to_dict(),
         "detector": digest(source),
+        "normals": normals,
         "versions": {
             "torch": str(torch.__version__),
             "onnx": onnx.__version__,

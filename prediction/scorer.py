@@ -154,10 +154,10 @@ class Model:
         pool = ThreadPoolExecutor(threads)
 
         def end(work: tuple[np.ndarray, Future]) -> tuple[np.ndarray, BatchScores]:
-            images, (scores, p_values, maps) = work[0], work[1].result()
+            images, (scores, p_values, *rest) = work[0], work[1].result()
             ranks = np.rint(p_values.astype(np.float64) * (guarantee.count + 1))
             p_values = ranks / (guarantee.count + 1)  # in float32 one could be above the rate that it is equal to
-            return filled(images, facts["ignore"]), BatchScores(scores.astype(np.float64), p_values, maps)
+            return filled(images, facts["ignore"]), BatchScores(scores.astype(np.float64), p_values, *rest)
 
         return cls(
             begin=lambda images: (images, pool.submit(exported.run, images)),

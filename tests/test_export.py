@@ -15,14 +15,17 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, one_line
+from forged import of_version_2
 from test_detector import VERSION_2_IMAGES
 
 from config import Config, PatchConfig
 from dataset import load_train
 from detector import Detector, initial_network, load, save
 from image_ops import fill_index_of
+from normals import load_normals
 from prediction import exporting
 from prediction.exported import Exported, digest, open_session, probe_images
+from runtime.files import load_parts, save_tensors
 
 SIZE = (32, 48)
 SMALL = Config(
@@ -51,6 +54,9 @@ KINDS = {
 }
 
 
+KEEP_WINDOWS = ("nearest", "both")  # densities of patch models
+
+
 @pytest.fixture(scope="module")
 def images(data):
     """Images of three textures: those of one are so alike that some would be nearer to each other than rounding."""
@@ -74,12 +80,12 @@ def fitted(config, images, hidden=False):
 
 @pytest.fixture(scope="module")
 def traced(images):
-    """A detector of a kind and its graph, made once."""
+    """A detector of a kind and its graph, made once; it says what panels need, too."""
 
     @cache
     def call(kind):
         made = fitted(KINDS[kind], images, hidden=kind == "ignored")
-        return made, exporting.graph_of(made, 18)
+        return made, exporting.graph_of(made, 18, True)
 
     return call
 
@@ -88,7 +94,8 @@ def opened(detector, graph=None):
     """A detector's graph, in ONNX Runtime."""
     graph = exporting.graph_of(detector, 18) if graph is None else graph
     path = Path("here.onnx")
-    return Exported(path, open_session(path, graph, 1), exporting.facts_of(detector, b""))
+    facts = exporting.facts_of(detector, b"", normals=detector.normals_digest)
+    return Exported(path, open_session(path, graph, 1), facts)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "held out"])
@@ -111,6 +118,18 @@ def test_a_graph_decides_as_its_detector(kind, images, traced):
         assert np.allclose(answers.maps, expected.maps, atol=1e-4 * float(expected.scores.abs().max()))
     alone = exported.run(probe_images(SIZE)[1:2])
     assert np.allclose(alone.scores, answers.scores[1:2], rtol=1e-5)
+    # What panels need
+    with torch.inference_mode():
+        explained = made.predict_batch(other, explain=True)
+    assert answers.compared.shape == (4, exported.compared_width) == (4, made.compared_width)
+    assert np.allclose(answers.compared, explained.compared, atol=1e-5)
+    assert np.allclose(alone.compared, answers.compared[1:2], atol=1e-6)
+    assert (answers.windows is None) == (explained.windows is None)
+    keeps = made.config.patches is not None and made.config.density in KEEP_WINDOWS
+    assert (answers.windows is not None) == keeps
+    if answers.windows is not None:
+        assert np.array_equal(answers.windows, explained.windows)
+        assert np.array_equal(alone.windows, answers.windows[1:2])
 
 
 def test_a_score_on_the_threshold_is_told_from_a_changed_decision(images):
@@ -253,7 +272,9 @@ def test_a_graph_with_one_weight_altered_is_caught(copied, script, detectors, da
     ("changes", "words"),
     [
         ({"format": "other"}, ("b.json", "not of an exported detector")),
-        ({"version": 2}, ("b.json", "format 2, this program reads 1")),
+        ({"version": 3}, ("b.json", "format 3, this program reads 2")),
+        ({"normals": 7}, ("b.json", "normals")),
+        ({"normals": "of another graph"}, ("b.onnx", "no detector")),
         ({"threshold": None}, ("b.json", "threshold")),
         ({"rate": 2}, ("b.json", "rate")),
         ({"calibration_scores": [2, 1]}, ("b.json", "calibration_scores")),
@@ -324,6 +345,7 @@ def test_packages_that_are_missing_are_told(detectors, data, script, monkeypatch
         (["brick.pt", "--half", "--int8"], "not both"),
         (["brick.pt", "--accept"], "--accept goes with"),
         (["--check", "b.onnx", "--output", "c.onnx"], "--check writes nothing"),
+        (["--check", "b.onnx", "--explain", "0"], "--check writes nothing"),
         (["brick.pt", "--output", "b.pt"], "b.pt: the name of an .onnx file"),
         (["brick.pt", "--opset", "17"], "a whole number from 18"),
     ],
@@ -372,6 +394,11 @@ def test_only_networks_become_smaller(traced):
     half = exporting.in_half_precision(graph)
     patterns = torch.from_numpy(probe_images(SIZE)).permute(0, 3, 1, 2)
     comparison = exporting.compare(made, opened(made, half), patterns, lambda count: None)
+    with torch.inference_mode():
+        compared = made.predict_batch(patterns, explain=True).compared.numpy()
+    answers = opened(made, half).run(probe_images(SIZE))
+    assert 1e-6 < np.abs(answers.compared - compared).max() < 1e-2
+    assert answers.windows.shape == (4, 3)
     assert comparison.scores > 1e-6
     assert comparison.scores < 0.1, comparison.words()
     assert kinds_of(half)[1] == {onnx.TensorProto.FLOAT16}
@@ -385,12 +412,16 @@ def test_an_int8_detector_knows_what_its_networks_give(images):
     refitted = exporting.fitted_to_int8(made, images, 1)
     assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in made.state_dict().items())
     batches = [x.permute(0, 2, 3, 1).contiguous().numpy() for x in exporting.calibration_batches(images)]
-    graph = exporting.in_int8(exporting.graph_of(refitted), batches)
+    graph = exporting.in_int8(exporting.graph_of(refitted, 18, True), batches)
     assert "QuantizeLinear" in kinds_of(graph)[0]
     exported = opened(refitted, graph)
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
     answers = exported.run(arrays)
     assert np.isfinite(answers.scores).all()
+    with torch.inference_mode():
+        angles = (answers.compared * made.predict_batch(images, explain=True).compared.numpy()).sum(1)
+    assert angles.min() > 0.8  # cosines; the network is untrained, and rounded to 8 bits in each of 14 blocks
+    assert {*answers.windows[:, 0].tolist()} <= {*range(len(images))}
     # Those it was fitted to score below its threshold, and so below the patterns, as by the detector itself
     assert (answers.p_values > exported.rate).mean() > 0.7
     assert answers.scores.mean() < exported.probe().scores.min()
@@ -467,3 +498,56 @@ def test_images_that_are_not_there_are_told(detectors, script, tmp_path):
     one_line(script(*command, tmp_path / "none.png"), "none.png: no such file")
     (tmp_path / "empty").mkdir()
     one_line(script(*command, tmp_path / "empty"), "no image found")
+
+
+# Normal images ----------------------------------------------------------------------------------------------------
+
+
+def test_normal_images_go_where_the_graph_goes(made, detectors, data, script, monkeypatch, tmp_path):
+    """Also those of an earlier version; other files in their place stay."""
+    monkeypatch.setattr(exporting, "graph_of", lambda *args: made.whole.read_bytes())  # the same, traced already
+    for name in ("brick.pt", "brick.normals"):
+        shutil.copy(detectors / "whole" / name, tmp_path)
+    source, expected = tmp_path / "brick.normals", (detectors / "whole/brick.normals").read_bytes()
+    save_tensors(of_version_2(load_parts(source, "normals")), source)
+    out, beside = tmp_path / "line/b.onnx", tmp_path / "line/b.normals"
+    command = ("export", tmp_path / "brick.pt", "--data_dir", data, "--output", out)
+    beside.parent.mkdir()
+    beside.write_bytes(b"mine")
+    one_line(script(*command), "b.normals", "it would be replaced: move it away")
+    assert [*beside.parent.iterdir()] == [beside]
+    shutil.copy(detectors / "whole/grass.normals", beside)
+    done = script(*command)
+    assert done.code == 0, done.err
+    assert "b.onnx, b.json, b.normals: " in done.err
+    assert beside.read_bytes() == expected
+    exported = Exported.open(out, 1)
+    assert load_normals(beside, exported, exported=True).content() == expected
+    source.write_bytes(expected[:3000])
+    one_line(script(*command), f"{source}: truncated, damaged", "or leave it out with --explain 0")
+    source.unlink()
+    one_line(script(*command, "--explain", 1), f"{source}: no such file", "--explain 1")
+
+
+def test_the_network_runs_no_further_for_panels_unless_so_asked(made, detectors, data, script, monkeypatch, tmp_path):
+    """The network of the patch model need not run so far for its score."""
+    out, asked, graph_of = tmp_path / "b.onnx", [], exporting.graph_of
+
+    def noted(detector, opset, explain):
+        asked.append(explain)
+        return graph_of(detector, opset, explain) if explain else made.patch.read_bytes()
+
+    monkeypatch.setattr(exporting, "graph_of", noted)
+    command = ("export", detectors / "patch/brick.pt", "--data_dir", data, "--output", out)
+    done = script(*command)
+    assert done.code == 0, done.err
+    assert "brick.normals is left out" in done.err
+    assert "--explain 1" in done.err
+    assert Exported.open(out, 1).outputs == ["scores", "p_values", "maps"]
+    assert not out.with_suffix(".normals").exists()
+    done = script(*command, "--explain", 1)
+    assert done.code == 0, done.err
+    assert Exported.open(out, 1).outputs == ["scores", "p_values", "maps", "compared"]
+    assert out.with_suffix(".normals").read_bytes() == (detectors / "patch/brick.normals").read_bytes()
+    assert asked == [False, True]
+    assert Exported.open(made.whole, 1).outputs == ["scores", "p_values", "compared"]

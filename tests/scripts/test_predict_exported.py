@@ -1,26 +1,34 @@
 """predict.py on an exported detector: as on the detector itself, and without torch."""
 
 import hashlib
+import io
 import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, contents, lines_in, one_line, rows_of, wait_for
+from forged import of_version_2
 from PIL import Image
+from test_export import JOINED, SIZE, fitted
 
+import export
+import prediction.explain as explain_module
 from config import Config, PatchConfig
 from dataset import load_train
 from detector import Detector, initial_network, load, save
 from image_ops import fill_index_of
+from normals import save_normals
 from prediction.exported import Exported
 from prediction.scorer import Model
+from runtime.files import load_parts, save_tensors
 from runtime.image_files import decode
 
 SAME = ("path", "p_value", "anomalous", "x", "y", "width", "height", "error", "bytes", "modified")
@@ -174,6 +182,91 @@ def test_ignored_pixels_folds_and_looks(data, tmp_path, script):
     check_same(*rows)
 
 
+# Panels -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joined(data, tmp_path_factory):
+    """The folder of a patch model that knows nearest windows, with its normal images, and what export.py has made."""
+    train = load_train(data, "brick", SIZE, 0)
+    detector = fitted(replace(JOINED, density="both"), train.images)
+    folder = tmp_path_factory.mktemp("joined")
+    save(detector, folder / "brick.pt")
+    save_normals(detector, train, folder / "brick.normals")
+    words = [folder / "brick.pt", "--threads", 1, "--data_dir", data, "--output", folder / "line/brick.onnx"]
+    with redirect_stdout(io.StringIO()):
+        export.main(export.get_parser().parse_args([*map(str, words)]))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["joined", "whole"])
+def test_panels_are_those_of_the_detector(request, exported, here, script, monkeypatch, kind):
+    """But for the heat of an image-level model, Grad-CAM, which is not in the graph."""
+    if kind == "joined":
+        folder = request.getfixturevalue("joined")
+        forms = {"pt": folder / "brick.pt", "onnx": folder / "line/brick.onnx"}
+    else:
+        forms = {form: exported / kind / f"brick.{form}" for form in ("pt", "onnx")}
+        monkeypatch.setattr("density.has_gradient", lambda kind: False)
+    titles, panel = [], explain_module.panel
+
+    def noted(lines, pictures, *rest):
+        titles.append(pictures[1][0])
+        return panel(lines, pictures, *rest)
+
+    monkeypatch.setattr(explain_module, "panel", noted)
+    flags = ["--false_alarm_rate", 1, "--explain"]
+    assert script("predict", forms["pt"], "photos", *flags, "why/pt").code == 0
+    process = without_torch(forms["onnx"], "photos", *flags, "why/onnx")
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, told
+    assert told.splitlines()[-1] == "imported: []"
+    panels, expected = (
+        {path.relative_to(here / "why" / form): path for path in contents(here / "why" / form)}
+        for form in ("onnx", "pt")
+    )
+    assert panels.keys() == expected.keys()
+    assert len(panels) == 6
+    for name in expected:
+        pixels, wanted = (np.array(Image.open(files[name])).astype(int) for files in (panels, expected))
+        assert pixels.shape == wanted.shape
+        differ = np.abs(pixels - wanted).max(2) > 3  # of 255: heat is rounded otherwise, which moves its outline
+        assert differ.mean() < (5e-4 if kind == "joined" else 1e-9)  # another normal image would be a tenth of it
+    assert all(title.startswith("nearest normal" + " window" * (kind == "joined")) for title in titles)
+    assert len({*titles}) > 1
+
+
+def test_normal_images_that_do_not_fit_get_one_line(exported, detectors, here, script):
+    shutil.copytree(exported / "whole", "line")
+    path, words = here / "line/brick.normals", ("predict", "line/brick.onnx", "photos", "--explain", "why")
+    content, other = path.read_bytes(), detectors / "whole/grass.normals"
+    save_tensors(of_version_2(load_parts(path, "normals")), here / "earlier.normals")
+    for replacement, told in (
+        (other.read_bytes(), "was written with another detector"),
+        (content[:3000], "truncated, damaged or not a normals file"),
+        ((here / "earlier.normals").read_bytes(), "of an earlier version, which needs torch"),
+    ):
+        path.write_bytes(replacement)
+        one_line(script(*words), f"line/brick.normals: {told}", "export it again with export.py")
+    path.unlink()
+    one_line(script(*words), "line/brick.normals: no such file", "export it again with export.py")
+    assert not (here / "why").exists()
+
+
+def test_files_of_version_1_give_rows_and_no_panels(exported, here, script):
+    """Their graphs compared no normal images, and their .json files did not say whose those are."""
+    shutil.copytree(exported / "patch", "line")
+    expected = script("predict", "line/brick.onnx", "photos")
+    facts = json.loads((here / "line/brick.json").read_text())
+    assert facts.pop("normals") is None
+    (here / "line/brick.json").write_text(json.dumps(facts | {"version": 1}))
+    done = script("predict", "line/brick.onnx", "photos")
+    assert (done.code, done.err) == (0, expected.err)
+    check_same(rows_of(done.out), rows_of(expected.out))
+    done = script("predict", "line/brick.onnx", "photos", "--explain", "why")
+    one_line(done, "--explain: line/brick.onnx gives nothing", "export it again with export.py --explain 1")
+
+
 # Errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +290,7 @@ def test_mistakes_get_one_line_and_change_nothing(exported, here, script):
     patch, whole = "patch/brick.onnx", "whole/brick.onnx"
     for words, told in (
         ([patch, "photos", "--size", 64], ["--size: 64x64", "48x32"]),
-        ([patch, "photos", "--explain", "why"], ["--explain: patch/brick.onnx", "take brick.pt"]),
+        ([patch, "photos", "--explain", "why"], ["--explain: patch/brick.onnx", "export.py --explain 1"]),
         ([patch, "photos", "--ignore", "photos/b.png"], ["--ignore: patch/brick.onnx", "take brick.pt"]),
         ([patch, "photos", "--cuda", 1], ["--cuda: patch/brick.onnx", "take brick.pt"]),
         ([whole, "photos", "--heatmaps", "heat"], ["--heatmaps: whole/brick.onnx is no patch model"]),
