@@ -18,7 +18,9 @@ from runtime.files import (
     KILLED_AFTER,
     PART,
     InputError,
+    archive_of,
     csv_table,
+    load_parts,
     load_tensors,
     locked_folder,
     remove_abandoned,
@@ -225,3 +227,22 @@ def test_no_cell_is_a_formula():
     assert header == ["'=name", "score", "text", "date"]
     assert lines == [["'" + text, "-1.5", " =1", "2024-01-01"] for text in texts]
     assert [spreadsheet_safe(path) for path in ("=1.png", "a/=1.png", "\tb")] == ["./=1.png", "a/=1.png", "./\tb"]
+
+
+# Parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_come_back_and_damage_is_told(tmp_path):
+    parts, path = {"a.json": b"{}", "b": bytes(range(256)) * 50, "empty": b""}, tmp_path / "a.zip"
+    content = archive_of(parts)
+    assert content == archive_of(parts)
+    path.write_bytes(content)
+    assert load_parts(path, "test") == parts
+    at = content.index(parts["b"]) + 1000
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("b", bytes(10**6))
+    for bad in (b"", b"text", content[:-9], content[:at] + b"?" + content[at + 1 :], packed.getvalue()):
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match=r"a\.zip: truncated, damaged or not a test file; do this$"):
+            load_parts(path, "test", "do this")
