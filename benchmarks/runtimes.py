@@ -35,6 +35,7 @@ from prediction.exporting import (
     calibration_batches,
     check_packages,
     described,
+    explains_free,
     facts_of,
     graph_of,
     in_int8,
@@ -114,7 +115,7 @@ def record(args: argparse.Namespace, row: dict) -> None:
 def graphs_of(detector: Detector, images: Tensor) -> dict[str, tuple[bytes, bytes]]:
     """Return the graphs of the whole detector and of its backbone, by precision."""
     height, width = detector.config.size
-    whole = graph_of(detector)
+    whole = graph_of(detector, explain=explains_free(detector))  # as export.py does by default
     features = Features(detector.members[0])
     bare = traced(features, torch.zeros(2, 3, height, width), features.outputs)
     pixels, prepared = [], []
@@ -229,7 +230,9 @@ def measure_line(args: argparse.Namespace, photographs: list[Image.Image]) -> No
             for number, photograph in enumerate(write_photographs(photographs, folder, args.original)):
                 for copied in range(number, FILES, len(photographs)):
                     os.link(photograph, files / f"{copied:04}.png")
-            graph, facts = graph_of(detector), facts_of(detector, b"")
+            explained = explains_free(detector)
+            graph = graph_of(detector, explain=explained)
+            facts = facts_of(detector, b"", normals=detector.normals_digest if explained else None)
             exported = Exported(path, open_session(path, graph, 1), facts)
             path.write_bytes(graph)
             path.with_suffix(".json").write_bytes(described(facts, graph, exported))
