@@ -523,6 +523,12 @@ def test_normal_images_go_where_the_graph_goes(made, detectors, data, script, mo
     assert beside.read_bytes() == expected
     exported = Exported.open(out, 1)
     assert load_normals(beside, exported, exported=True).content() == expected
+    for suffix in (".pt", ".normals"):  # of a detector of its own, which would lose its normal images
+        shutil.copy(detectors / f"whole/grass{suffix}", tmp_path)
+    taken = (*command[:-1], tmp_path / "grass.onnx")
+    one_line(script(*taken), "grass.normals: would be replaced", "grass.pt")
+    assert (tmp_path / "grass.normals").read_bytes() == (detectors / "whole/grass.normals").read_bytes()
+    assert not (tmp_path / "grass.onnx").exists()
     source.write_bytes(expected[:3000])
     one_line(script(*command), f"{source}: truncated, damaged", "or leave it out with --explain 0")
     source.unlink()
