@@ -528,8 +528,9 @@ def refitted(config: Config, given: dict) -> Config:
     cannot be, and for maps of an image-level model."""
     if config.patches is None and (names := [name for name in PATCH_SETTINGS if name in given]):
         raise SettingError(names[0], "it is no patch model; leave the flag out or choose with --type")
-    if config.patches and config.join and not given.get("join", True):
-        given = {"window": PatchConfig.window} | given  # JOINED_WINDOW fits no stage of stride 16
+    apart = config.patches and config.join and not given.get("join", True)
+    if apart and config.patches.window == JOINED_WINDOW:  # the default, which fits no stage of stride 16
+        given = {"window": PatchConfig.window} | given
     return Config.from_dict(config.to_dict() | {name: given[name] for name in REFITTED if name in given})
 
 

@@ -772,7 +772,8 @@ def set_since(path: str | Path) -> list[str]:
     does."""
     content = _read(path)[1]
     rate = ["false_alarm_rate"] if content.get("rate_chosen") else []
-    return [*rate, *content["metadata"].get("refitted", "").split()]
+    with damage_named(path, *DAMAGED):
+        return [*rate, *content["metadata"].get("refitted", "").split()]
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
@@ -822,6 +823,8 @@ def _check(config: Config, content: dict) -> None:
         raise ValueError("sources: an ignored pixel is filled with another one that is ignored")
     if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in metadata):
         raise ValueError("metadata are no values by name")
+    if not isinstance(metadata.get("refitted", ""), str):
+        raise ValueError("metadata: refitted is no list of names")
     white = content.get("white", FULL_RANGE)
     if type(white) is not int or white not in WHITES:
         raise ValueError(f"white {white!r} is none of {', '.join(map(str, WHITES))}")

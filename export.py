@@ -190,6 +190,9 @@ def kept_normals(args: argparse.Namespace, detector, target: Path):
         return None
     normals = load_normals(beside, detector, way_out=f"{ANEW}, or leave it out with --explain 0")
     check_own(target, read_normals)
+    other = target.with_suffix(".pt")
+    if target.exists() and other.exists() and read_normals(target)[0].get("detector") != normals.digest:
+        raise InputError(f"{target}: would be replaced, and may be that of {other.name}; take another --output")
     return normals
 
 

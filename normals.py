@@ -116,10 +116,10 @@ def load_normals(path: str | Path, owner: Owner, exported: bool = False, way_out
     of an earlier format, too."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file, which holds the normal images; copy it here, or {way_out}")
+    listed, parts = read_normals(path, exported, way_out)
+    if listed.get("detector") != owner.normals_digest:
+        raise InputError(f"{path}: was written with another detector than the one beside it; {way_out}")
     with damage_named(path, "normals", way_out):
-        listed, parts = read_normals(path, exported, way_out)
-        if listed.get("detector") != owner.normals_digest:
-            raise InputError(f"{path}: was written with another detector than the one beside it; {way_out}")
         if LIST not in parts:
             parts = _earlier_parts(listed, owner.compared_width)
         return _checked(listed, parts, owner, Path(path))

@@ -95,7 +95,7 @@ class Exported:
         self.has_maps: bool = facts["has_maps"]
         self.normals_digest: str | None = facts["normals"]
         shapes = {part.name: part.shape for part in session.get_outputs()}
-        self.outputs, self.compared_width = [*shapes], shapes.get("compared", [0])[-1]
+        self.outputs, self.compared_width = [*shapes], [0, *shapes.get("compared", [])][-1]
         # What differences are relative to where a score is smaller: sums of standardized distances may be near 0
         self.scale = max(abs(self.threshold), float(np.std(facts["calibration_scores"])), 1e-12)
 
@@ -119,7 +119,8 @@ class Exported:
         names = outputs_of(self.has_maps, bool(self.normals_digest), "windows" in self.outputs)
         height, width = self.size
         taken = [(part.name, part.type, part.shape[1:]) for part in self.session.get_inputs()]
-        if self.outputs != names or taken != [(INPUT, "tensor(uint8)", [height, width, 3])]:
+        known = type(self.compared_width) is int  # else it is the name of a dimension, or none
+        if self.outputs != names or taken != [(INPUT, "tensor(uint8)", [height, width, 3])] or not known:
             shape = f"{INPUT} (B, {height}, {width}, 3) uint8 to {', '.join(names)}"
             raise InputError(f"{self.path}: is no detector of its .json file, which goes from {shape}; {ANEW}")
 

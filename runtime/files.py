@@ -242,13 +242,20 @@ def archive_of(parts: Mapping[str, bytes]) -> bytes:
 
 
 def load_parts(path: str | Path, what: str, way_out: str = RESTORE) -> dict[str, bytes]:
-    """Read the parts of an archive that is not compressed, whose CRCs must match: no file can fill the memory with more
-    than it holds. what: names the kind of file in messages. Raises InputError, naming the file, as ``load_tensors``."""
+    """Read the parts of an archive that is not compressed, whose CRCs must match. what: names the kind of file in
+    messages. Raises InputError, naming the file, as ``load_tensors``."""
     data = Path(path).read_bytes()
-    with all_told(path, what, way_out), zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise zipfile.BadZipFile
+    with unreadable_named(path, what, way_out), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        check_stored(archive, len(data))
         return {part.filename: archive.read(part) for part in archive.infolist()}
+
+
+def check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise BadZipFile for an archive whose parts are compressed, or overlap, so that a small file could fill the
+    memory. size: of the file, in bytes."""
+    parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
+        raise zipfile.BadZipFile
 
 
 def save_tensors(content: dict, path: str | Path) -> None:
@@ -277,8 +284,9 @@ def load_tensors(path: str | Path, what: str) -> dict:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     data = io.BytesIO(Path(path).read_bytes())  # here what the disk says is an OSError; in torch.load damage is one too
-    with all_told(path, what, RESTORE):
+    with unreadable_named(path, what, RESTORE):
         with zipfile.ZipFile(data) as archive:
+            check_stored(archive, data.getbuffer().nbytes)
             # No CRC covers the attributes; torch leaves the memory of a tensor with those of a folder as it was
             if archive.testzip() or any(part.external_attr for part in archive.infolist()):
                 raise zipfile.BadZipFile
@@ -289,7 +297,7 @@ def load_tensors(path: str | Path, what: str) -> dict:
 
 
 @contextmanager
-def all_told(path: str | Path, what: str, way_out: str) -> Iterator[None]:
+def unreadable_named(path: str | Path, what: str, way_out: str) -> Iterator[None]:
     """Turn whatever a reader of archives raises into an InputError: none has an error of its own, and a text file may
     end in an IndexError."""
     try:

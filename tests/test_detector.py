@@ -185,6 +185,10 @@ def test_bad_files_are_named(tmp_path, fitted):
     fails("damaged detector file .2 networks for 1 folds", {"members": 2 * content["members"]})
     empty = content["members"][0] | {"network": {}}
     fails("damaged detector file .it lacks backbone.conv1.bias and ", {"members": [empty]})
+    save_tensors(content | {"metadata": {"refitted": 5}}, path)
+    for read in (load, detector.set_since):
+        with pytest.raises(InputError, match="brick.pt: damaged detector file"):
+            read(path)
     save_tensors(content, tmp_path / "grass.pt")
     path = tmp_path / "grass.pt"
     fails("category 'brick' under another name")

@@ -268,6 +268,27 @@ def test_a_graph_with_one_weight_altered_is_caught(copied, script, detectors, da
         one_line(done, "b.onnx", "brick.pt", "largest relative difference")
 
 
+@pytest.mark.parametrize("axes", [[0, 1], [1]])
+def test_a_graph_that_compares_normal_images_by_something_else_is_told(made, detectors, script, tmp_path, axes):
+    """By one number, or by one for each image."""
+
+    def change(graph):
+        (node,) = (node for node in graph.node if "compared" in node.output)
+        node.output[:] = ["before"]
+        graph.initializer.append(onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [len(axes)], axes))
+        graph.node.append(onnx.helper.make_node("ReduceMax", ["before", "axes"], ["compared"], keepdims=0))
+        (output,) = (output for output in graph.output if output.name == "compared")
+        output.CopyFrom(onnx.helper.make_tensor_value_info("compared", onnx.TensorProto.FLOAT, ["B"][: 2 - len(axes)]))
+
+    path = tmp_path / "b.onnx"
+    for suffix in (".onnx", ".json"):
+        shutil.copy(made.whole.with_suffix(suffix), path.with_suffix(suffix))
+    altered(path, change, signed=True)
+    shutil.copy(detectors / "whole/brick.normals", tmp_path / "b.normals")
+    done = script("predict", path, tmp_path, "--explain", tmp_path / "why")
+    one_line(done, "b.onnx: is no detector" if axes == [1] else "b.normals: damaged")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -523,6 +544,12 @@ def test_normal_images_go_where_the_graph_goes(made, detectors, data, script, mo
     assert beside.read_bytes() == expected
     exported = Exported.open(out, 1)
     assert load_normals(beside, exported, exported=True).content() == expected
+    for suffix in (".pt", ".normals"):  # of a detector of its own, which would lose its normal images
+        shutil.copy(detectors / f"whole/grass{suffix}", tmp_path)
+    taken = (*command[:-1], tmp_path / "grass.onnx")
+    one_line(script(*taken), "grass.normals: would be replaced", "grass.pt")
+    assert (tmp_path / "grass.normals").read_bytes() == (detectors / "whole/grass.normals").read_bytes()
+    assert not (tmp_path / "grass.onnx").exists()
     source.write_bytes(expected[:3000])
     one_line(script(*command), f"{source}: truncated, damaged", "or leave it out with --explain 0")
     source.unlink()

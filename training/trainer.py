@@ -161,9 +161,7 @@ class Trainer:
         alone = replace(self.config, folds=1, holdout=0.0)
         detector = Detector(alone, [self.network], self.train_set.fill_index.to(self.device))
         detector.fit(self.images, threshold=False, numbers=self.seen)
-        auroc = evaluate(detector, test_set).metrics["image_auroc"]
-        self.network.train()
-        return auroc
+        return evaluate(detector, test_set).metrics["image_auroc"]
 
     def load_state(self, state: dict) -> None:
         """Set what has a state to a saved one. Raises InputError, with the reason, for one that does not fit or whose

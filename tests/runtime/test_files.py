@@ -246,3 +246,30 @@ def test_parts_come_back_and_damage_is_told(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(InputError, match=r"a\.zip: truncated, damaged or not a test file; do this$"):
             load_parts(path, "test", "do this")
+
+
+def overlapping(name, part):
+    """Return an archive of a part, and of another one that it lies in."""
+    inner = archive_of({name: part})
+    outer = io.BytesIO(archive_of({"outer": inner}))
+    with zipfile.ZipFile(io.BytesIO(inner)) as archive:
+        listed = archive.getinfo(name)
+    listed.header_offset = outer.getvalue().index(inner)
+    with zipfile.ZipFile(outer, "a") as archive:
+        archive.filelist.append(listed)
+        archive.writestr("end", b"")  # or the new list would not be written
+    return outer.getvalue()
+
+
+def test_no_archive_holds_more_than_its_file(path):
+    """Parts that lie in each other, or are compressed, could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, part in parts.items():
+            archive.writestr(zipfile.ZipInfo(name), part, zipfile.ZIP_DEFLATED)
+    for read, content in ((load_parts, overlapping("b", bytes(10**5))), (load_tensors, packed.getvalue())):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="truncated, damaged or not a test file"):
+            read(path, "test")
