@@ -267,7 +267,8 @@ def refit_detector(job: Job, options: RunOptions, given: dict) -> None:
     other.train_files = files_digest(train_set.paths)
     save_with_normals(other, train_set, job.path, options)
     count = f"{len(train_set)} images ({before} before)"
-    now = "".join(f"; now {name} {flag_value(new_settings.get(name))}" for name in changed)
+    told = [name for name in changed if new_settings.get(name) is not None]  # features other than level have no level
+    now = "".join(f"; now {name} {flag_value(new_settings[name])}" for name in told)
     say(f"{category}: fitted {job.path} anew to {count}{now}; its networks stay; {EXPORT_AGAIN}")
     if rate != config.false_alarm_rate:
         say(f"{category}: {job.path} decides at {rate:g} from now on")

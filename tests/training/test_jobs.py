@@ -349,8 +349,11 @@ def test_a_refit_takes_new_settings_of_the_density(data, tmp_path, script, train
 
 
 def test_a_refit_of_an_image_level_model_takes_no_settings_of_maps(data, tmp_path, script, train_brick):
-    assert train_brick("--size", 32, "--no-pretrained", "--epochs", 0).code == 0
+    assert train_brick("--size", 32, "--no-pretrained", "--epochs", 0, "--level", 3).code == 0
     where = ["--data_dir", data, "--logdir", tmp_path / "logdirs", "--model_dir", tmp_path / "models"]
+    done = script("run_training", *where, "--type", "brick", "--refit", "--features", "all")
+    assert done.code == 0, done.err
+    assert "; now features all; its networks stay" in done.err  # and no word of a level, which it has not
     one_line(
         script("run_training", *where, "--type", "brick", "--refit", "--sigma", 3), "--sigma: it is no patch model"
     )
