@@ -83,13 +83,14 @@ class Explainer:
         """Return what each image is compared with: the normal window nearest to the one where its map is highest, if
         the density knows it and its image is kept; else the nearest of the normal images."""
         nearest = self.normals.nearest(prediction.compared[anomalous])
-        whole = [Comparison(number, f"nearest normal: {self.normals.names[number]}") for number in nearest]
+        comparisons = [Comparison(number, f"nearest normal: {self.normals.names[number]}") for number in nearest]
         windows = () if prediction.windows is None else prediction.windows[anomalous].tolist()
-        kept = {number: index for index, number in enumerate(self.normals.numbers)}
+        places = {number: place for place, number in enumerate(self.normals.numbers)}
         for row, (number, *shift) in enumerate(windows):
-            if (index := kept.get(number)) is not None:
-                whole[row] = Comparison(index, f"nearest normal window: {self.normals.names[index]}", tuple(shift))
-        return whole
+            if (place := places.get(number)) is not None:
+                title = f"nearest normal window: {self.normals.names[place]}"
+                comparisons[row] = Comparison(place, title, tuple(shift))
+        return comparisons
 
     def draw(
         self,
