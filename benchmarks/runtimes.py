@@ -59,6 +59,7 @@ KINDS = {  # as run_training.py makes them, from scratch and from ImageNet weigh
         | {"patches": PatchConfig(64, window=JOINED_WINDOW)}
     ),
 }
+FORMS = {"torch": False, "torch.compile": True}  # of a detector in torch: whether torch compiles it
 ONE_IMAGE_ONLY = ("torch.compile",)  # for each other number of images it would compile for minutes
 FILES = 1000  # that predict.py scores: copies of the photographs
 Call = Callable[[np.ndarray], object]
@@ -131,8 +132,8 @@ def contestants(
     """Return by runtime what scores a batch (B, H, W, 3) uint8, and what runs the backbone alone on (B, 3, H, W)."""
     torch.set_num_threads(threads)
     calls: dict[str, tuple[Call, Call]] = {}
-    for name, form in FORMS.items():
-        calls[name] = torch_calls(form(detector))
+    for name, compiles in FORMS.items():
+        calls[name] = torch_calls(detector, compiles)
         try:
             calls[name][0](np.zeros((1, *detector.config.size, 3), np.uint8))
         except Exception as error:  # of what compiles, of any type: no compiler, say
@@ -148,27 +149,20 @@ def contestants(
     return calls
 
 
-def torch_calls(detector: Detector) -> tuple[Call, Call]:
-    """Return torch's calls. The bare backbone is as torchvision makes it: a detector has folded its BatchNorm."""
+def torch_calls(detector: Detector, compiles: bool) -> tuple[Call, Call]:
+    """Return torch's calls. The bare backbone is as torchvision makes it: a detector has folded its BatchNorm.
+    compiles: torch compiles both, for each shape when it first comes."""
+    detector, network = copy.deepcopy(detector), initial_network(detector.config).eval()
+    if compiles:
+        torch.compiler.reset()  # of one function, torch compiles a few networks and numbers of threads only
+        for part in (network, *(member.network for member in detector.members)):
+            part.features = torch.compile(part.features, dynamic=False)
     features = Features(detector.members[0])
-    features.network = initial_network(detector.config).eval()
+    features.network = network
     return (
         lambda x: detector.predict_batch(torch.from_numpy(x).permute(0, 3, 1, 2)),
         lambda x: features(torch.from_numpy(x).contiguous(memory_format=torch.channels_last)),
     )
-
-
-def compiled(detector: Detector) -> Detector:
-    """Return a copy whose networks torch compiles, for each shape when it first comes."""
-    torch.compiler.reset()  # of one function, torch compiles a few networks and numbers of threads only
-    detector = copy.deepcopy(detector)
-    for member in detector.members:
-        member.network.features = torch.compile(member.network.features, dynamic=False)
-    return detector
-
-
-# Forms of a detector in torch: itself, and a copy
-FORMS: dict[str, Callable[[Detector], Detector]] = {"torch": lambda detector: detector, "torch.compile": compiled}
 
 
 def onnxruntime_call(graph: bytes, threads: int) -> Call:

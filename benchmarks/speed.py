@@ -353,6 +353,7 @@ def conventional(run: Trainer, repeats: int) -> dict:
 def scoring(run: Trainer, repeats: int) -> dict:
     """Resident images to scores against the network's forward pass alone, both float32."""
     detector = Detector(run.config, [run.network]).fit(run.images)
+    run.network.eval()  # the detector has a copy of it
     images = run.images[:IMAGES_AT_ONCE]
     batch = prepared(images)
 
@@ -372,6 +373,7 @@ def scoring(run: Trainer, repeats: int) -> dict:
 def files(run: Trainer, repeats: int, paths: list[Path]) -> dict:
     """PNG files of original size to scores against decoding alone plus the forward pass alone."""
     detector = Detector(run.config, [run.network]).fit(run.images)
+    run.network.eval()  # the detector has a copy of it
     batch = prepared(run.images)
 
     def decoding() -> Tensor:
