@@ -528,6 +528,7 @@ def refitted(config: Config, given: dict) -> Config:
     cannot be, and for maps of an image-level model."""
     if config.patches is None and (names := [name for name in PATCH_SETTINGS if name in given]):
         raise SettingError(names[0], "it is no patch model; leave the flag out or choose with --type")
+    given = given if given.get("dense", True) else {"join": False} | given  # as where a detector is made
     apart = config.patches and config.join and not given.get("join", True)
     if apart and config.patches.window == JOINED_WINDOW:  # the default, which fits no stage of stride 16
         given = {"window": PatchConfig.window} | given

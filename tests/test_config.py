@@ -60,6 +60,7 @@ def test_stages_apart_have_windows_that_fit_them():
     together = parsed("--patch_size", 64)
     assert refitted(together, {"join": False}).patches.window == 16
     assert refitted(together, {"density": "torch"}).patches.window == 24
+    assert not refitted(together, {"dense": False}).join
     assert refitted(replace(together, density="torch"), {"join": False, "window": 32}).patches.window == 32
     chosen = parsed("--patch_size", 64, "--window", 48)
     assert refitted(chosen, {"join": False}).patches.window == 48  # not by default: it stays
