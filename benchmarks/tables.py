@@ -477,10 +477,11 @@ def launches_table() -> str:
 
 def runtimes_table() -> str:
     """Show what whole detectors take in each runtime: milliseconds of a batch, of one image with the 99th percentile,
-    and in parentheses how many times the bare backbone; the newest rows count."""
+    and in parentheses how many times the bare backbone, of the newest commit that was measured."""
     shown = ["backbone", "model", "threads", "batch_size"]
     rows = speed_rows("runtime", "backbone", "model", "scoring_ms", "scoring_p99_ms", "whole_over_bare")
-    rows = rows[rows.scoring_ms.notna()].drop_duplicates([*shown, "runtime"], keep="last")
+    rows = rows[rows.scoring_ms.notna()]
+    rows = rows[rows.commit == rows.commit.iloc[-1]].drop_duplicates([*shown, "runtime"], keep="last")
     names = list(dict.fromkeys(rows.runtime))
     cells = []
     for key, group in rows.groupby(shown):
