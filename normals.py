@@ -39,7 +39,7 @@ UNIT_ERROR = 0.01  # of the length of an embedding, which is kept in half precis
 
 
 class Owner(Protocol):
-    """What a file of normal images belongs to: a Detector, or an Exported one.
+    """Name what a file of normal images is read for: a Detector, or an Exported one.
 
     normals_digest: tells it from others. size: (H, W) of its images. compared_width: D of their embeddings.
     """
