@@ -174,7 +174,7 @@ def test_every_plain_3x3_convolution_takes_small_maps():
 
 @every_backbone
 def test_folded_backbones_give_the_same(backbone):
-    """Of 64 px, resnet18's last stage is 2 x 2, which SmallMapConv computes."""
+    """Compare features of all stages, in float64. The images are so small that SmallMapConv computes the last one."""
     network = with_statistics(make(backbone=backbone)).eval().double()
     images = torch.rand(2, 3, 64, 48, dtype=torch.float64)
     folded, levels = network.folded(), network.spec.levels
