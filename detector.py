@@ -23,7 +23,7 @@ from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from dataset import choose_categories
 from density import DENSITIES, DensityError, has_gradient
 from image_ops import NOTHING_IGNORED, fill_ignored, ignored_pixels, to_float
-from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, embed_windows, grad_cam, upsample
+from localization import AXES_IMAGES, EACH_LEAST, Grid, StageDensity, bounded, embed_windows, grad_cam, upsample
 from model import CutPasteNet, load_backbone_weights
 from runtime.files import InputError, damage_named, load_tensors, save_tensors, say
 from runtime.gpu import issued_ahead, to_device
@@ -32,11 +32,12 @@ from runtime.looks import image_statistics
 from runtime.tensors import FLOATS, TensorRule, check_tensor, check_tensors, rules_of, standardization
 
 FORMAT = "cutpaste-detector"
-VERSION = 8  # raise it when an older program could no longer read the file rightly
+VERSION = 9  # raise it when an older program could no longer read the file rightly
 SUFFIX = ".pt"
 EXPORT_AGAIN = "an exported file must be exported again"  # wherever it lies, where a detector file has changed
 CHOSEN_BEFORE = "both"  # the density of "auto" until it has been chosen
 DAMAGED = "detector", "train it again"
+SUM_LIMIT = 15.0  # deviations, of a sum at a place: what is higher would only glow beyond its border
 CELLS = 4  # images are compared by a map of so many features down and across
 WHITES = tuple(2**bits - 1 for bits in range(8, 17))  # of 16-bit images, see dataset.find_white
 APPEARANCE_IMAGES = 4096  # normal images whose looks are kept
@@ -440,7 +441,8 @@ class EnsembleMember(nn.Module):
     levels -> the score: the distance itself, or the maximum of the map that distances are up-sampled to.
 
     Buffers: center, scale (), float64: the scores' mean and standard deviation on normal images that this member has
-    not seen, 0 and 1 of a detector's only member. hidden (H, W) bool: where maps show nothing; may be empty.
+    not seen, 0 and 1 of a detector's only member. limit (), float64: of the sum of joined distances at a place, see
+    localization.bounded. hidden (H, W) bool: where maps show nothing; may be empty.
     """
 
     def __init__(self, config: Config, network: CutPasteNet, hidden: Tensor, density: str) -> None:
@@ -454,6 +456,7 @@ class EnsembleMember(nn.Module):
         )
         self.register_buffer("center", torch.zeros((), dtype=torch.float64))
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.register_buffer("limit", torch.tensor(SUM_LIMIT, dtype=torch.float64))
         self.register_buffer("hidden", hidden)
 
     def _grid(self, level: int) -> Grid:
@@ -532,8 +535,8 @@ class EnsembleMember(nn.Module):
         if self.config.patches is None:
             return sum(distances)[:, 0].double(), None
         sigma = self.config.patches.sigma
-        if self.config.join:  # all at the same places
-            distances = [sum(distances)]
+        if self.config.join and len(distances) > 1:  # all at the same places
+            distances = [bounded(sum(distances), self.limit)]
         maps = sum(upsample(x, level.grid, sigma) for level, x in zip(self.levels, distances))
         maps = self.lower_hidden(maps.float())
         return maps.amax((1, 2)).double(), maps
@@ -579,7 +582,7 @@ class EnsembleMember(nn.Module):
             if new_level.joined:
                 new_level.origin = level.origin
             if len(other.levels) > 1:
-                new_level.center, new_level.scale = level.center, level.scale
+                new_level.center, new_level.scale, other.limit = level.center, level.scale, self.limit
                 if new_level.by_place:
                     new_level.limit = level.limit
         return other.to(next(self.network.parameters()).device)
@@ -742,7 +745,7 @@ def save(detector: Detector, path: str | Path) -> None:
         "rate_chosen": detector.rate_chosen,
         "members": [
             {"network": member.network.state_dict(), "levels": member.levels.state_dict()}
-            | {"center": member.center, "scale": member.scale}
+            | {"center": member.center, "scale": member.scale, "limit": member.limit}
             for member in detector.members
         ],
         "threshold": detector.threshold,
@@ -848,7 +851,7 @@ def load_member(member: EnsembleMember, content: dict) -> None:
     """Set a member's densities to what a file holds of them. Raises ValueError, naming it, for what does not fit or
     cannot be."""
     config, alone = member.config, member.config.folds == 1
-    for name, rule in standardization(alone).items():
+    for name, rule in (standardization(alone) | {"limit": TensorRule((), least=1)}).items():
         check_tensor(name, content[name], rule, {})
     buffers: dict[str, dict[str, object]] = {str(number): {} for number in range(len(member.levels))}
     for name, value in content["levels"].items():
@@ -863,7 +866,7 @@ def load_member(member: EnsembleMember, content: dict) -> None:
         owner, _, buffer = name.rpartition(".")
         # What is kept in half precision is computed with in single precision
         setattr(member.levels.get_submodule(owner), buffer, value.float() if value.dtype == torch.float16 else value)
-    member.center, member.scale = content["center"], content["scale"]
+    member.center, member.scale, member.limit = content["center"], content["scale"], content["limit"]
 
 
 def _read(path: str | Path) -> tuple[Config, dict]:
@@ -878,6 +881,7 @@ def _read(path: str | Path) -> tuple[Config, dict]:
         content = from_version_2(content) if version < 3 else content
         content = from_version_3(content) if version < 4 else content
         content = from_version_6(content) if version < 7 else content
+        content = from_version_8(content) if version < 9 else content
         try:
             config = Config.from_dict(content["config"])
         except UnknownSettingError as error:
@@ -930,6 +934,12 @@ def from_version_6(content: dict) -> dict:
         limits = {name.replace("center", "limit"): torch.tensor(1e9, dtype=torch.float64) for name in by_place}
         members.append(member | {"levels": member["levels"] | limits})
     return content | {"config": config, "members": members}
+
+
+def from_version_8(content: dict) -> dict:
+    """Bring a file to version 9. Version 8 set no limit to the sum of joined distances at a place."""
+    limit = {"limit": torch.tensor(1e9, dtype=torch.float64)}
+    return content | {"members": [member | limit for member in content["members"]]}
 
 
 def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:

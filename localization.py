@@ -319,6 +319,13 @@ def upsample(distances: Tensor, grid: Grid, sigma: float) -> Tensor:
     return down @ distances.unflatten(1, grid.shape) @ across.T
 
 
+def bounded(deviations: Tensor, limit: Tensor) -> Tensor:
+    """Return deviations as they are up to half of ``limit``; those above keep their order, grow ever more slowly, and
+    never exceed it."""
+    above = deviations.clamp(min=limit / 2)
+    return torch.where(deviations < above, deviations, limit - limit.square() / (4 * above))
+
+
 def weights(side: int, centers: Tensor, sigma: float) -> Tensor:
     """Return the weight of each window (h,) for each pixel of a side: (side, h) float64, rows that sum to 1."""
     pixels = torch.arange(side, dtype=torch.float64, device=centers.device) + 0.5

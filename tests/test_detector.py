@@ -290,6 +290,7 @@ def test_places_of_version_6_have_no_limit(tmp_path, patch_model, monkeypatch):
     monkeypatch.setattr(localization, "PLACE_LIMIT", 3.0)
     both, images = patch_model.refit(pictures(20), **BOTH), pictures(3, seed=1)
     images[:, :, 10:40:4, 10:40] = 255  # stripes
+    both.members[0].limit.fill_(1e9)
     limited = both(images)[1]
     both.members[0].levels[0].limit.fill_(1e9)
     save(both, tmp_path / "brick.pt")
@@ -298,6 +299,23 @@ def test_places_of_version_6_have_no_limit(tmp_path, patch_model, monkeypatch):
     del content["members"][0]["levels"]["0.limit"]
     save_tensors(content | {"version": 6}, tmp_path / "brick.pt")
     assert torch.equal(load(tmp_path / "brick.pt")(images)[1], both(images)[1])
+    assert not torch.allclose(limited, both(images)[1], rtol=0.01)
+
+
+def test_sums_of_version_8_have_no_limit(tmp_path, patch_model):
+    """Nor when the file is written again."""
+    both, images = patch_model.refit(pictures(20), **BOTH), pictures(3, seed=1)
+    images[:, :, 10:40:4, 10:40] = 255  # stripes
+    limited = both(images)[1]
+    save(both, tmp_path / "brick.pt")
+    both.members[0].limit.fill_(1e9)
+    content = load_tensors(tmp_path / "brick.pt", "detector")
+    del content["members"][0]["limit"]
+    save_tensors(content | {"version": 8}, tmp_path / "brick.pt")
+    for _ in range(2):
+        earlier = load(tmp_path / "brick.pt")
+        assert torch.equal(earlier(images)[1], both(images)[1])
+        save(earlier, tmp_path / "brick.pt")
     assert not torch.allclose(limited, both(images)[1], rtol=0.01)
 
 
@@ -411,6 +429,7 @@ def test_a_detector_can_be_exported(fitted, images, patch_model, changes):
 
 
 def test_both_is_the_sum_of_standardized_distances_the_gaussians_place_by_place(patch_model):
+    """No place may say too much: neither in the Gaussian's distance nor in the sum."""
     both = patch_model.refit(pictures(20), **BOTH)
     images, (member,) = pictures(4, seed=1), both.members
     images[3, :, 10:40:4, 10:40] = 255  # stripes
@@ -422,6 +441,9 @@ def test_both_is_the_sum_of_standardized_distances_the_gaussians_place_by_place(
     gaussian.limit.fill_(9)
     assert expected[:3].max() < 9 < expected[3].max()  # no place has a greater say
     expected = expected.clamp(max=9) + (nearest.distances(x) - nearest.center) / nearest.scale
+    assert member.limit == 15
+    assert expected[:3].max() < 7.5 < 15 < expected[3].max()
+    expected = torch.where(expected <= 7.5, expected, 15 - 15**2 / (4 * expected))
     assert torch.allclose(both(images)[1], upsample(expected.float(), gaussian.grid, 4.0), rtol=1e-3, atol=1e-3)
     assert both.unit == "sum of standardized distances: Mahalanobis distance, distance to the nearest normal embedding"
     for density, level in (("torch", gaussian), ("nearest", nearest)):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from density import NotFiniteError, fit_density, held_out
-from localization import WHITENED, Grid, StageDensity, embed_windows, grad_cam, principal_axes, upsample
+from localization import WHITENED, Grid, StageDensity, bounded, embed_windows, grad_cam, principal_axes, upsample
 from model import CutPasteNet
 
 
@@ -275,6 +275,22 @@ def test_upsampling_keeps_a_flat_map_flat_for_any_sigma(sigma):
     grid = Grid(45, 70, 32, 8)
     maps = upsample(torch.full((1, math.prod(grid.shape)), 7.0), grid, sigma)
     assert torch.allclose(maps, torch.full_like(maps, 7.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounded_values_keep_their_order_and_never_exceed_the_limit(dtype):
+    values = torch.cat([torch.linspace(-20, 40, 6001), torch.logspace(1.7, 6, 200)]).to(dtype)
+    limit = torch.tensor(15.0, dtype=torch.float64)
+    found = bounded(values, limit)
+    assert found.dtype == dtype
+    assert torch.equal(found[values <= 7.5], values[values <= 7.5])
+    steps = found.diff() / values.diff()
+    assert (steps[values[1:] > 7.5] > 0).all()
+    assert steps.max() < 1.01  # no jump at half of the limit
+    assert steps[values[1:] > 7.6].diff().max() < 0.01
+    assert 14.99 < found[-1] <= 15
+    assert torch.equal(bounded(values, torch.tensor(1e9, dtype=torch.float64)), values)
+    assert bounded(torch.tensor([9.0, 30.0]), limit).tolist() == [8.75, 13.125]  # 15 - 225 / 36, 15 - 225 / 120
 
 
 def test_a_map_by_hand():
