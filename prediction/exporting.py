@@ -26,6 +26,7 @@ from prediction.exported import FORMAT, INPUT, RESIZE, VERSION, Exported, digest
 from runtime.files import InputError
 
 PACKAGES = "onnx", "onnxscript", "onnxruntime"
+TORCH = 2, 8  # its first version that exports what a detector is made of
 OPSET = 18  # version of ONNX's operators
 TOLERANCE = 1e-4  # largest relative difference of scores and maps in float32
 SEEN_AT_ONCE = 2  # images that the graph is traced with: one would be taken for the only number there is
@@ -37,7 +38,9 @@ BETWEEN = ("Add", "Relu", "Clip", "MaxPool")
 
 
 def check_packages() -> None:
-    """Raise InputError if a package is missing that only export needs."""
+    """Raise InputError if a package is missing that only export needs, or torch is too old for it."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH:
+        raise InputError(f"export needs torch {'.'.join(map(str, TORCH))} or newer, this is {torch.__version__}")
     for name in PACKAGES:
         try:
             importlib.import_module(name)

@@ -28,6 +28,10 @@ torch.set_num_threads(1)  # the work is tiny: threads would cost more than they 
 # In float32 on every processor: the precision that suits one would decide which bits a test compares
 TINY = ["--no-pretrained", "--size", "32", "--epochs", "12", "--batch_size", "4", "--test_epochs", "-1", "--amp", "off"]
 
+needs_export = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8), reason="export needs torch 2.8 or newer"
+)
+
 SMALL = ["--backbone", "mobilenet_v2", "--level", "3", "--epochs", "5"]  # beside TINY, for what trains several networks
 
 

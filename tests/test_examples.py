@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, rows_of
+from conftest import ROOT, needs_export, rows_of
 from PIL import Image
 
+pytestmark = needs_export
 COMPARED = ("p_value", "anomalous", "x", "y", "width", "height")
 SAMPLE = ROOT / "examples/predict_onnx.py"
 PYTHON = (sys.executable, "-I", SAMPLE)  # which finds no module of this project

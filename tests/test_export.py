@@ -5,6 +5,7 @@ import lzma
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, one_line
+from conftest import ROOT, needs_export, one_line
 from forged import of_version_2
 from test_detector import VERSION_2_IMAGES
 
@@ -25,8 +26,9 @@ from image_ops import fill_index_of
 from normals import load_normals
 from prediction import exporting
 from prediction.exported import Exported, digest, open_session, probe_images
-from runtime.files import load_parts, save_tensors
+from runtime.files import InputError, load_parts, save_tensors
 
+pytestmark = needs_export
 SIZE = (32, 48)
 SMALL = Config(
     "brick",
@@ -356,6 +358,13 @@ def test_packages_that_are_missing_are_told(detectors, data, script, monkeypatch
     done = script("export", detectors / "patch/brick.pt", "--data_dir", data, "--output", out)
     one_line(done, missing, "pip install")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("version", "told"), [("2.7.1+cu126", True), ("2.8.0", False), ("2.10.0a0+git1", False)])
+def test_a_torch_that_is_too_old_is_told(monkeypatch, version, told):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(InputError, match=r"needs torch 2\.8 or newer, this is 2\.7\.1") if told else nullcontext():
+        exporting.check_packages()
 
 
 @pytest.mark.parametrize(

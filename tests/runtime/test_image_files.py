@@ -397,7 +397,7 @@ def test_where_0_is_white_an_image_is_inverted(tmp_path, dtype):
     assert np.array_equal(decode(tmp_path / "a.tif"), as_rgb(seen))
     tifffile.imwrite(tmp_path / "b.tif", (values.max() * (1 - RECTANGLE)).astype(dtype), photometric="miniswhite")
     assert np.array_equal(decode_mask(tmp_path / "b.tif"), RECTANGLE)
-    tifffile.imwrite(tmp_path / "c.tif", 1023 - seen * np.uint16(4), photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "c.tif", 1023 - seen.astype(np.uint16) * 4, photometric="miniswhite")
     assert white_of(tmp_path / "c.tif") == 1023
     assert np.array_equal(decode(tmp_path / "c.tif", white=1023), as_rgb((seen * (4 * 255 / 1023)).round()))
 

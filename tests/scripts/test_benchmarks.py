@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from conftest import ROOT, fork, one_line
+from conftest import ROOT, fork, needs_export, one_line
 from PIL import Image
 
 from config import VARIANTS, Variant
@@ -201,6 +201,7 @@ def test_the_benchmark_of_speed_runs(data, tmp_path):
             assert 0 < value < 1e6, name
 
 
+@needs_export
 def test_runtimes_are_measured(benchmarks, data, tmp_path, monkeypatch):
     """One model in all runtimes that are installed, but for torch.compile, which takes long; what they say is the same.
     And predict.py on it."""

@@ -32,7 +32,7 @@ def lines(done):
 
 
 def table(folder, name="results.csv"):
-    return pandas.read_csv(folder / name)  # whose last digit may differ
+    return pandas.read_csv(folder / name, float_precision="round_trip")
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, lines_in, one_line, rows_of, wait_for
+from conftest import ROOT, contents, lines_in, needs_export, one_line, rows_of, wait_for
 from forged import of_version_2
 from PIL import Image
 from test_export import JOINED, SIZE, fitted
@@ -31,6 +31,7 @@ from prediction.scorer import Model
 from runtime.files import load_parts, save_tensors
 from runtime.image_files import decode
 
+pytestmark = needs_export
 SAME = ("path", "p_value", "anomalous", "x", "y", "width", "height", "error", "bytes", "modified")
 HEAVY = ("torch", "torchvision", "pandas", "seaborn", "sklearn", "scipy", "matplotlib", "onnx", "onnxscript")
 # A script where those are not installed: it ends with what has come in none the less
