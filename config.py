@@ -450,7 +450,8 @@ class Config:
                 continue
             for name in ("window", "stride"):  # a smaller value becomes one feature
                 if (value := self._value(name)) > feature_stride and value % feature_stride:
-                    raise SettingError(name, f"{value} must be a multiple of {feature_stride} for stage {level}")
+                    reason = f"{value} must be a multiple of {feature_stride} for stage {level}, as --join is 0"
+                    raise SettingError(name, reason)
         if self.density == "kde":
             raise SettingError("density", f"{self.density} cannot be fitted to the windows of a patch model")
 

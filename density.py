@@ -508,20 +508,23 @@ def fit_density(kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, i
     return DENSITIES[kind](shape or (1, locations)).to(embeddings.device).fit(group_by_density(embeddings, shared))
 
 
-def held_out(kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, int] | None = None) -> tuple[Tensor, float]:
+def held_out(
+    kind: str, embeddings: Tensor, shared: bool, shape: tuple[int, int] | None = None, fitted: Density | None = None
+) -> tuple[Tensor, float]:
     """Estimate the scores of new normal images: score normal images by densities that were not fitted to them.
 
     Image i of embeddings (N, L, D) is in fold i modulo FOLDS; a fold is scored by the density of all other folds.
-    Nearest embeddings leave out image by image instead, see ``Nearest.leave_one_out``. Returns the scores (N, L)
-    float64, higher is more anomalous, and their mean log likelihood, NaN if the density has none. Fewer than four
-    images are scored by the density of all of them, because one to two others are no distribution. Raises DensityError.
+    Nearest embeddings leave out image by image instead, see ``Nearest.leave_one_out``. fitted: the density of all of
+    them, if it is there already. Returns the scores (N, L) float64, higher is more anomalous, and their mean log
+    likelihood, NaN if the density has none. Fewer than four images are scored by the density of all of them, because
+    one to two others are no distribution. Raises DensityError.
     """
     x, total, folds = embeddings, 0.0, min(FOLDS, len(embeddings))
     if len(x) < 2:
         raise DensityError(f"a density needs at least 2 images, got {len(x)}")
     ungrouped = lambda scores, count: (scores.view(count, -1) if shared else scores.T).double()  # noqa: E731
     if kind == "nearest":
-        density = fit_density(kind, x, shared, shape)
+        density = fitted or fit_density(kind, x, shared, shape)
         return ungrouped(density.leave_one_out(group_by_density(x, shared)), len(x)), math.nan
     fold = torch.arange(len(x), device=x.device) % folds
     scores = torch.empty(x.shape[:2], dtype=torch.float64, device=x.device)

@@ -276,13 +276,16 @@ class StageDensity(nn.Module):
         if len(projected) < EACH_LEAST or projected.shape[1] == 1:
             kinds = ("shared",)
         tried = {}
-        if len(kinds) > 1 or with_held_out:
-            tried = {kind: held_out(self.kind, projected, kind == "shared", shape) for kind in kinds}
         if len(kinds) > 1:
+            tried = {kind: held_out(self.kind, projected, kind == "shared", shape) for kind in kinds}
             self.likelihoods = {kind: likelihood for kind, (_, likelihood) in tried.items()}
             kinds = (max(self.likelihoods, key=self.likelihoods.get),)
-        self.density = fit_density(self.kind, projected, kinds[0] == "shared", shape)
-        return tried[kinds[0]][0] if with_held_out else None
+        (kind,) = kinds
+        self.density = fit_density(self.kind, projected, kind == "shared", shape)
+        if not with_held_out:
+            return None
+        scores, _ = tried.get(kind) or held_out(self.kind, projected, kind == "shared", shape, self.density)
+        return scores
 
 
 def principal_axes(embeddings: Tensor) -> Tensor:
