@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DENSITY_NAMES = ["torch", "sklearn", "kde", "nearest"]  # of density.DENSITIES
 DENSITY_SUMS = {"both": ("torch", "nearest")}  # densities whose standardized distances are added
+# What "auto" chooses from; the last one: as by --location shared
+CANDIDATES = ("both", "nearest", "torch", "nearest shared")
 LOCATIONS = ("auto", "shared", "each")  # which Gaussians a patch model has
 NORMALIZATIONS = ("imagenet", "half", "image")
 SUFFIXES = (".pt", ".onnx")  # of a detector's file: of torch, and exported for ONNX Runtime

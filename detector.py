@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from config import DENSITY_SUMS, EACH_DIMS, VARIANTS, Config, SettingError, UnknownSettingError
+from config import CANDIDATES, DENSITY_SUMS, EACH_DIMS, VARIANTS, Config, SettingError, UnknownSettingError
 from conformal import FalseAlarmGuarantee, conformal_threshold, p_values
 from dataset import choose_categories
 from density import DENSITIES, DensityError, has_gradient
@@ -401,6 +401,8 @@ class Detector(nn.Module):
         config = Config.from_dict(self.config.to_dict() | changes)
         if not chosen_density and config.density == self.config.density:
             chosen_density = self.density
+        if config.patches and config.patches.location != "auto":  # no other one has a say
+            chosen_density = chosen_density.partition(" ")[0]
         networks = [member.network for member in self.members]
         other = Detector(config, networks, self.fill_index, self.white, chosen_density)
         other.metadata, other.rate_chosen = dict(self.metadata), self.rate_chosen
@@ -447,7 +449,8 @@ class EnsembleMember(nn.Module):
 
     def __init__(self, config: Config, network: CutPasteNet, hidden: Tensor, density: str) -> None:
         super().__init__()
-        self.config, self.network, self.densities = config, network, DENSITY_SUMS.get(density, (density,))
+        name, _, self.location = density.partition(" ")  # "nearest shared": the location has been chosen, too
+        self.config, self.network, self.densities = config, network, DENSITY_SUMS.get(name, (name,))
         self.grids = [self._grid(level) for level in config.levels]
         numbers = range(len(self.grids))
         seen_together = [tuple(numbers)] if config.join else [(number,) for number in numbers]
@@ -475,13 +478,17 @@ class EnsembleMember(nn.Module):
         config, patches, grids = self.config, self.config.patches, [self.grids[stage] for stage in stages]
         if patches is None:
             return StageDensity(stages, grids, density, config.l2, "shared", None, config.join)
-        width = sum(self.network.spec.widths[config.levels[stage] - 1] for stage in stages)
+        width, location = self.width(stages), self.location or patches.location
         if config.join:
             dims = min(patches.dims or EACH_DIMS, width)
             by_place = len(self.densities) > 1 and DENSITIES[density].has_likelihood
-            return StageDensity(stages, grids, density, config.l2, patches.location, dims, True, by_place)
+            return StageDensity(stages, grids, density, config.l2, location, dims, True, by_place)
         dims = patches.max_dims if patches.max_dims < width else None
-        return StageDensity(stages, grids, density, config.l2, patches.location, dims)
+        return StageDensity(stages, grids, density, config.l2, location, dims)
+
+    def width(self, stages: tuple[int, ...]) -> int:
+        """Return how many features the stages of these numbers have."""
+        return sum(self.network.spec.widths[self.config.levels[stage] - 1] for stage in stages)
 
     @property
     def unit(self) -> str:
@@ -573,14 +580,18 @@ class EnsembleMember(nn.Module):
     # Fitting ------------------------------------------------------------------------------------------------------
 
     def with_density(self, density: str) -> "EnsembleMember":
-        """Return a member of the same network that has some of this one's fitted densities: those of ``density``."""
+        """Return a member of the same network that has some of this one's fitted densities: those of ``density``. Of a
+        density with a location of its own it has the axes alone."""
         other = EnsembleMember(self.config, self.network, self.hidden, density)
         fitted = {(level.stages, level.kind): level for level in self.levels}
         for new_level in other.levels:
             level = fitted[new_level.stages, new_level.kind]
-            new_level.density, new_level.axes = level.density, level.axes
+            new_level.axes = level.axes
             if new_level.joined:
                 new_level.origin = level.origin
+            if other.location:
+                continue
+            new_level.density = level.density
             if len(other.levels) > 1:
                 new_level.center, new_level.scale, other.limit = level.center, level.scale, self.limit
                 if new_level.by_place:
@@ -600,8 +611,11 @@ class EnsembleMember(nn.Module):
         held_out: return what new normal images would score (count,), by densities fitted to the other folds of these,
         ``batch_size`` of them at a time; the network has seen them all. Raises DensityError if none can be fitted.
         """
+        return self.fit_projected(self.project_all(embeddings, count), held_out, batch_size)
+
+    def fit_projected(self, projected: list[Tensor], held_out: bool, batch_size: int) -> Tensor | None:
+        """Do what ``fit`` does with what ``project_all`` returns."""
         several = len(self.levels) > 1
-        projected = self._project_all(embeddings, count)
         distances = [level.fit(x, held_out or several) for level, x in zip(self.levels, projected)]
         if several:
             for level, normal in zip(self.levels, distances):
@@ -612,7 +626,7 @@ class EnsembleMember(nn.Module):
         return torch.cat([self.aggregate(list(batch))[0] for batch in batches])
 
     @torch.inference_mode()
-    def _project_all(self, embeddings: Iterable[list[Tensor]], count: int) -> list[Tensor]:
+    def project_all(self, embeddings: Iterable[list[Tensor]], count: int) -> list[Tensor]:
         """Return the projected embeddings (count, L, d) of each level, each held once."""
         projected: dict[tuple[int, ...], Tensor] = {}
         done = 0
@@ -807,7 +821,7 @@ def _check(config: Config, content: dict) -> None:
     if config.folds > 1 and len({next(iter(part["network"].values())).data_ptr() for part in members}) < len(members):
         raise ValueError("several folds have one network")
     density = content.get("chosen_density", config.density)
-    if density not in ([*DENSITIES, *DENSITY_SUMS] if config.density == "auto" else [config.density]):
+    if density not in (CANDIDATES if config.density == "auto" else (config.density,)):
         raise ValueError(f"density {density!r} for the setting {config.density}")
     sizes = dict(zip("HW", config.size))
     check_tensor("normal_scores", scores, TensorRule(("n",)), sizes)
@@ -850,7 +864,7 @@ def load_network(config: Config, state: dict[str, Tensor], folded: bool) -> CutP
 def load_member(member: EnsembleMember, content: dict) -> None:
     """Set a member's densities to what a file holds of them. Raises ValueError, naming it, for what does not fit or
     cannot be."""
-    config, alone = member.config, member.config.folds == 1
+    alone = member.config.folds == 1
     for name, rule in (standardization(alone) | {"limit": TensorRule((), least=1)}).items():
         check_tensor(name, content[name], rule, {})
     buffers: dict[str, dict[str, object]] = {str(number): {} for number in range(len(member.levels))}
@@ -860,8 +874,7 @@ def load_member(member: EnsembleMember, content: dict) -> None:
             raise ValueError(f"{name} is of a level that it has not")
         buffers[number][buffer] = value
     for number, level in enumerate(member.levels):
-        width = sum(member.network.spec.widths[config.levels[stage] - 1] for stage in level.stages)
-        level.check(buffers[str(number)], width, alone=len(member.levels) == 1)
+        level.check(buffers[str(number)], member.width(level.stages), alone=len(member.levels) == 1)
     for name, value in content["levels"].items():  # their shapes are the file's, not those of an empty density
         owner, _, buffer = name.rpartition(".")
         # What is kept in half precision is computed with in single precision

@@ -7,7 +7,7 @@ must tell the pasted images from those held out. Owns what is pasted, the densit
 import torch
 from torch import Tensor
 
-from config import refitted
+from config import CANDIDATES, refitted
 from cutpaste import make_views_and_sample, sample_params, visible
 from density import DensityError
 from detector import Detector, EnsembleMember, all_but, category_seed, evenly_spaced, stream, unseen_by
@@ -15,7 +15,6 @@ from image_ops import to_float
 from localization import AXES_IMAGES
 from runtime.files import InputError
 
-CANDIDATES = ("both", "nearest", "torch")  # densities that are compared; "both" is the sum of the others
 MOST_IMAGES = 250  # normal images that are looked at
 HELD_OUT = 5  # one image of so many is held out
 MARGIN = 0.02  # of AUROC: a smaller difference is a matter of chance
@@ -41,7 +40,8 @@ def pasted_images(images: Tensor, generator: torch.Generator) -> Tensor:
 
 class Judge:
     """Compare CANDIDATES as the density of a detector's first network, from normal images (N, 3, H, W) uint8 alone:
-    those that it was or will be fitted to. Raises InputError if they are too few or too much alike."""
+    those that it was or will be fitted to. The last one only where windows may be compared with those from anywhere.
+    Raises InputError if they are too few or too much alike."""
 
     @torch.inference_mode()
     def __init__(self, detector: Detector, images: Tensor) -> None:
@@ -54,10 +54,18 @@ class Judge:
         fitted = EnsembleMember(config, self.network.network, self.network.hidden, "both").to(detector.device)
         try:
             fitted.choose_axes(stream(detector, images, fitted.embed, AXES_IMAGES, known))
-            fitted.fit(stream(detector, images, fitted.embed, numbers=known), len(known), False, detector.batch_size)
+            projected = fitted.project_all(stream(detector, images, fitted.embed, numbers=known), len(known))
+            fitted.fit_projected(projected, False, detector.batch_size)
+            self.candidates = {density: fitted.with_density(density) for density in CANDIDATES}
+            *_, anywhere = CANDIDATES
+            if config.patches and config.patches.location == "auto":
+                seen = {level.stages: x for level, x in zip(fitted.levels, projected)}
+                candidate = self.candidates[anywhere]
+                candidate.fit_projected([seen[level.stages] for level in candidate.levels], False, detector.batch_size)
+            else:
+                del self.candidates[anywhere]
         except DensityError as error:
             raise InputError(f"{config.category}: no density can be fitted: {error}") from error
-        self.candidates = {density: fitted.with_density(density) for density in CANDIDATES}
         self.normal = images[numbers[::HELD_OUT]].cpu()  # held out
         self.normal_scores = self.scores(to_float(self.normal))
 
@@ -87,10 +95,10 @@ class Judge:
 
 def choose(aurocs: dict[str, float]) -> str:
     """Return the density with the highest AUROC; the first of those that are less than MARGIN behind it, and the first
-    of all where none is better than CHANCE."""
+    of all where none is better than CHANCE. aurocs: in the order of CANDIDATES."""
     best = max(aurocs.values())
     margin = MARGIN if best > CHANCE else 1.0
-    return next(density for density in CANDIDATES if aurocs[density] >= best - margin)
+    return next(density for density, auroc in aurocs.items() if auroc >= best - margin)
 
 
 def with_settings(detector: Detector, given: dict, images: Tensor) -> Detector:
