@@ -230,7 +230,7 @@ def density_rows() -> DataFrame:
     rows = pandas.read_csv(ROOT / "results/density.csv").fillna({"join": False})
     tuned = rows.epochs.map(lambda steps: f"{steps} steps" if steps else "as it is")
     rows["network"] = (rows.backbone + ", " + tuned).where(rows.pretrained, rows.backbone + ", recipe " + rows.recipe)
-    shared = rows.location_chosen.map(lambda kinds: " (shared)" if set(kinds.split(",")) == {"shared"} else "")
+    shared = rows.location_chosen.map(lambda kinds: " shared" if set(kinds.split(",")) == {"shared"} else "")
     joined = rows["join"].astype(bool)  # not rows.join, which pandas has
     rows["described"] = (rows.density + shared).where(joined, "one Gaussian for each stage")
     as_trained = rows.backbone.map(lambda name: BACKBONES[name].normalize)
@@ -257,7 +257,7 @@ def choice_table() -> str:
     """Show what ``check_data.py --choose`` took in its draws, and what that reaches, on the network of density_rows."""
     draws, made = pandas.read_csv(ROOT / "results/choice.csv"), density_rows()
     made = made[(made.backbone == "mobilenet_v2") & (made.epochs == 0)].set_index(["category", "described"])
-    cells, names = [], ["both", "nearest", "torch"]
+    cells, names = [], config.CANDIDATES
     for category in (name for name in CATEGORIES if name in set(draws.category)):
         rows = draws[draws.category == category]
         picks = rows.drop_duplicates("draw").chosen
@@ -269,8 +269,8 @@ def choice_table() -> str:
         before = made.loc[(category, "one Gaussian for each stage"), ["image_auroc", "aupro"]]
         figures = (chosen, figures_of["both"], best, before)
         cells.append([category, counts, pasted, *(" / ".join(filter(None, map(percent, part))) for part in figures)])
-    head = ["category", "chosen in ten draws", "pasted: both / nearest / torch"]
-    return markdown([*head, "the choice", "both", "the best of the three", "one Gaussian for each stage"], cells)
+    head = ["category", "chosen in ten draws", f"pasted: {' / '.join(names)}"]
+    return markdown([*head, "the choice", "both", "the best of the four", "one Gaussian for each stage"], cells)
 
 
 def peers_table() -> str:
