@@ -106,7 +106,7 @@ def test_names_are_shown_letter_by_letter(name):
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())
 
-    assert drawn(name, parse_math=False).min() == 0
+    assert drawn(name, parse_math=False).min() < 9  # something is drawn
     assert (drawn(figures.plain(name)) == drawn(name, parse_math=False)).all()
 
 
