@@ -47,11 +47,10 @@ KINDS = {
     "both, several stages": replace(SMALL, density="both", level=(1, 2), l2=True),
     "kde, folds": replace(SMALL, density="kde", folds=2),
     "held out": replace(SMALL, holdout=0.4),
-    "patch": replace(PATCH, backbone="resnet18", normalize="image"),
+    "patch": replace(PATCH, backbone="resnet18", normalize="image", density="sklearn"),
     "patch, each window alone": replace(PATCH, patches=replace(PATCH.patches, window=16, stride=8, dense=False)),
     "patch, nearest, folds": replace(PATCH, density="nearest", folds=2),
-    "joined": replace(JOINED, density="both"),
-    "joined, sklearn": replace(JOINED, density="sklearn", level=(1, 2), l2=True),
+    "joined": replace(JOINED, density="both", l2=True),
     "ignored": replace(PATCH, density="both"),
 }
 
