@@ -781,14 +781,14 @@ def made_from(path: str | Path) -> tuple[int | None, str]:
     """Return how many training images a detector file was made from, and dataset.files_digest of them; None and ""
     where the file does not tell. Raises InputError as ``load`` does."""
     content = _read(path)[1]
-    return content["metadata"].get("train_images"), content.get("train_files", "")
+    return content["metadata"].get("train_images"), content["train_files"]
 
 
 def set_since(path: str | Path) -> list[str]:
     """Return the names of the settings that a detector file was given after its training. Raises InputError as ``load``
     does."""
     content = _read(path)[1]
-    rate = ["false_alarm_rate"] if content.get("rate_chosen") else []
+    rate = ["false_alarm_rate"] if content["rate_chosen"] else []
     with damage_named(path, *DAMAGED):
         return [*rate, *content["metadata"].get("refitted", "").split()]
 
@@ -800,15 +800,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Detector:
     with damage_named(path, *DAMAGED):
         _check(config, content)
         networks = [load_network(config, part["network"], content["version"] >= 8) for part in content["members"]]
-        density = content.get("chosen_density", config.density)  # earlier files have none
-        detector = Detector(config, networks, content.get("sources", NOTHING_IGNORED), density=density)
+        detector = Detector(config, networks, content["sources"], content["white"], content["chosen_density"])
         for member, part in zip(detector.members, content["members"]):
             load_member(member, part)
         detector.threshold, detector.calibration_scores = content["threshold"], content["normal_scores"]
-        detector.appearance = content.get("appearance", detector.appearance)  # earlier files have none
-        detector.metadata, detector.train_files = dict(content["metadata"]), content.get("train_files", "")
-        detector.rate_chosen = content.get("rate_chosen", "")
-        detector.white = content.get("white", FULL_RANGE)  # earlier files have none
+        detector.appearance, detector.rate_chosen = content["appearance"], content["rate_chosen"]
+        detector.metadata, detector.train_files = dict(content["metadata"]), content["train_files"]
         return detector.to(device).eval()
 
 
@@ -820,7 +817,7 @@ def _check(config: Config, content: dict) -> None:
         raise ValueError(f"{len(members)} networks for {config.folds} folds")
     if config.folds > 1 and len({next(iter(part["network"].values())).data_ptr() for part in members}) < len(members):
         raise ValueError("several folds have one network")
-    density = content.get("chosen_density", config.density)
+    density = content["chosen_density"]
     if density not in (CANDIDATES if config.density == "auto" else (config.density,)):
         raise ValueError(f"density {density!r} for the setting {config.density}")
     sizes = dict(zip("HW", config.size))
@@ -833,16 +830,16 @@ def _check(config: Config, content: dict) -> None:
         "appearance": TensorRule(("looks", 3), (torch.float32,), least=0),
         "sources": TensorRule(("H", "W"), (torch.int32,), least=0, most=math.prod(config.size) - 1),
     }.items():
-        if name in content and tuple(content[name].shape) != (0,):
+        if tuple(content[name].shape) != (0,):
             check_tensor(name, content[name], rule, sizes)
-    sources = content.get("sources", NOTHING_IGNORED).flatten().long()
+    sources = content["sources"].flatten().long()
     if (sources[sources] != sources).any():
         raise ValueError("sources: an ignored pixel is filled with another one that is ignored")
     if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in metadata):
         raise ValueError("metadata are no values by name")
     if not isinstance(metadata.get("refitted", ""), str):
         raise ValueError("metadata: refitted is no list of names")
-    white = content.get("white", FULL_RANGE)
+    white = content["white"]
     if type(white) is not int or white not in WHITES:
         raise ValueError(f"white {white!r} is none of {', '.join(map(str, WHITES))}")
 
@@ -950,9 +947,13 @@ def from_version_6(content: dict) -> dict:
 
 
 def from_version_8(content: dict) -> dict:
-    """Bring a file to version 9. Version 8 set no limit to the sum of joined distances at a place."""
+    """Bring a file to version 9. Version 8 set no limit to the sum of joined distances at a place; earlier files lack
+    some values."""
     limit = {"limit": torch.tensor(1e9, dtype=torch.float64)}
-    return content | {"members": [member | limit for member in content["members"]]}
+    density = content["config"].get("density", Config.density)
+    had_none = {"appearance": torch.empty(0, 3), "sources": NOTHING_IGNORED, "white": FULL_RANGE}
+    had_none |= {"chosen_density": density, "train_files": "", "rate_chosen": ""}
+    return had_none | content | {"members": [member | limit for member in content["members"]]}
 
 
 def find_work(model_dir: str, data_dir: str, names: list[str], tell: bool = True) -> list[Path]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from normals import EMBEDDINGS, LIST
 
-OPTIONAL = ("appearance", "sources", "white", "chosen_density")  # earlier versions wrote none
 FREE = ("normal_scores", "appearance")  # how many values these have is told by nothing else
 OTHER = ({}, "x", [1.0], None)  # in the place of a tensor
 
@@ -118,8 +117,7 @@ def forged(content: dict) -> Iterator[tuple[str, Callable[[], dict]]]:
         for other in (-7, "x", None, [], {}):
             if (name, other) not in (("metadata", {}), ("config", {})):  # which can be
                 yield f"{name} is {other!r}", partial(with_value, content, (name,), lambda _, other=other: other)
-        if name not in OPTIONAL:
-            yield f"{name} is missing", partial(with_value, content, (name,), removed)
+        yield f"{name} is missing", partial(with_value, content, (name,), removed)
     for place in places(content):
         value = content
         for key in place:
