@@ -59,7 +59,8 @@ def test_maps_are_enlarged_as_torch_does(size):
     expected = functional.interpolate(torch.from_numpy(heat)[None, None], size, mode="bilinear")[0, 0].numpy()
     enlarged = overlays.enlarged(heat, size)
     assert (enlarged.dtype, enlarged.shape) == (np.float32, size)
-    assert np.allclose(enlarged, expected, rtol=1e-6, atol=5e-5)  # torch 2.6 rounds otherwise
+    rounding = 5e-5 if torch.__version__.startswith("2.6.") else 1e-6  # torch 2.6 rounds places otherwise
+    assert np.allclose(enlarged, expected, rtol=1e-6, atol=rounding)
 
 
 def test_the_scale_of_an_overlay_is_the_threshold():
