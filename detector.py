@@ -837,6 +837,9 @@ def _check(config: Config, content: dict) -> None:
         raise ValueError("sources: an ignored pixel is filled with another one that is ignored")
     if not isinstance(metadata, dict) or not all(isinstance(name, str) for name in metadata):
         raise ValueError("metadata are no values by name")
+    for name in ("train_files", "rate_chosen"):
+        if not isinstance(content[name], str):
+            raise ValueError(f"{name} is no text")
     if not isinstance(metadata.get("refitted", ""), str):
         raise ValueError("metadata: refitted is no list of names")
     white = content["white"]

@@ -106,7 +106,7 @@ def test_names_are_shown_letter_by_letter(name):
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())
 
-    assert drawn(name, parse_math=False).min() < 9  # something is drawn
+    assert drawn(name, parse_math=False).min() <= 1  # matplotlib 3.8 draws "$" a little lighter
     assert (drawn(figures.plain(name)) == drawn(name, parse_math=False)).all()
 
 
